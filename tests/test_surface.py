@@ -68,5 +68,5 @@ def test_the_package_has_py_typed() -> None:
 
 def test_a_renamed_module_is_still_found() -> None:
     with pytest.warns(DeprecationWarning, match="ascendit.family"):
-        from ascendit import spec  # type: ignore[attr-defined]
+        from ascendit import spec
     assert spec is importlib.import_module("ascendit.family")

@@ -66,7 +66,9 @@ def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"ascendit.{name}")
     if name in _RENAMED:
-        warnings.warn(f"ascendit.{name} is now ascendit.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"ascendit.{name} was renamed to ascendit.{_RENAMED[name]}", DeprecationWarning, stacklevel=2
+        )
         return importlib.import_module(f"ascendit.{_RENAMED[name]}")
     if name not in _MODULES:
         raise AttributeError(f"module 'ascendit' has no attribute {name!r}")

@@ -1,15 +1,18 @@
-"""Shapes of a run: pixels and frames -> latents -> patches -> tokens. Does not import torch.
+"""Shapes and FLOPs of a run: pixels and frames -> latents -> patches -> tokens. Does not import torch.
 
 A VAE with temporal stride s encodes s * n + 1 frames to n + 1 latent frames. The transformer divides latents
-[C, F, H, W] into patches; each patch is one token.
+[C, F, H, W] into patches; each patch is one token. FLOPs are those of matrix products and attention, two for
+a multiplication with its addition, as `torch.utils.flop_counter` counts them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ascendit.errors import UsageError
+from ascendit.family import WanConfig
 
 Grid = tuple[int, int, int]
 """(frames, height, width), in latents or in patches."""
@@ -60,3 +63,40 @@ def frames_for(seconds: float, fps: int, frame_stride: int = 4) -> int:
             fix="--seconds 5",
         )
     return frame_stride * round(seconds * fps / frame_stride) + 1
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerFlops:
+    """FLOPs of one transformer for one video."""
+
+    forward: int
+    """One forward pass, attention included, without the time embedding."""
+    attention: int
+    """The products of queries, keys and values in `forward`."""
+    modulation: int
+    """The time embedding of one timestep, once per step."""
+    context: int
+    """Embedding, keys and values of text and image, once per prompt."""
+
+
+def transformer_flops(
+    config: WanConfig, tokens: int, text_tokens: int, image_tokens: int = 0
+) -> TransformerFlops:
+    """FLOPs of a transformer with these numbers of tokens."""
+    dim, layers, patch = config.dim, config.num_layers, math.prod(config.patch_size)
+    context = text_tokens + image_tokens
+    attention = layers * 4 * tokens * (tokens + context) * dim
+    linears = layers * 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim)
+    ends = 2 * tokens * dim * patch * (config.in_channels + config.out_channels)
+    text = 2 * text_tokens * (config.text_dim * dim + dim * dim + layers * 2 * dim * dim)
+    image, added = config.image_dim or 0, config.added_kv_proj_dim or 0
+    pictures = 2 * image_tokens * (image * image + image * dim + layers * 2 * added * dim)
+    return TransformerFlops(
+        forward=attention + linears + ends,
+        attention=attention,
+        modulation=2 * dim * (config.freq_dim + 7 * dim),
+        context=text + pictures,
+    )

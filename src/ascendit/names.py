@@ -24,6 +24,9 @@ MAX_LAYERS = 10_000
 IGNORED_PARTS = ("norm_added_q",)
 """Parts of names in Wan2.1 I2V folders that the model does not use; Diffusers ignores them too."""
 
+FLOAT32_PARTS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+"""Parts of names of parameters that stay in float32, like Diffusers' `_keep_in_fp32_modules`."""
+
 
 # ---- the tensors of a model ---------------------------------------------------------------------
 

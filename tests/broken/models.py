@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.headers import BYTES, PIPELINE, library_tensors
+
 from ascendit.names import block_linears, expected_tensors, to_wan
 
 Tensor = tuple[str, tuple[int, ...], bytes]
@@ -229,7 +231,7 @@ def cascade(folder: Path) -> None:
 
 
 def pipeline(folder: Path) -> None:
-    """A Diffusers pipeline of two experts; the other parts are stubs."""
+    """A Diffusers pipeline of two experts; the other parts are tiny, of zeros."""
     index: dict[str, Any] = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
     for seed, name in enumerate(("transformer", "transformer_2")):
         index[name] = ["diffusers", "WanTransformer3DModel"]
@@ -240,10 +242,11 @@ def pipeline(folder: Path) -> None:
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
     }
-    write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKLWan"})
-    save(folder / "vae" / WEIGHTS, {"x": ("U8", (1,), b"x")})
-    write_json(folder / "text_encoder/config.json", {"architectures": ["UMT5EncoderModel"]})
-    save(folder / "text_encoder/model.safetensors", {"x": ("U8", (1,), b"x")})
+    for file in ("vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer.json"):
+        write_json(folder / file, PIPELINE[file])
+    for file, tensors in library_tensors().items():
+        sizes = {name: math.prod(shape) * BYTES[dtype] for name, (dtype, shape) in tensors.items()}
+        save(folder / file, {name: (*stored, bytes(sizes[name])) for name, stored in tensors.items()})
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     write_json(folder / "scheduler/scheduler_config.json", flow)
     write_json(folder / "tokenizer/tokenizer_config.json", {})

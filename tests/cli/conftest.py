@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,47 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.headers import WEIGHTS, floats, write_json, write_weights
+from pipeline.headers import WEIGHTS, floats, write_weights
 
 import ascendit
+from ascendit.checkpoint.hub import DEMO
 from ascendit.cli.main import main
 from ascendit.pipeline import load
 from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.video import Video
 from ascendit.progress import Progress
 
-EXPERT = {
-    "_class_name": "WanTransformer3DModel",
-    "num_attention_heads": 3,
-    "attention_head_dim": 64,
-    "num_layers": 8,
-    "in_channels": 8,
-    "out_channels": 8,
-    "patch_size": [1, 2, 2],
-}
-CONFIGS: dict[str, Any] = {
-    "model_index.json": {
-        "_class_name": "WanPipeline",
-        "boundary_ratio": 0.875,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": ["diffusers", "WanTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    },
-    "scheduler/scheduler_config.json": {
-        "_class_name": "UniPCMultistepScheduler",
-        "flow_shift": 4.0,
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-    },
-    "transformer/config.json": EXPERT,
-    "transformer_2/config.json": EXPERT,
-    "vae/config.json": {
-        "_class_name": "AutoencoderKLWan",
-        "scale_factor_spatial": 8,
-        "scale_factor_temporal": 4,
-    },
-}
+EXPERTS = ("transformer", "transformer_2")
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +41,11 @@ def environ() -> dict[str, str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with the shape of the demo model: its configs, weights of zeros."""
-    root = tmp_path / "model"
-    for name, config in CONFIGS.items():
-        write_json(root / name, config)
-    for name in ("transformer", "transformer_2"):
-        write_weights(root / name / WEIGHTS, floats(EXPERT))
+    """The demo model with transformers of zeros."""
+    root = shutil.copytree(DEMO, tmp_path / "model", ignore=shutil.ignore_patterns(WEIGHTS))
+    shutil.copy(DEMO / "vae" / WEIGHTS, root / "vae")
+    for name in EXPERTS:
+        write_weights(root / name / WEIGHTS, floats(json.loads((root / name / "config.json").read_text())))
     return root
 
 
@@ -129,9 +99,10 @@ class FakePipeline:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    """Replace loading by a FakePipeline."""
+    """Replace loading by a FakePipeline; this machine has every device."""
     pipeline = FakePipeline()
     monkeypatch.setattr(load, "build", pipeline.build)
+    monkeypatch.setattr(load, "open_accelerator", lambda device, options: device)
     return pipeline
 
 

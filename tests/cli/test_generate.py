@@ -78,7 +78,7 @@ def test_dry_run_loads_nothing(run, fake, model, tmp_path, monkeypatch):
     assert f"would run  ascendit-demo in {model}" in ended.out
     assert "num_frames             5\n" in ended.out or "num_frames           5\n" in ended.out
     assert "num_inference_steps  16  (default)" in ended.out
-    assert "family.py" in ended.out and "32 video and 512 text tokens, two passes per step" in ended.out
+    assert "family.py" in ended.out and "128 video and 512 text tokens, two passes per step" in ended.out
     assert "replay" in printed and "--seed" in printed
     assert not (tmp_path / "outputs").exists()
 
@@ -219,7 +219,7 @@ def test_the_config_of_a_video_whose_model_is_missing(run, fake, tmp_path):
 
 
 EXCLUDED = ["blocks.0.*", "blocks.7.*"]
-EVERY_LOAD_OPTION = {
+EVERY_LOAD_OPTION = {  # of those that can be combined: `attention` names a kernel that `ops` replaces
     "device": "twin:a5",
     "text_on": "cpu",
     "scheme": "mxfp4",
@@ -232,7 +232,6 @@ EVERY_LOAD_OPTION = {
     "dtype": "bfloat16",
     "vae_dtype": "bfloat16",
     "ops": "reference",
-    "attention": "fusion",
     "nz": True,
     "fast_layernorm": True,
     "max_memory": 8 * 10**9,
@@ -253,15 +252,18 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
     assert run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4").code == 0
     assert run(*shlex.split(beside["replay"])[1:], "-o", tmp_path / "c.mp4").code == 0
     assert fake.loaded == [("demo", EVERY_LOAD_OPTION)] * 3
-    args = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "attention=none"]
+    args = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "vae_dtype=none"]
     assert run("generate", *args, "-o", tmp_path / "d.mp4").code == 0
-    assert fake.loaded[3][1]["device"] == "cpu" and "attention" not in fake.loaded[3][1]
+    assert fake.loaded[3][1]["device"] == "cpu" and "vae_dtype" not in fake.loaded[3][1]
+    args = ["--config", tmp_path / "a.json", "--set", "ops=none", "--set", "attention=fusion"]
+    assert run("generate", *args, "-o", tmp_path / "e.mp4").code == 0
+    assert fake.loaded[4][1]["attention"] == "fusion" and "ops" not in fake.loaded[4][1]
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
 
 
 def test_every_option_of_load_is_in_the_test_above():
     names = set(inspect.signature(ascendit.load).parameters) - {"model", "on_progress"}
-    assert names == EVERY_LOAD_OPTION.keys()
+    assert names == EVERY_LOAD_OPTION.keys() | {"attention"}
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])

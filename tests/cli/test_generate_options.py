@@ -79,7 +79,7 @@ def test_prepare_fills_in_defaults(model):
     prepared = prepare(read([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}))
     r = prepared.request
     assert (r.width, r.height, r.num_frames, r.fps, r.num_inference_steps) == (64, 64, 9, 8, 16)
-    assert prepared.video_tokens == 3 * 4 * 4
+    assert prepared.video_tokens == 3 * 8 * 8
 
 
 def test_the_default_output_has_time_prompt_and_seed(model, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ FLAGS = st.fixed_dictionaries(
 
 @given(FLAGS, st.text("ab -'\"=,ü$\n", max_size=12))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_replay_line_makes_the_same_request(model, flags, prompt):
+def test_the_replay_line_makes_the_same_request(model, fake, flags, prompt):
     if flags.keys() >= {"timesteps", "num_inference_steps"}:
         del flags["num_inference_steps"]
     if "guidance_scale" not in flags:

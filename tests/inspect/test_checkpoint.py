@@ -13,8 +13,10 @@ import pytest
 import tiny
 from pipeline.headers import (
     CLASSES,
-    PIPELINE,
+    CONFIG,
     WEIGHTS,
+    floats,
+    library_tensors,
     write_expert,
     write_json,
     write_pipeline,
@@ -51,7 +53,7 @@ def expert_tensors() -> dict[str, tuple[str, tuple[int, ...]]]:
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """The demo's shape without its weights."""
-    root = write_pipeline(tmp_path / "demo", experts=2)
+    root = write_pipeline(tmp_path / "demo", experts=2, config=DEMO)
     for expert in ("transformer", "transformer_2"):
         write_expert(root / expert, expert_tensors(), DEMO)
     return root
@@ -109,6 +111,7 @@ def test_the_screen(demo: Path) -> None:
     assert titles == "Model Source Matches Parts Format Runs Limits Defaults Checks".split()
     text = "\n".join(lines)
     count = len(expert_tensors())
+    others = sum(map(len, library_tensors().values()))
     for part in (
         "demo   layout diffusers   WanPipeline",
         "ascendit-demo of the Wan family",
@@ -118,11 +121,11 @@ def test_the_screen(demo: Path) -> None:
         "frames 4n+1, size multiple of 16",
         "64x64, 17 frames, 8 fps, 16 steps, guidance 2 (high noise) / 1.5 (low noise)",
         "shift 4, unipc, boundary 0.875",
-        f"{2 * count + 2} tensors in 4 files, 0 missing, 0 unexpected, 0 misshapen, 0 mistyped   ok",
+        f"{2 * count + others} tensors in 4 files, 0 missing, 0 unexpected, 0 misshapen, 0 mistyped   ok",
     ):
         assert part in text
     layers = report.layer_lines()
-    assert len(layers) == 1 + 2 * count + 2
+    assert len(layers) == 1 + 2 * count + others
     assert layers[0].split() == ["layer", "or", "tensor", "scheme", "shape", "bytes", "stored"]
     [line] = [x for x in layers if x.startswith("transformer_2.blocks.7.ffn.net.2.weight ")]
     assert line.split()[1:] == ["float", "[192,", "16]", str(192 * 16 * 2), "bf16"]
@@ -137,7 +140,10 @@ def test_json_is_plain_data(demo: Path) -> None:
         "ascendit-demo",
     )
     [vae] = [p for p in data["parts"] if p["name"] == "vae"]
-    assert (vae["nbytes"], vae["tensors"], vae["dtypes"], vae["problem"]) == (24, 1, {"F32": 24}, None)
+    tensors = library_tensors()[f"vae/{WEIGHTS}"]
+    size = 4 * sum(math.prod(shape) for _, shape in tensors.values())
+    expected = (size, len(tensors), {"F32": size}, None)
+    assert (vae["nbytes"], vae["tensors"], vae["dtypes"], vae["problem"]) == expected
 
 
 def test_no_torch_and_no_tensor_bytes(demo: Path) -> None:
@@ -157,6 +163,7 @@ def test_only_headers_of_a_large_model_are_read(demo: Path) -> None:
     """Two experts of 26.6 GiB each, sparse on disk: reading them would be slow."""
     big = {**DEMO, "num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824}
     big |= {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
+    write_pipeline(demo, experts=2, config=big)
     for expert in ("transformer", "transformer_2"):
         write_json(demo / expert / "config.json", big)
         try:
@@ -262,7 +269,7 @@ def test_image_tokens_need_an_image_encoder(tiny_i2v_21: Path, tmp_path: Path) -
     ],
 )
 def test_a_config_with_invalid_values(demo: Path, file: str, changes: dict[str, object], code: str) -> None:
-    write_json(demo / file, {"transformer_2/config.json": DEMO, **PIPELINE}[file] | changes)
+    write_json(demo / file, json.loads((demo / file).read_text()) | changes)
     broken(demo, code)
 
 
@@ -308,3 +315,48 @@ def test_shards_are_counted(tiny_t2v_single: Path, tmp_path: Path) -> None:
     report = inspect(folder)
     assert report.ok
     assert [p.files for p in report.parts if p.name == "transformer"] == [3]
+
+
+def calls_of_inspect(folder: Path) -> int:
+    """Number of Python and C calls of `inspect` and its report, without the first call's imports."""
+    count = 0
+
+    def trace(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(trace)
+    try:
+        report = inspect(folder)
+        report.lines()
+    finally:
+        sys.setprofile(None)
+    assert report.ok
+    return count
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [((10, 10), (40, 10)), ((10, 10), (10, 200)), ((10, 50), (40, 200))],
+    ids=["tensors", "files", "both"],
+)
+def test_the_work_is_linear_in_tensors_and_files(
+    small: tuple[int, int], large: tuple[int, int], tmp_path: Path
+) -> None:
+    """Calls for each tensor and file: a product of the two would be 5 x as many or more."""
+
+    def calls(layers: int, files: int) -> tuple[int, int]:
+        tensors = floats(CONFIG | {"num_layers": layers})
+        folder = tmp_path / f"{layers}-{files}"
+        groups = [dict(list(tensors.items())[n::files]) for n in range(files)]
+        names = [f"diffusion_pytorch_model-{n + 1:05d}-of-{files:05d}.safetensors" for n in range(files)]
+        for name, group in zip(names, groups, strict=True):
+            write_weights(folder / name, group)
+        index = {t: name for name, group in zip(names, groups, strict=True) for t in group}
+        write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": index})
+        write_json(folder / "config.json", CONFIG | {"num_layers": layers})
+        inspect(folder)
+        return calls_of_inspect(folder), len(tensors) + 4 * files
+
+    (few, work), (many, more_work) = calls(*small), calls(*large)
+    assert many / few < 1.3 * more_work / work

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from pipeline.headers import (
     CONFIG,
+    PIPELINE,
     WEIGHTS,
     floats,
+    library_tensors,
     manifest,
     quantized,
     write_expert,
@@ -163,14 +165,17 @@ def test_pipelines(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_expert(write_pipeline(tmp_path / name) / "transformer", floats())
     assert diff(tmp_path / "a", tmp_path / "b").same
-    write_weights(tmp_path / "b" / "vae" / WEIGHTS, {"encoder.weight": ("BF16", (2, 3))})
-    write_json(tmp_path / "b" / "scheduler" / "scheduler_config.json", {"flow_shift": 5.0})
+    tensors = library_tensors()[f"vae/{WEIGHTS}"]
+    half = {"quant_conv.bias": ("BF16", tensors["quant_conv.bias"][1])}
+    write_weights(tmp_path / "b" / "vae" / WEIGHTS, tensors | half)
+    scheduler = PIPELINE["scheduler/scheduler_config.json"] | {"flow_shift": 5.0}
+    write_json(tmp_path / "b" / "scheduler" / "scheduler_config.json", scheduler)
     index = json.loads((tmp_path / "b" / "model_index.json").read_text())
     write_json(tmp_path / "b" / "model_index.json", index | {"expand_timesteps": True})
     result = diff(tmp_path / "a", tmp_path / "b")
     by_part = {c.part for c in result.changes}
     assert by_part == {"vae", "scheduler", "model_index.json"}
-    assert named(result, "dtype") == {"encoder.weight": ("fp32", "bf16")}
+    assert named(result, "dtype") == {"quant_conv.bias": ("fp32", "bf16")}
     assert named(result, "config")["flow_shift"] == (4.0, 5.0)
     assert named(result, "config")["expand_timesteps"] == (None, True)
     alone = diff(tmp_path / "a", tmp_path / "a" / "transformer")
@@ -196,19 +201,20 @@ def test_hashes_when_both_have_them(tmp_path: Path) -> None:
         write_json(tmp_path / name / "ascendit.json", {"files": files})
     same = diff(tmp_path / "a", tmp_path / "b")
     assert same.same and same.hashes == "same"
-    assert "Values     same by the sha256 in ascendit.json" in same.lines()
+    text = "recorded hashes are equal; files not read (see --check and --values)"
+    assert f"Values     {text}" in same.lines() and not same.checked
     write_json(tmp_path / "b" / "ascendit.json", {"files": dict.fromkeys(files, "bb")})
     other = diff(tmp_path / "a", tmp_path / "b")
     assert (other.hashes, other.changes, other.same) == ("different", (), False)
-    assert other.lines()[-1] == "Result     same headers and configs, different numbers"
+    assert other.lines()[-1] == "Result     same headers and configs, different sha256"
     write_json(tmp_path / "b" / "ascendit.json", {"files": {"transformer/other": "aa"}})
     assert diff(tmp_path / "a", tmp_path / "b").hashes == NOT_COMPARED
 
 
 def test_long_lists_are_cut_on_screen_but_complete_in_json(tmp_path: Path) -> None:
-    extra = {f"key_{n}": n for n in range(40)}
+    extra = {f"_key_{n}": n for n in range(40)}
     result = diff(model(tmp_path / "a", {}), model(tmp_path / "b", {}, **extra))
-    lines = [line for line in result.lines() if "key_" in line]
+    lines = [line for line in result.lines() if "_key_" in line]
     assert len(lines) == 12
     assert any("and 28 more; --json has all" in line for line in result.lines())
     assert len(result.as_dict()["changes"]) == 40

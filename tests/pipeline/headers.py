@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ascendit.checkpoint.part_configs import AutoencoderConfig, TextEncoderConfig
+from ascendit.checkpoint.part_tensors import autoencoder_tensors, text_encoder_tensors
 from ascendit.names import expected_tensors, to_wan
 from ascendit.quant.schemes import SCHEMES
 
@@ -131,9 +133,14 @@ PIPELINE: dict[str, Any] = {
         "use_flow_sigmas": True,
         "flow_shift": 4.0,
     },
-    "text_encoder/config.json": {"architectures": ["UMT5EncoderModel"]},
+    "text_encoder/config.json": {"vocab_size": 10, "d_model": 64, "d_kv": 2, "d_ff": 3, "num_layers": 1},
     "tokenizer/tokenizer_config.json": {},
-    "vae/config.json": {"_class_name": "AutoencoderKLWan", "z_dim": 16},
+    "tokenizer/tokenizer.json": {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"<pad>": 0, "</s>": 1, "<unk>": 2}, "unk_token": "<unk>"},
+    },
+    "vae/config.json": {"_class_name": "AutoencoderKLWan", "base_dim": 2, "num_res_blocks": 1},
 }
 CLASSES = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -145,13 +152,32 @@ CLASSES = {
 }
 
 
-def write_pipeline(root: Path, experts: int = 1) -> Path:
-    """A Diffusers folder without its transformers."""
+def write_pipeline(root: Path, experts: int = 1, config: Mapping[str, Any] = CONFIG) -> Path:
+    """A Diffusers folder for transformers of this config, without them."""
     classes = {name: entry for name, entry in CLASSES.items() if experts == 2 or name != "transformer_2"}
     boundary = {"boundary_ratio": 0.875} if experts == 2 else {}
     write_json(root / "model_index.json", {"_class_name": "WanPipeline", **boundary, **classes})
-    for name, config in PIPELINE.items():
-        write_json(root / name, config)
-    write_weights(root / "vae" / WEIGHTS, {"encoder.weight": ("F32", (2, 3))})
-    write_weights(root / "text_encoder" / "model.safetensors", {"shared.weight": ("BF16", (10, 64))})
+    for name, values in (PIPELINE | library_configs(config)).items():
+        write_json(root / name, values)
+    for name, tensors in library_tensors(config).items():
+        write_weights(root / name, tensors)
     return root
+
+
+def library_configs(config: Mapping[str, Any] = CONFIG) -> dict[str, dict[str, Any]]:
+    """The configs of a VAE and a text encoder that fit the transformer `config`."""
+    z = config["out_channels"]
+    latents = {"z_dim": z, "latents_mean": [0.0] * z, "latents_std": [1.0] * z}
+    fitting = {"vae/config.json": latents, "text_encoder/config.json": {"d_model": config["text_dim"]}}
+    return {name: PIPELINE[name] | values for name, values in fitting.items()}
+
+
+def library_tensors(config: Mapping[str, Any] = CONFIG) -> dict[str, Stored]:
+    """Weight file -> tensors of the parts of `library_configs`."""
+    file, (vae, text) = Path("config.json"), library_configs(config).values()
+    shapes = autoencoder_tensors(AutoencoderConfig.read(file, vae))
+    encoder = text_encoder_tensors(TextEncoderConfig.read(file, text))
+    return {
+        f"vae/{WEIGHTS}": {name: ("F32", shape) for name, shape in shapes.items()},
+        "text_encoder/model.safetensors": {name: ("BF16", shape) for name, shape in encoder.items()},
+    }

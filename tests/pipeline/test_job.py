@@ -50,7 +50,7 @@ def test_run_makes_the_same_video_as_load_and_generate(tiny_t2v_cascade: Path) -
 def test_prepare_returns_layers_dtype_and_device() -> None:
     prepared = prepare(LoadOptions(model="demo", scheme="int8"), PROMPT)
     assert [name for name, applied in prepared.model.experts if applied is None] == []
-    assert prepared.model.dtype is None and prepared.model.vae_dtype == "float32"
+    assert prepared.model.dtype is None and prepared.model.part_dtypes["vae"] == "float32"
     on_a5 = prepare(LoadOptions(model="demo", device="twin:a5"), PROMPT)
     assert on_a5.model.dtype == "bfloat16" and on_a5.model.device.chip == "a5"
 

@@ -419,7 +419,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("a regular file")
     path = tmp_path / folder / "out.mp4"
     for call in (check_writable, make().save):
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "-o FILE"):
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "another folder with -o"):
             call(path)
     assert names(tmp_path) == ["file"]
 
@@ -486,7 +486,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path, name: str) -
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "free disk space"):
+        with refused(EnvironmentProblem, "E-ENV-04", "bytes available", "free disk space"):
             noise.save(tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

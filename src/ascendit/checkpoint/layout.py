@@ -146,10 +146,8 @@ def recognise(path: Path | str) -> Layout:
 def _hint(root: Path) -> str:
     """Why the kind of `root` is unknown."""
     if root.is_file():
-        pickled = root.suffix in PICKLED
-        return (
-            "pickled files are not read" if pickled else "the name of the file does not end in .safetensors"
-        )
+        pickled = "; pickles are not read" if root.suffix in PICKLED else ""
+        return f"the name of the file does not end in .safetensors{pickled}"
     if below := sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}")):
         return f"{INDEX_FILE} is in a subfolder: {', '.join(below[:3])}"
     if (root / "config.json").exists():
@@ -184,8 +182,8 @@ def _diffusers(root: Path) -> Layout | None:
     parts: dict[str, Part] = {}
     for name, entry in index.items():
         # [null, null] and plain values are not components
-        listed = isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
-        if not name.startswith("_") and (listed or (name in PART_CLASSES and entry not in _ABSENT)):
+        is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
+        if not name.startswith("_") and (is_pair or (name in PART_CLASSES and entry not in _ABSENT)):
             parts[name] = _read_part(root, name, entry)
     if "transformer" not in parts:
         raise CheckpointError(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ascendit.checkpoint.component import TRANSFORMER, Part
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer, read_layers
+from ascendit.checkpoint.part_configs import TransformerConfig
 from ascendit.checkpoint.quant_metadata import (
     CONFIG_KEY,
     Manifest,
@@ -95,15 +96,16 @@ class TensorMismatch(CheckpointError):
         """missing, unexpected, misshapen, mistyped -> stored names."""
 
 
-def read_expert(part: Part) -> Expert:
+def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     """Read the headers and JSON files of one transformer, and check that they are consistent.
 
-    Raises CheckpointError: E-CKP-02, -03, -04 and -06 for damaged files, as in `Shards.open`; E-CKP-01 for
-    tensors of another model; E-CKP-09 if two tensors map to one name; E-CKP-08 for unpaired weights and
-    scales; E-CKP-07 if manifest, quantization_config and dtypes contradict each other; E-CKP-04 for tensors
-    that are missing, unexpected, of the wrong shape or dtype, or not listed in the manifest.
+    `shards`: its headers, if they have been read. Raises CheckpointError: E-CKP-02, -03, -04 and -06 for
+    damaged files, as in `Shards.open`; E-CKP-01 for tensors of another model; E-CKP-09 if two tensors map to
+    one name; E-CKP-08 for unpaired weights and scales; E-CKP-07 if manifest, quantization_config and dtypes
+    contradict each other; E-CKP-04 for tensors that are missing, unexpected, of the wrong shape or dtype, or
+    not listed in the manifest.
     """
-    stored = Shards.from_part(part).tensors
+    stored = (shards or Shards.from_part(part)).tensors
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
             f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
@@ -141,6 +143,22 @@ def read_expert(part: Part) -> Expert:
     )
 
 
+def model_config(expert: Expert) -> WanConfig:
+    """The config to build the transformer with.
+
+    Raises CheckpointError (E-CKP-06) if the number of heads is unknown, and the errors of
+    `WanConfig.from_dict`.
+    """
+    if expert.config.get("num_attention_heads", 1) is None:
+        raise CheckpointError(
+            f"{expert.path}: {expert.config_problem or 'config.json lacks the number of heads'}",
+            needs="the config.json of the model",
+            fix="run ascendit repack with --base MODEL, or copy config.json next to the weights",
+            code="E-CKP-06",
+        )
+    return WanConfig.from_dict(expert.config)
+
+
 def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, TensorInfo]:
     """The tensors by Diffusers name, without those that Diffusers ignores because the model lacks them."""
     tensors: dict[str, TensorInfo] = {}
@@ -162,10 +180,13 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
 def _config(
     part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Any], str | None]:
-    """(Diffusers config, problem). A stored Diffusers config is used unchanged."""
+    """(Diffusers config, problem). A stored Diffusers config is checked, and used unchanged."""
     original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
     if not original:
-        return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
+        config = {key: value for key, value in part.config.items() if key != CONFIG_KEY}
+        TransformerConfig.read(part.folder / "config.json", config)
+        WanConfig.from_dict(config)
+        return config, None
     return diffusers_config(part.config, _decoded_shapes(tensors, layers))
 
 

@@ -13,8 +13,8 @@ import typer
 
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
-from ascendit.pipeline.options import FLAGS, OPTIONS
-from ascendit.report import columns, shell_line
+from ascendit.pipeline.options import OPTIONS
+from ascendit.report import shell_line
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
@@ -89,8 +89,12 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     with out.work():
         prepared, output = _prepare(call, params["output"], overwrite=params["overwrite"])
     if params["dry_run"]:
-        _print_dry_run(prepared, call, output, out)
+        from ascendit.cli.dry_run import print_dry_run
+
+        print_dry_run(prepared, call, output, out)
         return
+    if warning := prepared.size_warning:
+        out.note(warning)
     start = time.perf_counter()
     video = _run(prepared, out)
     with out.work():
@@ -167,35 +171,3 @@ def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, sec
     )
     out.detail(f"  replay  {prepared.replay}")
     out.emit({"output": str(path), **video.describe(), "seconds": round(seconds, 3)})
-
-
-def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    request, options, model = prepared.request, prepared.model.options, prepared.model
-    data = {
-        "dry_run": True,
-        "model": options.model,
-        "folder": str(model.layout.root),
-        "output": str(output),
-        "request": request.model_dump(),
-        "given": sorted({*call.fields} - {"seconds"}),
-        "defaults_from": list(model.defaults.sources),
-        "video_tokens": prepared.video_tokens,
-        "text_tokens": request.max_sequence_length,
-        **{name: getattr(options, name) for name in FLAGS},
-        "replay": prepared.replay,
-    }
-    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
-    passes = "two passes" if request.do_classifier_free_guidance else "one pass"
-    tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
-    lines = [
-        f"would run  {model.defaults.model} in {model.layout.root}",
-        "request",
-        *columns(((k, f"{v}" if k in explicit else f"{v}  (default)") for k, v in shown), indent="  "),
-        "defaults from",
-        *(f"  {source}" for source in model.defaults.sources),
-        f"work       {tokens}, {passes} per step",
-        f"output     {output}",
-        f"replay     {prepared.replay}",
-    ]
-    out.result(data, lines)

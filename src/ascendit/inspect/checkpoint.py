@@ -1,80 +1,65 @@
-"""Inspect a checkpoint of any layout: contents, formats, completeness. Reads only headers and JSON files."""
+"""Inspect a checkpoint of any layout: contents, formats, completeness, from its headers and JSON files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ascendit.checkpoint.component import EXPERTS, Part, read_json
+from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.reader import Shards
-from ascendit.checkpoint.transformer import TensorMismatch, read_expert
-from ascendit.errors import AscenditError, CheckpointError
+from ascendit.checkpoint.layout_check import CheckedPart
+from ascendit.checkpoint.transformer import TensorMismatch
+from ascendit.errors import CheckpointError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
+from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.pipeline.defaults import Defaults, defaults_for, spec_of
+from ascendit.pipeline.defaults import spec_of
+from ascendit.pipeline.model_check import check_model
+from ascendit.progress import OnProgress
 
-NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
-NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 
-
-def inspect(path: Path | str) -> ModelReport:
+def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | None = None) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
-    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`. A
-    layout with only transformers counts as complete without the other parts of a pipeline.
+    `check`: also read all files and compare them with their recorded sizes and sha256, see `file_check`.
+    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`
+    and `check_files`. A layout with only transformers counts as complete without the other parts of a
+    pipeline.
     """
     layout = recognise(model_folder(path))
-    problems = _missing_parts(layout) if layout.kind == "diffusers" else []
-    parts = tuple(_inspect_part(part) for part in layout.parts.values())
-    problems += [p.problem for p in parts if p.problem is not None]
-    defaults: Defaults | None = None
-    try:
-        defaults = defaults_for(layout) if layout.kind == "diffusers" and "vae" in layout.parts else None
-    except (AscenditError, TypeError, ValueError, LookupError, AttributeError) as e:
-        problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
+    model = check_model(layout)
+    parts = tuple(_part_report(checked) for checked in model.checked.parts)
+    files = check_files(layout, on_progress) if check else None
     experts = [p.summary for p in parts if p.summary is not None]
     readable = len(experts) == len(layout.experts)
+    family = _family(layout, experts) if readable else None
     return ModelReport(
         layout=layout,
-        family=defaults.spec if defaults else _family(layout, experts) if readable else None,
-        defaults=defaults,
+        family=model.defaults.spec if model.defaults else family,
+        defaults=model.defaults,
         parts=parts,
-        problems=tuple(problems),
-        runs_on=runs_on(layout, experts) if readable and not problems else None,
+        problems=model.problems,
+        runs_on=runs_on(layout, experts) if readable and not model.problems else None,
         record=_record(layout),
+        files=files,
     )
 
 
-def _missing_parts(layout: Layout) -> list[AscenditError]:
-    image_tokens = layout.experts[0].config.get("image_dim") is not None
-    problems: list[AscenditError] = []
-    for name in NEEDED + (NEEDED_FOR_IMAGE_TOKENS if image_tokens else ()):
-        try:
-            layout.part(name)
-        except CheckpointError as e:
-            problems.append(e)
-    return problems
-
-
-def _inspect_part(part: Part) -> PartReport:
-    fields: dict[str, Any] = {"name": part.name, "library": part.library, "class_name": part.class_name}
-    if not part.has_weights:
-        return PartReport(**fields)
-    try:
-        shards = Shards.from_part(part)
-        fields["tensors"] = tuple(shards.tensors.values())
-        fields["files"] = len(shards.files)
-        if part.name in EXPERTS:
-            fields["expert"] = read_expert(part)
-    except AscenditError as e:
-        fields["problem"] = e
-        if isinstance(e, TensorMismatch):
-            fields |= e.checks
-    return PartReport(**fields)
+def _part_report(checked: CheckedPart) -> PartReport:
+    part, shards, problem = checked.part, checked.shards, checked.problem
+    return PartReport(
+        name=part.name,
+        library=part.library,
+        class_name=part.class_name,
+        tensors=tuple(shards.tensors.values()) if shards else (),
+        files=len(shards.files) if shards else 0,
+        expert=checked.expert,
+        problem=problem,
+        **(problem.checks if isinstance(problem, TensorMismatch) else {}),
+    )
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
@@ -94,12 +79,3 @@ def _record(layout: Layout) -> dict[str, Any] | None:
         return read_json(folder / RECORD_FILE)
     except CheckpointError:
         return None
-
-
-def _bad_config(layout: Layout, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"a config of {layout.root} has a value of the wrong type: {error}",
-        needs="the original configs of the model's authors",
-        fix="download the JSON files again",
-        code="E-CKP-06",
-    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,11 +20,9 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.layer_format import check_positive
-from ascendit.checkpoint.reader import RowReader, ShardSpec
-from ascendit.checkpoint.transformer import Expert
-from ascendit.errors import CheckpointError
-from ascendit.family import WanConfig
-from ascendit.model.library_component import default_dtype
+from ascendit.checkpoint.reader import RowReader, ShardSpec, common_dtype
+from ascendit.checkpoint.transformer import Expert, model_config
+from ascendit.checkpoint.writer import TensorSpec
 from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
@@ -57,16 +56,10 @@ def load_expert(
     E-CKP-06 for a config of another model, E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard
     outside its layer; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
     """
-    if expert.config.get("num_attention_heads", 1) is None:
-        raise CheckpointError(
-            f"{expert.path}: {expert.config_problem or 'config.json lacks the number of heads'}",
-            needs="the config.json of the model",
-            fix="run ascendit repack with --base MODEL, or copy config.json next to the weights",
-            code="E-CKP-06",
-        )
+    config = model_config(expert)
     warn_about_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
-        model = WanTransformer(WanConfig.from_dict(expert.config), ops)
+        model = WanTransformer(config, ops)
     with RowReader() as reader:
         layers = applied_layers(applied) if applied else stored_layers(expert, reader)
         schemes = {name: layer.scheme for name, layer in layers.items()}
@@ -88,6 +81,13 @@ def load_expert(
         expert.name, str(dtype)[6:], f" and {used} layers" if used else "", device, nbytes(model) / 2**30,
     )  # fmt: skip
     return model.eval()
+
+
+def default_dtype(specs: Iterable[TensorSpec], device: str) -> torch.dtype:
+    """On a CPU, the dtype of most bytes of `specs`; on other devices, bfloat16."""
+    name = common_dtype((spec.dtype, spec.nbytes) for spec in specs) if device == "cpu" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:

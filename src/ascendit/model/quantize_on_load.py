@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ascendit.checkpoint.component import read_json
-from ascendit.checkpoint.layout import RECORD_FILE, Layout
+from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.layout_check import stored_schedule
 from ascendit.checkpoint.transformer import Expert
+from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
+from ascendit.quant.schemes import scheme_after_reading
 from ascendit.schedule import StepSchedule
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, check_source
 from ascendit.weights.engine_formats import model_kind
@@ -72,6 +74,18 @@ def schemes_in(experts: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[st
     }
 
 
+def quantized_layers(expert: Expert, applied: AppliedRecipe | None) -> Iterator[QuantizedLayer]:
+    """The quantized layers of one expert, by the applied recipe or as stored after reading."""
+    if applied is not None:
+        for name, chosen in applied.quantized.items():
+            n, k = applied.weight(name).shape
+            yield QuantizedLayer(name, chosen.scheme, (n, k))
+        return
+    for name, layer in expert.layers.items():
+        if (scheme := scheme_after_reading(layer.scheme)) != "bf16":
+            yield QuantizedLayer(name, scheme, layer.shape)
+
+
 def policy_for(
     requested: str | None,
     online: Online | None,
@@ -87,10 +101,7 @@ def policy_for(
     elif online is not None:
         policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:
-        record = layout.root / RECORD_FILE
-        recipe = read_json(record).get("recipe") if record.is_file() else None
-        text = recipe.get("step_policy") if isinstance(recipe, dict) else None
-        policy = StepSchedule.parse(text) if isinstance(text, str) and text else StepSchedule()
+        policy = stored_schedule(layout)
     if policy != StepSchedule():
         policy.check_schemes(schemes_in(experts), floats=all(applied for _, applied in experts))
         log.info("step policy %s", policy)

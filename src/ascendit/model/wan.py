@@ -35,6 +35,7 @@ from ascendit.model.state import (
     Timesteps,
     rope_table,
 )
+from ascendit.names import FLOAT32_PARTS
 from ascendit.ops.operators import Ops
 
 
@@ -158,8 +159,7 @@ class ConditionEmbedder(nn.Module):
 class WanTransformer(nn.Module):
     """Predicts the velocity of the latents. Built on the meta device and filled by `model/loader.py`."""
 
-    KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-    """Always stored in float32, like Diffusers' `_keep_in_fp32_modules`."""
+    KEEP_FP32 = FLOAT32_PARTS
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()

@@ -71,6 +71,12 @@ def memory_bytes(device: Device) -> int:
     return pages * 4096
 
 
+def free_bytes(device: Device) -> int | None:
+    """Free memory of an open accelerator; None if its library does not report it."""
+    mem_get_info = getattr(_api(device), "mem_get_info", None)
+    return None if mem_get_info is None else int(mem_get_info(device.index)[0])
+
+
 def to_dtype(device: Device, dtype: str | torch.dtype | None) -> torch.dtype | None:
     """The torch dtype of the denoiser; None for the stored dtype.
 

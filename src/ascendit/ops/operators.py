@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ascendit.device.device import Device, parse_device
+from ascendit.device.limits import check_attention, check_rules, parse_rules
 from ascendit.errors import UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import (
@@ -35,7 +36,7 @@ from ascendit.kernels.kernel import (
     Wish,
 )
 from ascendit.mx.codec import Encoded
-from ascendit.mx.formats import lookup, resolve_rule
+from ascendit.mx.formats import lookup
 from ascendit.ops.open_device import open_device
 from ascendit.ops.select import kernels_of, select
 from ascendit.quant.schemes import scheme_of
@@ -89,12 +90,7 @@ class Schemes:
         schemes = set(used) - {"bf16"}
         for scheme in sorted(schemes):
             self.kernel(scheme)
-        if unused := sorted(self.rules.keys() - schemes):
-            raise UsageError(
-                f"activation_rule for {', '.join(unused)}, which no layer uses",
-                needs=f"rules for {', '.join(sorted(schemes)) or 'a quantized model'}",
-                fix="omit it, or name a scheme of the model",
-            )
+        check_rules(self.rules, schemes)
 
     def prepare_weight(
         self,
@@ -162,25 +158,6 @@ def to_emulate(value: object) -> Emulate | None:
     if mode is not None and mode not in modes:
         raise UsageError(f"emulate={value}", needs=" or ".join(modes), fix=f"--emulate {modes[0]}")
     return mode
-
-
-def parse_rules(text: str | None) -> dict[str, str]:
-    """Parse `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule.
-
-    Raises UsageError (E-USE-01) for an unknown scheme or rule.
-    """
-    rules = {}
-    if text is not None and not isinstance(text, str):
-        raise UsageError(
-            f"activation_rule {text!r}",
-            needs="text such as mxfp8=floor,mxfp4=max:7",
-            fix="omit it for the defaults",
-        )
-    for item in text.split(",") if text else ():
-        name, _, rule = item.partition("=")
-        scheme = scheme_of(name.strip())
-        rules[scheme.name] = resolve_rule(lookup(scheme.activation), rule.strip() or "?")
-    return rules
 
 
 # ---- all operators ------------------------------------------------------------------------------
@@ -254,12 +231,7 @@ def bind(
             fix="--set ops=reference",
         )
     device = _device(device)
-    if attention is not None and (force or not device.has_attention_kernels):
-        raise UsageError(
-            f"attention={attention} with {'ops=reference' if force else f'device {device}'}",
-            needs="an NPU or a twin, whose kernels it names",
-            fix="omit attention",
-        )
+    check_attention(device, attention, reference=bool(force))
     wish = _wish(device, force, to_emulate(emulate), fast_layernorm, attention)
     chosen = {name: select(name, device, wish) for name in OPERATOR_NAMES}
     for reason in dict.fromkeys(k.reason for k in chosen.values()):

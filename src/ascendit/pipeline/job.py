@@ -9,27 +9,32 @@ torch is imported only when a pipeline is built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 from ascendit import geometry
+from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.transformer import read_expert
-from ascendit.device.device import parse_device
+from ascendit.checkpoint.reader import common_dtype
+from ascendit.device.device import Device, parse_device
+from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import is_out_of_memory, out_of_memory
-from ascendit.family import VaeConfig, WanConfig
-from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
-from ascendit.pipeline.defaults import defaults_for
+from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
+from ascendit.pipeline.estimate import Estimate, estimate_run, size_warning, work_of
+from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
 from ascendit.pipeline.request import GenerateRequest, image_of, resolve
 from ascendit.progress import OnProgress, Progress
+from ascendit.schedule import StepSchedule
 
 if TYPE_CHECKING:
+    from ascendit.checkpoint.transformer import Expert
     from ascendit.pipeline.generate import Pipeline, Stop
     from ascendit.pipeline.video import Video
+    from ascendit.weights.applied_recipe import AppliedRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,38 +55,75 @@ class Prepared:
     @property
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
-        request, vae = self.request, VaeConfig.from_dict(self.model.layout.part("vae").config)
-        strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
-        latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
-        patch_size = self.model.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
-        return geometry.num_tokens(geometry.patch_grid(latents, patch_size))
+        return work_of(self.model, self.request).tokens
+
+    @property
+    def size_warning(self) -> str:
+        """A text if the video has far more pixels than the largest published one, else ""."""
+        return size_warning(self.model.defaults, self.request, work_of(self.model, self.request))
+
+    @property
+    def estimate(self) -> Estimate:
+        """Work and memory of the run."""
+        return estimate_run(self.model, self.request)
 
 
 def prepare_model(options: LoadOptions) -> PreparedModel:
-    """Read configs and headers, and check that the model can be loaded with `options`.
+    """Read configs and headers, and check that the model can be loaded with `options` on this machine.
 
-    Raises UsageError for options that do not fit the model or each other, CheckpointError for a damaged
-    folder, EnvironmentProblem (E-CAP-01) for a scheme without a matmul on the chip.
+    torch is imported only to look for a CUDA device or an NPU. Raises UsageError for options that do not fit
+    the model or each other, CheckpointError for a damaged folder, EnvironmentProblem: E-CAP-01 for a scheme
+    without a matmul on the chip, E-ENV-03 for a device that this machine does not have.
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
-    layout.require_pipeline()
+    checked, defaults = require_model(layout)
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
-    headers = [read_expert(part) for part in layout.experts]
-    experts = tuple((expert, online.apply(expert) if online else None) for expert in headers)
+    experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
-    if options.emulate is None and options.ops is None:
-        device.check_schemes(schemes_in(experts))
+    shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
+    dtype, vae_dtype = device.dtype_name(options.dtype), device.dtype_name(options.vae_dtype or "float32")
     return PreparedModel(
         options=options,
         layout=layout,
-        defaults=defaults_for(layout),
-        device=device,
-        dtype=device.dtype_name(options.dtype),
-        vae_dtype=device.dtype_name(options.vae_dtype or "float32") or "",
+        defaults=defaults,
+        device=_checked_device(device, options, dtype, experts, schedule),
+        dtype=dtype,
+        part_dtypes={
+            name: str(vae_dtype)
+            if name == "vae"
+            else common_dtype((info.dtype, info.nbytes) for info in x.tensors.values())
+            for name, x in shards.items()
+            if name not in EXPERTS
+        },
+        shards=shards,
         experts=experts,
         schedule=schedule,
     )
+
+
+def _checked_device(
+    device: Device,
+    options: LoadOptions,
+    dtype: str | None,
+    experts: Sequence[tuple[Expert, AppliedRecipe | None]],
+    schedule: StepSchedule,
+) -> Device:
+    """The device, open if it is an accelerator, after all checks of its operators."""
+    schemes = schemes_in(experts) | ({"w4a8"} & schedule.precisions)
+    rules = parse_rules(options.activation_rule)
+    check_attention(device, options.attention, reference=options.ops is not None)
+    check_rules(rules, schemes)
+    if device.kind in ("cuda", "npu"):
+        from ascendit.pipeline.load import open_accelerator
+
+        device = open_accelerator(device, options)
+    if options.ops is None:
+        if options.emulate is None:
+            device.check_schemes(schemes)
+        layers = (layer for expert, applied in experts for layer in quantized_layers(expert, applied))
+        check_layers(device, layers, dtype=dtype, rules=rules, w4a8="w4a8" in schedule.precisions)
+    return device
 
 
 def prepare(

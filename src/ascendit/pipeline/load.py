@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ascendit.device.device import Device
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import schemes_in
 from ascendit.ops.open_device import memory_bytes, open_device
-from ascendit.ops.operators import bind
+from ascendit.ops.operators import Ops, bind
 from ascendit.pipeline.generate import Pipeline
-from ascendit.pipeline.options import PreparedModel
+from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.progress import OnProgress, Progress
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
@@ -24,15 +25,7 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
     """
     options, layout, experts, schedule = model.options, model.layout, model.experts, model.schedule
     device = open_device(model.device)
-    ops = bind(
-        device,
-        options.ops,
-        fast_layernorm=options.fast_layernorm,
-        emulate=options.emulate,
-        activation_rule=options.activation_rule,
-        attention=options.attention,
-        nz=options.nz,
-    )
+    ops = bind_options(device, options)
     ops.quantized.check(schemes_in(experts) | ({"w4a8"} & schedule.precisions))
     total = 3 + len(experts)
     torch_name = device.torch_name
@@ -42,13 +35,15 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
         report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(device)))
 
     done(0)
-    text = TextEncoder(layout, device=torch_name, text_on=options.text_on)
+    dtypes = {name: getattr(torch, dtype) for name, dtype in model.part_dtypes.items()}
+    text = TextEncoder(layout, device=torch_name, text_on=options.text_on, dtype=dtypes["text_encoder"])
     done(1)
-    vae = VideoCoder(layout, device=torch_name, dtype=getattr(torch, model.vae_dtype))
+    vae = VideoCoder(layout, device=torch_name, dtype=dtypes["vae"])
     done(2)
-    needs_clip = layout.experts[0].config.get("image_dim") is not None
-    gelu = None if device.exact_gelu else ops.gelu
-    clip = ImageEncoder(layout, device=torch_name, gelu=gelu) if needs_clip else None
+    clip = None
+    if model.needs_image_encoder:
+        gelu = None if device.exact_gelu else ops.gelu
+        clip = ImageEncoder(layout, device=torch_name, gelu=gelu, dtype=dtypes["image_encoder"])
     done(3)
     dtype = None if model.dtype is None else getattr(torch, model.dtype)
     floats = "bf16" in schedule.precisions
@@ -56,6 +51,8 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
     for expert, applied in experts:
         models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
         done(3 + len(models))
+    for shards in model.shards.values():  # the libraries read their files themselves
+        shards.check_unchanged()
     return Pipeline(
         layout=layout,
         defaults=model.defaults,
@@ -70,3 +67,24 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
         policy=schedule,
         loaded=options.record,
     )
+
+
+def bind_options(device: Device, options: LoadOptions) -> Ops:
+    """The operators that `options` choose on an open device. Raises the errors of `bind`."""
+    return bind(
+        device,
+        options.ops,
+        fast_layernorm=options.fast_layernorm,
+        emulate=options.emulate,
+        activation_rule=options.activation_rule,
+        attention=options.attention,
+        nz=options.nz,
+    )
+
+
+def open_accelerator(device: Device, options: LoadOptions) -> Device:
+    """Open a CUDA device or an NPU. Raises the errors of `open_device`, and on an NPU those of `bind`."""
+    device = open_device(device)
+    if device.kind == "npu":
+        bind_options(device, options)
+    return device

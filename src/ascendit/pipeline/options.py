@@ -25,6 +25,7 @@ from ascendit.validation import Checked
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
+    from ascendit.checkpoint.reader import Shards
     from ascendit.checkpoint.transformer import Expert
     from ascendit.pipeline.defaults import Defaults
     from ascendit.weights.applied_recipe import AppliedRecipe
@@ -211,10 +212,18 @@ class PreparedModel:
     """Parsed from its name, not opened."""
     dtype: str | None
     """dtype of the denoiser; None: as stored."""
-    vae_dtype: str
+    part_dtypes: Mapping[str, str]
+    """dtype of the VAE and of the text and image encoders."""
+    shards: Mapping[str, Shards]
+    """The headers of each part with weights."""
     experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
     """Each expert with the recipe that quantizes it while loading, or None."""
     schedule: StepSchedule
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        """Whether the transformer takes CLIP tokens of an image (Wan2.1 I2V)."""
+        return self.layout.experts[0].config.get("image_dim") is not None
 
 
 def _rows(kind: type[Row]) -> dict[str, Row]:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.part_check import library_config, library_refusal
+from ascendit.checkpoint.part_configs import TextEncoderConfig
+from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part, load_processor
 
 log = logging.getLogger("ascendit")
@@ -28,18 +31,29 @@ class TextEncoder:
     """UMT5: prompts to embeddings [1, max_sequence_length, text_dim], zero after the last token.
 
     `text_on`: `cpu` keeps the model in host memory (T5_LOAD_CPU=1), `device` on the device of the denoiser,
-    `drop` loads it for each new prompt and frees it.
+    `drop` loads it for each new prompt and frees it. `dtype`: None for the stored dtype.
     """
 
-    def __init__(self, layout: Layout, *, device: str, text_on: Literal["cpu", "device", "drop"]) -> None:
-        self.part, self.text_on = layout.part("text_encoder"), text_on
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        device: str,
+        text_on: Literal["cpu", "device", "drop"],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = library_config(layout.part("text_encoder"))
+        assert isinstance(config, TextEncoderConfig)
+        self.num_embeddings = config.vocab_size
+        self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
+        self.tokenizer_path = layout.part("tokenizer").path
         self.model = None if text_on == "drop" else self._load()
         self._cache: dict[tuple[str, int], Tensor] = {}
 
     def _load(self) -> Any:
-        return load_library_part(self.part).to(self.device)
+        return load_library_part(self.part, dtype=self.dtype).to(self.device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
@@ -59,37 +73,63 @@ class TextEncoder:
         return embeddings
 
     def _encode_one(self, model: Any, prompt: str, length: int) -> Tensor:
-        tokens = self.tokenizer(
-            [prompt],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        mask = tokens.attention_mask
+        ids, mask = self._tokenize(prompt, length)
         used = int(mask.sum())
         if used == length:
             log.warning("the prompt fills all %d tokens; any text beyond them is ignored", length)
-        hidden = model(tokens.input_ids.to(self.device), mask.to(self.device)).last_hidden_state
+        hidden = model(ids.to(self.device), mask.to(self.device)).last_hidden_state
         hidden[:, used:] = 0
         return hidden  # type: ignore[no-any-return]
+
+    def _tokenize(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+        """(token numbers, attention mask), int64 [1, length], of a prompt.
+
+        Raises CheckpointError: E-CKP-06 if the tokenizer fails, E-CKP-07 for a token without an embedding.
+        """
+        try:
+            tokens = self.tokenizer(
+                [prompt],
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        except BaseException as e:
+            raise library_refusal(self.tokenizer_path, e) from e
+        largest, count = int(ids.max()), self.num_embeddings
+        if largest >= count:
+            raise CheckpointError(
+                f"{self.tokenizer_path} has a token of number {largest}, {self.part.path} {count} embeddings",
+                needs="tokenizer and text encoder of one model",
+                fix="download tokenizer and text_encoder again, both from the same revision of the model",
+                code="E-CKP-07",
+            )
+        return ids, mask
 
 
 class ImageEncoder:
     """CLIP image encoder (Wan2.1 I2V): an image to the hidden states of the second-to-last layer.
 
-    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu.
+    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu. `dtype`: None for the stored
+    dtype.
     """
 
     def __init__(
-        self, layout: Layout, *, device: str, gelu: Callable[[Tensor], Tensor] | None = None
+        self,
+        layout: Layout,
+        *,
+        device: str,
+        gelu: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         from transformers.activations import GELUActivation
 
         self.processor = load_processor(layout.part("image_processor"))
-        self.model, self.device = load_library_part(layout.part("image_encoder")).to(device), device
+        model = load_library_part(layout.part("image_encoder"), dtype=dtype)
+        self.model, self.device = model.to(device), device
         if gelu is not None:
             for module in self.model.modules():
                 if type(module) is GELUActivation:

@@ -127,12 +127,12 @@ def test_int8_in_tiles_is_padded_only_if_the_chip_needs_it(chip, n, k):
 
 
 def test_int8_in_tiles_supports_only_bfloat16():
-    with pytest.raises(UsageError, match="an activation in torch.float16 for int8_block"):
+    with pytest.raises(UsageError, match="an activation in float16 for int8_block"):
         bind("twin:a5").quantized.quantize_activation(torch.randn(4, 64).half(), "int8_block")
 
 
 def test_float32_activations_are_refused():
-    with pytest.raises(UsageError, match="an activation in torch.float32 for int8") as e:
+    with pytest.raises(UsageError, match="an activation in float32 for int8") as e:
         bind("twin:a5").quantized.quantize_activation(torch.randn(4, 64), "int8")
     assert e.value.fix == "--set dtype=bfloat16"
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.device.device import Device
+from ascendit.device.limits import check_dtype, check_rule, check_w4a8, check_weight
 from ascendit.device.operator_support import capability
-from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.errors import EnvironmentProblem
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
 from ascendit.kernels.reference import INT8_TILE
 from ascendit.mx import layouts
@@ -34,11 +35,8 @@ from ascendit.quant.schemes import scheme_of
 from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 from ascendit.twin.nz import FRACTAL_NZ, ND
 
-ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 NZ_SCHEMES = ("int8", "mxfp8", "mxfp4")
 """Schemes that may use FRACTAL_NZ. mxfp4_dualscale always does; for fp8 it is not documented."""
-W4A8_K = 8
-"""K of w4a8 must be a multiple of this."""
 
 
 # ---- weights ------------------------------------------------------------------------------------
@@ -59,7 +57,7 @@ def prepare_weight(
     cast fails.
     """
     scheme = encoded.format
-    _check_shape(scheme, *encoded.shape)
+    check_weight(scheme, *encoded.shape)
     qdata = encoded.qdata.to(device)
     qdata = qdata.view(getattr(torch, lookup(scheme).qdata_dtype))
     scale, dual = _scales(encoded)
@@ -102,17 +100,6 @@ def _scales(encoded: Encoded) -> tuple[Tensor, Tensor | None]:
     return layouts.to_pairs(encoded.scale), dual
 
 
-def _check_shape(scheme: str, n: int, k: int) -> None:
-    """FP4 matmuls read two elements per byte along K. A partial last block of 32 is supported."""
-    if lookup(scheme).packed and (k % 2 or k <= 2 or n < 2):
-        raise UsageError(
-            f"a weight of N = {n} and K = {k} in {scheme}",
-            needs="an even K above 2 and N above 1 for the FP4 matmuls of an NPU",
-            fix="exclude this layer with --keep PATTERN, or use a recipe with mxfp8 for it",
-            code="E-QNT-01",
-        )
-
-
 def _to_nz(qdata: Tensor, internal_format: Callable[[], AbstractContextManager[Any]]) -> Tensor:
     """Cast to FRACTAL_NZ. Packed FP4 is cast as int8: a cast of uint8 would block it as 8-bit elements."""
     options: dict[str, Any] = {}
@@ -142,19 +129,10 @@ def quantize_activation(
     Raises UsageError: E-QNT-01 for a K that W4A8 does not support, E-USE-01 for another dtype or scale rule.
     """
     resolved = scheme_of(scheme)
-    if scheme == "w4a8" and x.shape[-1] % W4A8_K:
-        raise UsageError(
-            f"K = {x.shape[-1]} in w4a8",
-            needs=f"a multiple of {W4A8_K} for the W4A8 matmul of an NPU",
-            fix="use --step-policy default:w4a4, or exclude this layer with --keep PATTERN",
-            code="E-QNT-01",
-        )
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise UsageError(
-            f"an activation in {x.dtype} for {scheme}",
-            needs="bfloat16 or float16, which the quantizers of an NPU take",
-            fix="--set dtype=bfloat16",
-        )
+    if scheme == "w4a8":
+        check_w4a8(x.shape[-1])
+    check_dtype(scheme, str(x.dtype).removeprefix("torch."))
+    check_rule(scheme, rule or resolved.rule)
     quantized = QUANTIZERS[resolved.activation](_smoothed(x, mul_scale), rule or resolved.rule)
     return Activation(resolved, tuple(x.shape[:-1]), x.shape[-1], x.dtype, *quantized)
 
@@ -166,7 +144,6 @@ def _smoothed(x: Tensor, mul_scale: Tensor | None) -> Tensor:
 
 
 def _per_token(rows: Tensor, rule: str, **options: Any) -> tuple[Tensor, ...]:
-    _check_rule("amax", rule)
     qdata, scale = torch.ops.npu.npu_dynamic_quant(rows, **options)
     return qdata, scale
 
@@ -179,7 +156,6 @@ def _mx(rows: Tensor, rule: str, dst_type: int) -> tuple[Tensor, ...]:
 
 
 def _dual(rows: Tensor, rule: str) -> tuple[Tensor, ...]:
-    _check_rule("floor", rule)
     qdata, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(rows)
     return qdata, level1, level0
 
@@ -194,30 +170,10 @@ QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
 
 
 def scale_algorithm(rule: str, dst_type: int) -> dict[str, Any]:
-    """Arguments of npu_dynamic_mx_quant for a scale rule of `mx.formats`.
-
-    Raises UsageError (E-USE-01) for a rule that the operator does not support.
-    """
-    if rule == "floor":
-        return {"scale_alg": 0}
-    if rule == "ceil" and dst_type == FP8_E4M3:
-        return {"scale_alg": 1}
+    """Arguments of npu_dynamic_mx_quant for a scale rule that `device.limits` allows."""
     if rule.startswith("max:") and dst_type == FP4_E2M1:
         return {"scale_alg": 2, "dst_type_max": float(rule.removeprefix("max:"))}
-    raise _unsupported_rule(rule, "floor, ceil" if dst_type == FP8_E4M3 else "floor, max:<6 to 12>")
-
-
-def _check_rule(supported: str, rule: str) -> None:
-    if rule != supported:
-        raise _unsupported_rule(rule, supported)
-
-
-def _unsupported_rule(rule: str, supported: str) -> UsageError:
-    return UsageError(
-        f"scale rule {rule!r} for an activation on an NPU",
-        needs=supported,
-        fix="omit the rule",
-    )
+    return {"scale_alg": {"floor": 0, "ceil": 1}[rule]}
 
 
 # ---- matmuls ------------------------------------------------------------------------------------
@@ -353,13 +309,8 @@ class TileMatmul:
         Raises UsageError (E-USE-01) for any other dtype than bfloat16, or any other scale rule.
         """
         resolved = scheme_of(scheme)
-        _check_rule(resolved.rule, rule or resolved.rule)
-        if x.dtype != torch.bfloat16:
-            raise UsageError(
-                f"an activation in {x.dtype} for {scheme}",
-                needs="bfloat16, the output dtype of this matmul of an NPU",
-                fix="--set dtype=bfloat16",
-            )
+        check_dtype(scheme, str(x.dtype).removeprefix("torch."))
+        check_rule(scheme, rule or resolved.rule)
         rows = _smoothed(x, mul_scale)
         (m, k), columns = rows.shape, _padded_size(x.shape[-1], self.multiples[1])
         if self.has_quantizer:

@@ -1,0 +1,156 @@
+"""Size of a run before it starts: FLOPs of the denoiser, and memory of the weights.
+
+    estimate = estimate_run(prepared.model, prepared.request)
+    estimate.work.flops, estimate.memory.weights_bytes, estimate.warnings
+
+Text encoder and VAE are not counted in the FLOPs. Does not import torch for a device on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ascendit import geometry
+from ascendit.checkpoint.transformer import model_config
+from ascendit.family import VaeConfig
+from ascendit.pipeline.defaults import Defaults
+from ascendit.pipeline.memory import Memory, memory_of
+from ascendit.pipeline.options import PreparedModel
+from ascendit.pipeline.request import GenerateRequest
+from ascendit.report import human_bytes
+
+MAX_RATIO = 1.5
+"""A warning from this many times the pixels of the largest published video."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The denoiser's work for one video."""
+
+    tokens: int
+    """Tokens of the video in one forward pass."""
+    passes: int
+    """Forward passes in all steps, at most: a guidance of 1 in one of two experts saves some."""
+    flops_per_step: int
+    """Of the largest step."""
+    flops: int
+    """Of all steps, and of text and image in the first step of each expert."""
+    attention_flops: int
+    """The part of `flops` that is attention of the video's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Work and memory of a run."""
+
+    work: Work
+    memory: Memory
+    video_bytes: int
+    """Bytes of the decoded frames, float32, on the device of the VAE."""
+    size_warning: str = ""
+    """Set if the video is far larger than those that the model was made for."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Texts about too little memory and about the size."""
+        memory, texts = self.memory, []
+        for device, free in memory.available.items():
+            video = self.video_bytes if device == memory.main else 0
+            weights = memory.bytes_on(device)
+            if free is None or weights + video <= free:
+                continue
+            parts = f"{human_bytes(weights)} of weights"
+            if weights <= free:
+                parts += f" and {human_bytes(video)} of decoded frames"
+            texts.append(f"{parts} do not fit into the {human_bytes(free)} of memory that {device} has free")
+        return (*texts, *filter(None, [self.size_warning]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        memory = self.memory
+        devices = {
+            device: {"weights_bytes": memory.bytes_on(device), "available_bytes": free}
+            for device, free in memory.available.items()
+        }
+        return {
+            "work": asdict(self.work),
+            "memory": {
+                "weights_bytes": memory.weights_bytes,
+                "parts": {name: asdict(part) for name, part in memory.parts.items()},
+                "video_bytes": self.video_bytes,
+                "available_bytes": memory.available[memory.main],
+                "devices": devices,
+                "fits": not memory.too_small,
+            },
+            "warnings": list(self.warnings),
+        }
+
+
+def estimate_run(model: PreparedModel, request: GenerateRequest) -> Estimate:
+    """Work and memory of one checked request."""
+    work = work_of(model, request)
+    return Estimate(
+        work=work,
+        memory=memory_of(model),
+        video_bytes=12 * request.num_frames * request.height * request.width,
+        size_warning=size_warning(model.defaults, request, work),
+    )
+
+
+def work_of(model: PreparedModel, request: GenerateRequest) -> Work:
+    """FLOPs of the denoiser, as `torch.utils.flop_counter` counts those of plain PyTorch."""
+    config = model_config(model.experts[0][0])
+    vae = VaeConfig.from_dict(model.layout.part("vae").config)
+    strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
+    latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
+    tokens = geometry.num_tokens(geometry.patch_grid(latents, config.patch_size))
+    image_tokens = _clip_tokens(model) if request.image else 0
+    flops = geometry.transformer_flops(config, tokens, request.max_sequence_length, image_tokens)
+    branches = 2 if request.do_classifier_free_guidance else 1
+    steps = request.num_inference_steps
+    # TI2V: the frame of the image has a timestep of its own.
+    rows = 2 if model.defaults.task == "ti2v" and request.image and latents[0] > 1 else 1
+    step = branches * flops.forward + rows * flops.modulation
+    starts = min(len(model.experts), steps)
+    return Work(
+        tokens=tokens,
+        passes=branches * steps,
+        flops_per_step=step,
+        flops=steps * step + starts * branches * flops.context,
+        attention_flops=steps * branches * flops.attention,
+    )
+
+
+def _clip_tokens(model: PreparedModel) -> int:
+    """Tokens of CLIP's image encoder: its patches and one for the class."""
+    if not model.needs_image_encoder:
+        return 0
+    config = model.layout.part("image_encoder").config
+    config = config.get("vision_config") or config
+    return (int(config.get("image_size", 224)) // int(config.get("patch_size", 32))) ** 2 + 1
+
+
+def size_warning(defaults: Defaults, request: GenerateRequest, work: Work) -> str:
+    """A text if the video has far more pixels than the largest published one, else ""."""
+    sizes = defaults.spec.sizes if defaults.spec else ((defaults.width, defaults.height),)
+    width, height = max(sizes, key=math.prod)
+    ratio = request.width * request.height * request.num_frames / (width * height * defaults.num_frames)
+    if ratio < MAX_RATIO:
+        return ""
+    size = "published" if defaults.spec else "default"
+    return (
+        f"{request.width}x{request.height} with {request.num_frames} frames has "
+        f"{ratio:,.{0 if ratio >= 100 else 1}f} times the pixels of the largest {size} size of "
+        f"{defaults.model}, {width}x{height} with {defaults.num_frames} frames; attention alone is "
+        f"{human_flops(work.attention_flops)}"
+    )
+
+
+def human_flops(flops: int) -> str:
+    """FLOPs as text: `3.21 PFLOP`, `854 TFLOP`, `12.0 GFLOP`."""
+    units = ((10**18, "E"), (10**15, "P"), (10**12, "T"), (10**9, "G"))
+    unit, prefix = next((unit for unit in units if flops >= unit[0]), (10**6, "M"))
+    value = flops / unit
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {prefix}FLOP"
