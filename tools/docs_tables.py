@@ -22,8 +22,9 @@ from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
 from ascendit.errors import ERROR_CODES, AscenditError
-from ascendit.family import SPECS, Size, WanSpec
+from ascendit.family import PRESETS, SPECS, Preset, ScheduleName, Size, Solver, WanSpec
 from ascendit.names import ROLES
+from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
 
@@ -85,6 +86,55 @@ def shapes_table() -> str:
             (s.name, s.num_experts, s.dim, s.num_layers, f"{s.in_channels} / {s.out_channels}")
             + (", ".join(map(size_text, s.sizes)), s.size_multiple)
             for s in SPECS.values()
+        ),
+    )
+
+
+def negative_table() -> str:
+    models: dict[str, list[str]] = {}
+    for spec in SPECS.values():
+        models.setdefault(spec.negative_prompt, []).append(spec.name)
+    return table(("models", "negative prompt"), ((", ".join(n), text or "-") for text, n in models.items()))
+
+
+def timesteps_text(schedule: Schedule) -> str:
+    return ", ".join(f"{t:.5g}" for t in schedule.timesteps)
+
+
+def presets_table() -> str:
+    def row(p: Preset) -> tuple[object, ...]:
+        schedule = make_schedule(p.solver, len(p.timesteps), p.flow_shift, p.timesteps)
+        flags = f"`{p.solver}`, {p.flow_shift:g}", timesteps_text(schedule)
+        return f"`{p.name}`", p.weights, ", ".join(p.models), *flags
+
+    head = ("preset", "weights", "models", "solver, shift", "timesteps")
+    return table(head, (row(p) for p in PRESETS.values()))
+
+
+def schedules_table() -> str:
+    """Diffusers' schedule and the official one of each solver; differences at 40 steps and shift 5."""
+
+    def row(solver: Solver, rule: ScheduleName, same: str) -> tuple[object, ...]:
+        four, forty = (make_schedule(solver, steps, 5.0, None, rule) for steps in (4, 40))
+        other = make_schedule(solver, 40, 5.0)
+        apart = max(abs(a - b) for a, b in zip(forty.timesteps, other.timesteps, strict=True))
+        ends = f"{forty.sigmas[0]:.6f}, {forty.sigmas[-2]:.4f}"
+        return f"`{solver}`", f"`{rule}`", same, timesteps_text(four), ends, f"{apart:.3g}"
+
+    official, lightning = "Wan's generate.py", "Wan2.2-Lightning"
+    rows: list[tuple[Solver, str, str]] = [
+        ("unipc", "UniPCMultistepScheduler", official),
+        ("dpm++", "DPMSolverMultistepScheduler", official),
+        ("euler", "FlowMatchEulerDiscreteScheduler", lightning),
+        ("renoise", "the same, `stochastic_sampling`", lightning),
+    ]
+    head = ("solver", "schedule", "equal to", "4 steps", "first and last noise level of 40", "difference")
+    return table(
+        head,
+        (
+            cells
+            for solver, diffusers, theirs in rows
+            for cells in (row(solver, "diffusers", diffusers), row(solver, "official", theirs))
         ),
     )
 
@@ -266,7 +316,7 @@ def command(name: str) -> Any:
     return group.get_command(None, name) if name else group
 
 
-def flags_table(name: str) -> str:
+def flags_table(name: str, *, hidden: bool = False) -> str:
     def row(param: Any) -> tuple[str, str]:
         names = ", ".join(f"`{opt}`" for opt in param.opts)
         value = f" `{param.metavar}`" if param.metavar else ""
@@ -275,7 +325,7 @@ def flags_table(name: str) -> str:
 
     params = command(name).params
     return table(
-        ("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and not p.hidden)
+        ("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and p.hidden == hidden)
     )
 
 
@@ -410,6 +460,9 @@ def world_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "defaults": defaults_table,
     "shapes": shapes_table,
+    "negative": negative_table,
+    "presets": presets_table,
+    "schedules": schedules_table,
     "schemes": schemes_table,
     "chips": chips_table,
     "engines": engines_table,
@@ -423,6 +476,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "flags": lambda: flags_table(""),
     "flags-generate": lambda: flags_table("generate"),
+    "more-flags-generate": lambda: flags_table("generate", hidden=True),
     "flags-quantize": lambda: flags_table("quantize"),
     "flags-repack": lambda: flags_table("repack"),
     "flags-inspect": lambda: flags_table("inspect"),

@@ -1,7 +1,8 @@
 """The Wan family as data, one row per model, and the configs of transformer and VAE.
 
 Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1; Diffusers'
-WanTransformer3DModel. Does not import torch.
+WanTransformer3DModel; for presets, the configs of ModelTC/Wan2.2-Lightning, ModelTC/LightX2V, FastVideo and
+CausVid. Does not import torch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,22 @@ from typing import Any, Literal
 from ascendit.errors import CheckpointError
 
 Task = Literal["t2v", "i2v", "ti2v"]
+LastFrame = Literal["refused", "optional", "required"]
+"""Whether an image-to-video model takes a last image: Wan2.2 may, FLF2V (first and last frame) has to."""
 Size = tuple[int, int]
 """(width, height) in pixels, as in `832x480`."""
+Solver = Literal["unipc", "dpm++", "euler", "renoise"]
+ScheduleName = Literal["diffusers", "official"]
+"""Whose timesteps: those of Diffusers' scheduler, or of the authors' own code."""
+
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""`sample_neg_prompt` of `wan/configs/shared_config.py`, equal in Wan2.1 and Wan2.2."""
+_NO_SHAKE = "镜头晃动，" + NEGATIVE_PROMPT
+"""Wan2.1 I2V: "shaking camera" and the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +58,11 @@ class WanSpec:
     """Guidance scale of the low-noise expert."""
     boundary_ratio: float | None = None
     """Timestep / 1000 below which the low-noise expert runs."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    """Used by the authors' `generate.py` if the caller has none."""
     image_cross_attention: bool = False
     """Wan2.1 I2V: CLIP image tokens in the cross-attention."""
+    last_frame: LastFrame = "refused"
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +97,7 @@ SPECS: dict[str, WanSpec] = {
         WanSpec(
             name="Wan2.2-I2V-A14B",
             task="i2v",
+            last_frame="optional",
             num_experts=2,
             in_channels=36,
             sizes=_P720 + _P480,
@@ -119,6 +138,7 @@ SPECS: dict[str, WanSpec] = {
             sizes=_P480,
             num_inference_steps=40,
             flow_shift=3.0,
+            negative_prompt=_NO_SHAKE,
             image_cross_attention=True,
         ),
         WanSpec(
@@ -128,6 +148,16 @@ SPECS: dict[str, WanSpec] = {
             sizes=_P720 + _P480,
             num_inference_steps=40,
             flow_shift_by_size=_I2V_480_SHIFT,
+            negative_prompt=_NO_SHAKE,
+            image_cross_attention=True,
+        ),
+        WanSpec(
+            name="Wan2.1-FLF2V-14B-720P",
+            task="i2v",
+            last_frame="required",
+            in_channels=36,
+            sizes=_P720 + _P480,
+            flow_shift=16.0,
             image_cross_attention=True,
         ),
         WanSpec(
@@ -146,9 +176,85 @@ SPECS: dict[str, WanSpec] = {
             boundary_ratio=0.875,
             guidance_scale=2.0,
             guidance_scale_2=1.5,
+            negative_prompt="",
         ),
     )
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings of distilled weights that need few steps: they replace the defaults of a row."""
+
+    name: str
+    weights: str
+    """The weights that it is for, and their authors."""
+    models: tuple[str, ...]
+    """Names of the rows that have such weights."""
+    timesteps: tuple[float, ...]
+    """Positions in the unshifted schedule, as in a request."""
+    flow_shift: float
+    solver: Solver = "euler"
+    guidance_scale: float = 1.0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a request that it sets."""
+        return {
+            "timesteps": self.timesteps,
+            "num_inference_steps": len(self.timesteps),
+            "flow_shift": self.flow_shift,
+            "solver": self.solver,
+            "schedule": "official",
+            "guidance_scale": self.guidance_scale,
+        }
+
+
+_FOUR = (1000.0, 750.0, 500.0, 250.0)
+_THREE = (1000.0, 280.0, 120.0)
+"""Timesteps 1000, 757 and 522 with shift 8: CausVid's `denoising_step_list`, which is not shifted again."""
+_A14B = ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B")
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="lightning",
+            weights="Wan2.2-Lightning, LoRA files by ModelTC",
+            models=_A14B,
+            timesteps=_FOUR,
+            flow_shift=5.0,
+        ),
+        Preset(
+            name="lightx2v",
+            weights="Wan2.1- and Wan2.2-Distill-Models (or -Loras) by LightX2V",
+            models=("Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-720P", *_A14B),
+            timesteps=_FOUR,
+            flow_shift=5.0,
+        ),
+        Preset(
+            name="fastwan",
+            weights="FastWan2.1 and FastWan2.2 by FastVideo, with full attention",
+            models=("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-TI2V-5B"),
+            timesteps=_THREE,
+            flow_shift=8.0,
+            solver="renoise",
+        ),
+        Preset(
+            name="causvid",
+            weights="CausVid, the bidirectional model by T. Yin",
+            models=("Wan2.1-T2V-1.3B",),
+            timesteps=_THREE,
+            flow_shift=8.0,
+            solver="renoise",
+        ),
+    )
+}
+
+
+def presets_of(spec: WanSpec | None) -> tuple[str, ...]:
+    """Names of the presets for a row; none without a row."""
+    return tuple(name for name, p in PRESETS.items() if spec is not None and spec.name in p.models)
 
 
 def match_spec(
@@ -159,10 +265,12 @@ def match_spec(
     out_channels: int,
     num_experts: int,
     image_cross_attention: bool,
+    first_last_frame: bool = False,
     folder_name: str = "",
 ) -> WanSpec | None:
     """Find the model with these dimensions, else None; if several match, the one named in `folder_name`.
 
+    `first_last_frame`: its image tokens have position embeddings, as in Wan2.1 FLF2V.
     Dimensions, channels and number of experts must match; the name alone never decides.
     """
     matches = [
@@ -170,6 +278,7 @@ def match_spec(
         for s in SPECS.values()
         if (s.dim, s.num_layers, s.in_channels, s.out_channels, s.num_experts, s.image_cross_attention)
         == (dim, num_layers, in_channels, out_channels, num_experts, image_cross_attention)
+        and (s.last_frame == "required") == first_last_frame
     ]
     if len(matches) > 1:
         text = folder_name.lower()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from pipeline.metadata import read_metadata
 
 import ascendit
 from ascendit.errors import QualityError
+from ascendit.family import PRESETS
 
 
 def test_it_saves_and_prints_a_summary(run, fake, model, tmp_path):
@@ -89,6 +92,76 @@ def test_dry_run_of_the_replay_line_gives_the_same_request(run, model, tmp_path,
     assert first["given"] == ["flow_shift", "guidance_scale"] and first["defaults_from"]
     again = run(*shlex.split(first["replay"])[1:], "--dry-run", "--json").json
     assert again["request"] == first["request"] and again["replay"] == first["replay"]
+
+
+def test_dry_run_shows_the_timesteps_and_the_experts(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["generate", model, "a cat", "--timesteps", "1000,750,500,250", "--shift", "5", "--guidance", "1"]
+    args += ["--set", "solver=euler", "--dry-run"]
+    lines = run(*args).out.splitlines()
+    assert "timesteps  1000, 937.5, 833.333, 625 (2 high-noise, 2 low-noise)" in lines
+    data = run(*args, "--json").json["schedule"]
+    assert data["timesteps"] == pytest.approx([1000, 937.5, 833.3333, 625]) and data["sigmas"][-1] == 0
+    many = run("generate", model, "a cat", "--steps", "40", "--set", "solver=dpm++", "--dry-run")
+    line = next(line for line in many.out.splitlines() if line.startswith("timesteps"))
+    assert ", .., " in line and "low-noise" in line
+
+
+def test_a_preset_sets_what_the_call_does_not(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "lightning", replace(PRESETS["lightning"], models=("ascendit-demo",)))
+    args = ["generate", model, "a cat", "--preset", "lightning", "--dry-run"]
+    shown = run(*args).out
+    assert re.search(r"flow_shift +5.0  \(preset lightning\)\n", shown)
+    assert re.search(r"solver +euler  \(preset lightning\)\n", shown) and re.search(
+        r"seed +\d+  \(default\)", shown
+    )
+    data = run(*args, "--shift", "7", "--json").json
+    assert (data["preset"], data["request"]["flow_shift"]) == ("lightning", 7.0)
+    assert data["given"] == ["flow_shift"] and data["request"]["guidance_scale_2"] == 1
+    again = run(*shlex.split(data["replay"])[1:], "--dry-run", "--json").json
+    assert again["request"] == data["request"] and "--preset" not in data["replay"]
+    (tmp_path / "a.toml").write_text("flow_shift = 3.0\nguidance_scale_2 = 4.0\nseed = 5\n")
+    merged = run(*args, "--config", "a.toml", "--json").json["request"]  # flags win over a config
+    assert (merged["flow_shift"], merged["guidance_scale_2"], merged["seed"]) == (5.0, 1.0, 5)
+    (tmp_path / "b.toml").write_text('preset = "lightning"\nflow_shift = 3.0\n')
+    same = run("generate", model, "a cat", "--config", "b.toml", "--dry-run", "--json").json["request"]
+    assert (same["flow_shift"], same["solver"]) == (3.0, "euler")
+
+
+def test_a_preset_of_another_model_is_refused(run, model):
+    ended = run("generate", model, "a cat", "--preset", "lightning", "--dry-run")
+    assert ended.code == 2 and "error[E-REQ-03]: preset lightning with ascendit-demo" in ended.err
+    ended = run("generate", model, "a cat", "--set", "preset=turbo", "--dry-run")
+    assert ended.code == 2 and "one of lightning, lightx2v, fastwan, causvid" in ended.err
+
+
+def test_a_folder_with_another_shift_says_so_once(run, fake, model, tmp_path):
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("4.0", "3.0"))
+    note = "the folder has shift 3, the authors of ascendit-demo shift 4: the default is the authors'"
+    ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
+    assert ended.code == 0 and fake.requests[-1].flow_shift == 4.0 and "--shift 4" in ended.out
+    dry = run("generate", model, "a cat", "--dry-run")
+    assert note in dry.out and "flow_shift           4.0  (default)" in dry.out
+    assert run("generate", model, "a cat", "--dry-run", "--json").json["difference"].startswith(note)
+    assert note in run("inspect", model).out and run("inspect", model, "--json").json["limits"][
+        "difference"
+    ].startswith(note)
+    ended = run("generate", model, "a cat", "--defaults", "folder", "-o", tmp_path / "b.mp4")
+    assert fake.requests[-1].flow_shift == 3.0 and "--defaults folder" in ended.out
+    assert "shift 4" not in run("generate", model, "a cat", "--defaults", "folder", "--dry-run").err
+    ended = run("generate", model, "a cat", "--defaults", "mine", "--dry-run")
+    assert ended.code == 2 and "model or folder" in ended.err
+
+
+def test_the_log_has_one_line_about_the_difference(model, environ):
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("4.0", "3.0"))
+    call = [sys.executable, "-m", "ascendit", "generate", str(model), "a cat", "--dry-run"]
+    for more, count in (([], 1), (["-q"], 0), (["--defaults", "folder"], 0)):
+        done = subprocess.run([*call, *more], env=environ, capture_output=True, text=True, check=True)
+        assert done.stderr.count("the folder has shift 3") == count, done.stderr
 
 
 def test_metadata_false(run, fake, model, tmp_path):
@@ -220,6 +293,7 @@ def test_the_config_of_a_video_whose_model_is_missing(run, fake, tmp_path):
 
 EXCLUDED = ["blocks.0.*", "blocks.7.*"]
 EVERY_LOAD_OPTION = {  # of those that can be combined: `attention` names a kernel that `ops` replaces
+    "defaults": "folder",
     "device": "twin:a5",
     "text_on": "cpu",
     "scheme": "mxfp4",

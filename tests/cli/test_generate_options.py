@@ -232,7 +232,7 @@ def test_settings_are_typed():
 @pytest.mark.parametrize(
     ("setting", "needs"),
     [
-        ("solver=dpm", "solver: unipc or euler"),
+        ("solver=dpm", "solver: unipc or dpm++ or euler or renoise"),
         ("num_inference_steps=2.5", "num_inference_steps: a whole number"),
         ("flow_shift=much", "flow_shift: a number"),
         ("metadata=maybe", "metadata: true or false"),
@@ -255,6 +255,24 @@ def test_an_unknown_key_lists_the_known_ones():
     assert "unknown key flow_shif" in e.value.got
     assert "boundary_ratio" in e.value.needs and "metadata" in e.value.needs and "solver" in e.value.needs
     assert e.value.fix == "did you mean flow_shift?"
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ("steps", "num_inference_steps"),
+        ("cfg", "guidance_scale"),
+        ("sample_shift", "flow_shift"),
+        ("n_prompt", "negative_prompt"),
+    ],
+)
+def test_the_key_of_another_tool_is_named(other, key):
+    with pytest.raises(UsageError, match=f"unknown key {other}") as e:
+        generate_options.parse_settings([f"{other}=3"])
+    assert e.value.fix == f"did you mean {key}?"
+    names = [n for others in generate_options.OTHER_NAMES.values() for n in others.split()]
+    assert len(names) == len(set(names)) and not set(names) & set(generate_options.KEYS)
+    assert set(generate_options.OTHER_NAMES) <= set(generate_options.KEYS)
 
 
 def test_config_toml(tmp_path):

@@ -9,8 +9,10 @@ shows its output.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+
+from ascendit.family import PRESETS
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "src" / "ascendit" / "demo" / "models" / "demo"
@@ -256,3 +260,20 @@ def test_example_files_are_short_and_run(path: Path, tmp_path: Path, commands: P
     done = run(block, tmp_path, commands)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / output).stat().st_size > 0
+
+
+def test_the_line_for_distilled_models_has_the_timesteps_of_their_training(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ascendit.cli.main import main
+
+    [line] = [t for t in (REPO / "docs/quickstart.md").read_text().splitlines() if "Distilled models" in t]
+    preset, flags = re.findall(r"`(--[^`]*)`", line)
+    assert main(["generate", "--demo", "x", *shlex.split(flags), "--dry-run", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["schedule"]["timesteps"] == pytest.approx([1000, 937.5, 833.3333, 625])
+    name = preset.removeprefix("--preset ")
+    same = {k: v for k, v in PRESETS[name].fields.items() if k != "schedule"}
+    assert {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data["request"].items()
+    }.items() >= same.items()

@@ -101,6 +101,9 @@ def test_a_complete_folder(demo: Path) -> None:
         "guidance_scale_2": 1.5,
         "boundary_ratio": 0.875,
         "max_sequence_length": 512,
+        "negative_prompt": "",
+        "difference": "",
+        "presets": (),
     }
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from pydantic import ValidationError
 from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
 
 from ascendit.errors import RequestError, UsageError
+from ascendit.family import NEGATIVE_PROMPT, PRESETS, SPECS, Solver
 from ascendit.pipeline.defaults import Defaults
-from ascendit.pipeline.request import MAX_SEED, GenerateRequest, image_of, name_image, resolve
+from ascendit.pipeline.request import MAX_SEED, GenerateRequest, resolve
 
+SOLVERS = get_args(Solver)
 FIELDS = set(GenerateRequest.model_fields)
 
 
@@ -37,8 +35,10 @@ def test_defaults_fill_every_field() -> None:
     request = resolve(CASCADE, "a cat", seed=3)
     assert request.model_dump() == {
         "prompt": "a cat",
-        "negative_prompt": "",
+        "negative_prompt": NEGATIVE_PROMPT,
         "image": None,
+        "last_image": None,
+        "fit": "crop",
         "width": 1280,
         "height": 720,
         "num_frames": 81,
@@ -50,6 +50,7 @@ def test_defaults_fill_every_field() -> None:
         "flow_shift": 12.0,
         "boundary_ratio": 0.875,
         "solver": "unipc",
+        "schedule": "diffusers",
         "seed": 3,
         "max_sequence_length": 512,
     }
@@ -147,7 +148,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("boundary_ratio", 0.0, "a number between 0 and 1"),
     ("boundary_ratio", 1.0, "a number between 0 and 1"),
     ("boundary_ratio", 875, "a number between 0 and 1"),
-    ("solver", "ddim", "unipc or euler"),
+    ("solver", "ddim", "unipc, dpm++, euler or renoise"),
+    ("schedule", "wan", "diffusers or official"),
     ("seed", -1, f"{WHOLE}0 to {MAX_SEED}"),
     ("seed", MAX_SEED + 1, f"{WHOLE}0 to {MAX_SEED}"),
     ("seed", 1.0, f"{WHOLE}0 to {MAX_SEED}"),
@@ -163,6 +165,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("max_sequence_length", 513, WHOLE + "1 to 512"),
     ("negative_prompt", 3, "text"),
     ("image", 3, "the path of an image"),
+    ("last_image", 3, "the path of an image"),
+    ("fit", "zoom", "crop, pad or stretch"),
     ("timesteps", (1000, 1000), DECREASING),
     ("timesteps", (500, 750), DECREASING),
     ("timesteps", (1001, 500), DECREASING),
@@ -198,7 +202,7 @@ def test_the_prompt_is_text() -> None:
 @pytest.mark.parametrize(
     "limit", [("num_inference_steps", 1000), ("seed", MAX_SEED), ("fps", 240), ("seed", 0)]
 )
-def test_limits_themselves_are_legal(limit: tuple[str, int]) -> None:
+def test_limits_themselves_are_legal(limit: tuple[str, Any]) -> None:
     assert getattr(resolve(CASCADE, "a", **dict([limit])), limit[0]) == limit[1]
 
 
@@ -306,7 +310,7 @@ def test_image_rules() -> None:
 
 
 @pytest.mark.parametrize("extra", [{"guidance_scale_2": 3.0}, {"boundary_ratio": 0.9}])
-def test_one_expert_refuses_fields_of_a_second(extra: dict[str, float]) -> None:
+def test_one_expert_refuses_fields_of_a_second(extra: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as error:
         resolve(SINGLE, "a", **extra)
     got, needs, fix, code = text_of(error)
@@ -323,9 +327,94 @@ def test_two_experts_need_a_boundary() -> None:
     assert resolve(defaults, "a", boundary_ratio=0.9).boundary_ratio == 0.9
 
 
+# ---- negative prompt -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_negative_prompt_is_that_of_the_authors_unless_set(name: str) -> None:
+    image = {"image": "a.png"} if SPECS[name].task == "i2v" else {}
+    text = resolve(defaults_of(name), "a cat", **image).negative_prompt
+    prefix = "镜头晃动，" if name.startswith("Wan2.1-I2V") else ""
+    assert text == ("" if name == "ascendit-demo" else prefix + NEGATIVE_PROMPT)
+    for mine in ("", "blurry"):
+        assert resolve(defaults_of(name), "a cat", negative_prompt=mine, **image).negative_prompt == mine
+    assert resolve(defaults_of(name), "a cat", negative_prompt=None, **image).negative_prompt == text
+
+
+# ---- presets -------------------------------------------------------------------------------------
+
+FITS = [(name, model) for name, p in PRESETS.items() for model in p.models]
+
+
+def with_preset(model: str, name: str, **fields: Any) -> GenerateRequest:
+    image = {"image": "a.png"} if SPECS[model].task == "i2v" else {}
+    return resolve(defaults_of(model), "a cat", preset=name, seed=1, **image, **fields)
+
+
+@pytest.mark.parametrize(("name", "model"), FITS)
+def test_a_preset_sets_steps_shift_guidance_and_solver(name: str, model: str) -> None:
+    request, spec = with_preset(model, name), SPECS[model]
+    four = name in ("lightning", "lightx2v")
+    timesteps = (1000, 937.5, 833.3333, 625) if four else (1000, 756.757, 521.739)
+    assert request.denoising_schedule.timesteps == pytest.approx(timesteps, abs=1e-3)
+    assert request.num_inference_steps == len(timesteps)
+    assert (request.flow_shift, request.solver) == ((5.0, "euler") if four else (8.0, "renoise"))
+    assert not request.do_classifier_free_guidance and request.guidance_scale == 1
+    assert request.boundary_ratio == spec.boundary_ratio
+    if spec.boundary_ratio is not None:  # two steps for each expert
+        assert [t >= 1000 * spec.boundary_ratio for t in timesteps] == [True, True, False, False]
+    assert (request.width, request.height) == spec.sizes[0] and request.fps == spec.fps
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("model", SPECS)
+def test_a_preset_of_another_model_is_refused(name: str, model: str) -> None:
+    if (name, model) in FITS:
+        return
+    with pytest.raises(RequestError) as error:
+        with_preset(model, name)
+    got, needs, fix, code = text_of(error)
+    assert (got, code) == (f"preset {name} with {model}", "E-REQ-03")
+    assert all(m in needs for m in PRESETS[name].models)
+    flags = shlex.split(fix.partition(", ")[2])
+    positional, fields = parse_replay(shlex.join(["ascendit", "generate", *flags]))
+    own = resolve(defaults_of(model), "a", image="a.png" if SPECS[model].task == "i2v" else None, **fields)
+    assert {k: getattr(own, k) for k in fields} == {
+        k: v for k, v in PRESETS[name].fields.items() if k in fields
+    }
+    assert own.denoising_schedule == with_preset(*reversed(FITS[0])).denoising_schedule or "renoise" in fix
+
+
+def test_an_unknown_preset_and_one_without_a_row_are_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        with_preset("Wan2.2-T2V-A14B", "turbo")
+    assert error.value.needs == "one of lightning, lightx2v, fastwan, causvid"
+    assert (error.value.fix, error.value.code) == ("--preset lightning", "E-USE-01")
+    for other in ("", 5, ["lightning"]):
+        with pytest.raises(UsageError, match="preset "):
+            with_preset("Wan2.2-T2V-A14B", other)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="preset lightning with mine"):
+        resolve(defaults_of("Wan2.1-T2V-14B", spec=None, model="mine"), "a", preset="lightning")
+
+
+def test_fields_override_a_preset() -> None:
+    make, t2v = with_preset, "Wan2.2-T2V-A14B"
+    eight = make(t2v, "lightning", num_inference_steps=8)
+    assert (eight.timesteps, eight.flow_shift, eight.solver) == (None, 5.0, "euler")
+    assert eight.denoising_schedule.timesteps[:3] == pytest.approx((1000, 972.222, 937.5), abs=1e-3)
+    two = make(t2v, "lightning", timesteps=(1000, 500))
+    assert (two.num_inference_steps, two.flow_shift) == (2, 5.0)
+    assert make(t2v, "lightning", flow_shift=7.0, solver="unipc").solver == "unipc"
+    guided = make(t2v, "lightning", guidance_scale=3)
+    assert (guided.guidance_scale, guided.guidance_scale_2) == (3, 3)
+    assert make(t2v, "lightning", guidance_scale_2=2).guidance_scale == 1
+    assert resolve(CASCADE, "a", preset=None, seed=1) == resolve(CASCADE, "a", seed=1)
+    with pytest.raises(RequestError, match="4 timesteps and 5 steps"):
+        make(t2v, "lightning", timesteps=(1000, 750, 500, 250), num_inference_steps=5)
+
+
 # ---- replay --------------------------------------------------------------------------------------
 
-positive = st.floats(1e-6, 1e6)
 some_text = st.text(max_size=30)
 
 
@@ -341,12 +430,13 @@ def requests(draw: st.DrawFn) -> tuple[Defaults, GenerateRequest]:
         "num_frames": 4 * draw(st.integers(0, 50)) + 1,
         "fps": draw(st.integers(1, 240)),
         "guidance_scale": draw(st.floats(0, 1e6) | st.integers(0, 20)),
-        "flow_shift": draw(positive),
-        "solver": draw(st.sampled_from(["unipc", "euler"])),
+        "flow_shift": draw(st.floats(0.01, 100)),
+        "solver": draw(st.sampled_from(SOLVERS)),
+        "schedule": draw(st.sampled_from(["diffusers", "official"])),
         "seed": draw(st.integers(0, MAX_SEED)),
         "max_sequence_length": draw(st.integers(1, 512)),
     }
-    steps = st.lists(st.floats(1e-3, 1000), min_size=1, max_size=6, unique=True)
+    steps = st.lists(st.integers(1, 4000).map(lambda n: n / 4), min_size=1, max_size=6, unique=True)
     if draw(st.booleans()):
         fields["timesteps"] = sorted(draw(steps), reverse=True)
     else:
@@ -356,6 +446,9 @@ def requests(draw: st.DrawFn) -> tuple[Defaults, GenerateRequest]:
         fields["boundary_ratio"] = draw(st.floats(0.001, 0.999))
     if defaults.task != "t2v":
         fields["image"] = draw(st.sampled_from(["x.png", "my pictures/a b's.jpg"]))
+        fields["fit"] = draw(st.sampled_from(["crop", "pad", "stretch"]))
+    if defaults.last_frame == "optional" and fields["num_frames"] > 1:
+        fields["last_image"] = draw(st.none() | st.just("my pictures/z.png"))
     return defaults, resolve(defaults, draw(some_text), **fields)
 
 
@@ -383,9 +476,11 @@ def parse_replay(line: str) -> tuple[list[str], dict[str, Any]]:
         "--shift": ("flow_shift", float),
         "--negative": ("negative_prompt", str),
         "--image": ("image", str),
+        "--last-image": ("last_image", str),
+        "--fit": ("fit", str),
         "-o": ("output", str),
     }
-    typed = {"boundary_ratio": float, "max_sequence_length": int, "solver": str}
+    typed = {"boundary_ratio": float, "max_sequence_length": int, "solver": str, "schedule": str}
     while remaining:
         word = remaining.pop(0)
         if word == "--":
@@ -423,15 +518,16 @@ def test_the_replay_line_makes_the_same_request(case: tuple[Defaults, GenerateRe
 
 
 def test_a_replay_line_as_a_user_sees_it() -> None:
-    request = resolve(CASCADE, "a cat's hat", seed=7, width=832, height=480)
+    request = resolve(CASCADE, "a cat's hat", seed=7, width=832, height=480, negative_prompt="blurry")
     assert request.replay_line("demo") == (
         "ascendit generate --demo 'a cat'\"'\"'s hat' --seed 7 --size 832x480 --frames 81 --fps 16 "
-        "--steps 40 --guidance 4,3 --shift 12 --set boundary_ratio=0.875 --set solver=unipc"
+        "--steps 40 --guidance 4,3 --shift 12 --negative blurry --set boundary_ratio=0.875 --set solver=unipc"
     )
-    few = resolve(SINGLE, "-v is a flag", seed=7, timesteps=[1000, 750.5], guidance_scale=1)
+    fields: dict[str, Any] = {"timesteps": [1000, 750.5], "guidance_scale": 1, "negative_prompt": ""}
+    few = resolve(SINGLE, "-v is a flag", seed=7, **fields)
     assert few.replay_line("models/wan", "a.mp4") == (
         "ascendit generate --seed 7 --size 1280x720 --frames 81 --fps 16 --timesteps 1000,750.5 "
-        "--guidance 1 --shift 5 --set solver=unipc -o a.mp4 -- models/wan '-v is a flag'"
+        "--guidance 1 --shift 5 --negative '' --set solver=unipc -o a.mp4 -- models/wan '-v is a flag'"
     )
 
 
@@ -453,7 +549,7 @@ def test_from_json_refuses_invalid_json(text: str, got: str) -> None:
     assert error.value.code in ("E-USE-01", "E-REQ-03")
 
 
-@given(st.sampled_from(sorted(FIELDS - {"image", "prompt"})), st.sampled_from([[], {}, "x\ny"]))
+@given(st.sampled_from(sorted(FIELDS - {"image", "last_image", "prompt"})), st.sampled_from([[], {}, "x\ny"]))
 def test_from_json_refuses_a_wrong_type_in_any_field(name: str, value: Any) -> None:
     if (name, value) == ("negative_prompt", "x\ny"):
         return
@@ -467,33 +563,6 @@ def test_from_json_checks_values() -> None:
     data = json.loads(resolve(CASCADE, "a", seed=1).to_json()) | {"guidance_scale": math.nan}
     with pytest.raises(RequestError, match="guidance_scale is nan"):
         GenerateRequest.from_json(json.dumps(data))
-
-
-# ---- the image ----------------------------------------------------------------------------------
-
-
-def test_pixels_are_named_by_their_content(tmp_path: Path) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
-    tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
-    images = (array, tensor, Image.fromarray(array))
-    names = {name_image(image)[0] for image in images}
-    assert len(names) == 1 and re.fullmatch("sha256:[0-9a-f]{64}", str(*names))
-    assert name_image(array.reshape(4, 6, 3))[0] not in names and name_image(array // 2)[0] not in names
-    assert name_image(None) == (None, {}) and name_image(tmp_path / "a.png") == (str(tmp_path / "a.png"), {})
-
-
-def test_a_request_with_pixels_is_json_and_names_them() -> None:
-    array = np.zeros((6, 4, 3), np.uint8)
-    name, pixels = name_image(array)
-    request = GenerateRequest.from_json(resolve(I2V, "a", image=name).to_json())
-    assert np.array_equal(image_of(request, pixels), array)
-    assert image_of(resolve(TI2V, "a"), pixels) is None
-    with pytest.raises(RequestError, match="no pixels for image") as error:
-        image_of(request, {})
-    assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
-    with pytest.raises(RequestError, match="other pixels for image") as error:
-        image_of(request, {str(name): array + 1})
-    assert error.value.code == "E-REQ-04"
 
 
 def test_timesteps_may_be_an_iterator() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ from pipeline.refusals import refused
 
 from ascendit.demo import world
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.native import build
+from ascendit.native.build import Built
 from ascendit.pipeline import video_codecs
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
@@ -114,6 +117,16 @@ def test_versions_are_those_installed() -> None:
     versions = installed_versions()
     assert versions["av"] == av.__version__ and {"torch", "diffusers", "python"} <= set(versions)
     assert make().versions == versions
+
+
+def test_versions_name_the_compiled_kernels(monkeypatch) -> None:
+    """Those of PyTorch round differently, so one machine may make two videos of a request."""
+    built = {"attention": Built(ctypes.CDLL(None), ""), "linear": Built(None, "no C++ compiler on PATH")}
+    monkeypatch.setattr(build, "_requested", built)
+    expected = "compiled attention; PyTorch for linear: no C++ compiler on PATH"
+    assert make().describe()["versions"]["kernels"] == expected
+    monkeypatch.setattr(build, "_requested", {})
+    assert "kernels" not in make().describe()["versions"]
 
 
 # ---- round trips

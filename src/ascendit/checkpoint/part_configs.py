@@ -105,6 +105,9 @@ class SchedulerConfig(PartConfig):
     thresholding: bool | None = None
     invert_sigmas: bool | None = None
     stochastic_sampling: bool | None = None
+    algorithm_type: str = "dpmsolver++"
+    use_lu_lambdas: bool | None = None
+    variance_type: str | None = None
 
 
 # ---- transformer and VAE ------------------------------------------------------------------------

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, human_flops
 from ascendit.pipeline.options import FLAGS
+from ascendit.pipeline.sigmas import TRAIN_STEPS
 from ascendit.report import columns, human_bytes
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
     from ascendit.cli.output import Output
     from ascendit.pipeline.job import Prepared
+    from ascendit.pipeline.request import GenerateRequest
 
 
 def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
@@ -20,6 +25,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
     request, options, model = prepared.request, prepared.model.options, prepared.model
     with out.work():
         estimate = prepared.estimate
+    schedule = request.denoising_schedule
     denoiser = estimate.memory.parts["transformer"]
     schemes = sorted({x for part in estimate.memory.parts.values() for x in part.schemes}) or ["bf16"]
     data = {
@@ -28,8 +34,12 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
         "folder": str(model.layout.root),
         "output": str(output),
         "request": request.model_dump(),
-        "given": sorted({*call.fields} - {"seconds"}),
+        "given": sorted({*call.fields} - {"seconds", "preset"}),
+        "preset": call.fields.get("preset"),
         "defaults_from": list(model.defaults.sources),
+        "difference": model.defaults.difference or None,
+        "images": prepared.images,
+        "schedule": asdict(schedule),
         "video_tokens": estimate.work.tokens,
         "text_tokens": request.max_sequence_length,
         **{name: getattr(options, name) for name in FLAGS},
@@ -38,13 +48,16 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
         **estimate.as_dict(),
         "replay": prepared.replay,
     }
-    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
+    shown, origin = request.model_dump(exclude_none=True), _origins(call, request)
+    if request.image is None:
+        del shown["fit"]
     quantized = ", ".join(schemes) if denoiser.schemes else "not quantized"
     lines = [
         f"would run  {model.defaults.model} in {model.layout.root}",
         "request",
-        *columns(((k, f"{v}" if k in explicit else f"{v}  (default)") for k, v in shown), indent="  "),
+        *columns(((k, f"{v if v != '' else repr('')}{origin(k)}") for k, v in shown.items()), indent="  "),
+        *(f"{field:<10} {text}" for field, text in prepared.images.items()),
+        f"timesteps  {_timesteps(request, schedule.timesteps)}",
         "defaults from",
         *(f"  {source}" for source in model.defaults.sources),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
@@ -53,6 +66,33 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
         f"replay     {prepared.replay}",
     ]
     out.result(data, lines)
+
+
+def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
+    """Field -> the note behind its value: a preset or the model's default; empty for values of the call."""
+    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
+    preset = call.fields.get("preset")
+    values = PRESETS[preset].fields if preset else {}
+    by_preset = {name for name, value in values.items() if getattr(request, name) == value}
+
+    def origin(name: str) -> str:
+        text = "" if name in explicit else f"  (preset {preset})" if name in by_preset else "  (default)"
+        if name in ("width", "height") and request.image is not None and text:
+            text = "  (from the image)"
+        unused = name == "negative_prompt" and not request.do_classifier_free_guidance
+        return text + ("  (not used: guidance is at most 1)" if unused and request.negative_prompt else "")
+
+    return origin
+
+
+def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
+    """The timesteps of a run, the first and last few of many, and the expert of each."""
+    texts = [f"{t:.6g}" for t in timesteps]
+    text = ", ".join(texts if len(texts) <= 12 else [*texts[:6], "..", *texts[-3:]])
+    if request.boundary_ratio is None:
+        return text
+    high = sum(t >= TRAIN_STEPS * request.boundary_ratio for t in timesteps)
+    return f"{text} ({high} high-noise, {len(timesteps) - high} low-noise)"
 
 
 def _size_lines(estimate: Estimate, text_tokens: int, guided: bool) -> list[str]:

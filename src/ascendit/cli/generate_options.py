@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
+from ascendit.family import PRESETS
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.report import shell_line
@@ -29,18 +30,33 @@ KEYS: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
     **{name: field.annotation for name, field in LoadOptions.model_fields.items()},
     "seconds": float,
+    "preset": str,
     "metadata": bool,
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
 # A key removes these keys from sources of lower precedence.
 _REPLACES = {
+    "preset": tuple(next(iter(PRESETS.values())).fields) + ("guidance_scale_2",),
     "guidance_scale": ("guidance_scale_2",),
     "timesteps": ("num_inference_steps",),
     "num_inference_steps": ("timesteps",),
     "seconds": ("num_frames",),
     "num_frames": ("seconds",),
 }
+
+
+OTHER_NAMES = {
+    "num_inference_steps": "steps sample_steps infer_steps",
+    "flow_shift": "shift sample_shift",
+    "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale",
+    "solver": "sampler scheduler sample_solver",
+    "negative_prompt": "negative n_prompt",
+    "num_frames": "frames frame_num target_video_length",
+    "boundary_ratio": "boundary",
+    "image": "image_path",
+}
+"""Key -> its names in other tools and in flags, for the fix of an unknown key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +66,7 @@ class Call:
     options: LoadOptions
     prompt: str
     fields: dict[str, Any]
-    """The fields of GenerateRequest that were set, without the prompt; also `seconds`."""
+    """The fields of GenerateRequest that were set, without the prompt; also `seconds` and `preset`."""
     metadata: bool = True
     model_from: Path | None = None
     """The config file that names the model; None if the command line does."""
@@ -202,7 +218,8 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
     Raises UsageError (E-USE-01) for bad keys or values.
     """
     if unknown := sorted(set(layer) - set(KEYS)):
-        close = get_close_matches(unknown[0], KEYS, n=1)
+        close = [key for key, others in OTHER_NAMES.items() if unknown[0] in others.split()]
+        close = close or get_close_matches(unknown[0], KEYS, n=1)
         fix = f"did you mean {close[0]}?" if close else "see ascendit generate --help"
         needs = f"one of {', '.join(sorted(KEYS))}"
         raise UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)

@@ -33,6 +33,7 @@ def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | 
     model = check_model(layout)
     parts = tuple(_part_report(checked) for checked in model.checked.parts)
     files = check_files(layout, on_progress) if check else None
+    problems = model.problems + ((files.problem,) if files and files.problem else ())
     experts = [p.summary for p in parts if p.summary is not None]
     readable = len(experts) == len(layout.experts)
     family = _family(layout, experts) if readable else None
@@ -41,8 +42,8 @@ def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | 
         family=model.defaults.spec if model.defaults else family,
         defaults=model.defaults,
         parts=parts,
-        problems=model.problems,
-        runs_on=runs_on(layout, experts) if readable and not model.problems else None,
+        problems=problems,
+        runs_on=runs_on(layout, experts) if readable and not problems else None,
         record=_record(layout),
         files=files,
     )

@@ -12,7 +12,7 @@ from ascendit.checkpoint.layout import KIND_LABELS, Layout
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
-from ascendit.family import WanSpec
+from ascendit.family import WanSpec, presets_of
 from ascendit.inspect.engines import RunsOn
 from ascendit.inspect.file_check import FileCheck
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
@@ -79,6 +79,8 @@ class ModelReport:
             **selected(d, "task", "frame_stride", "num_frames", "size_multiple", "fps"),
             **selected(d, "num_inference_steps", "flow_shift", "solver", "guidance_scale"),
             **selected(d, "guidance_scale_2", "boundary_ratio", "max_sequence_length"),
+            **selected(d, "negative_prompt", "difference"),
+            "presets": presets_of(d.spec),
             "sizes": [f"{w}x{h}" for w, h in sizes],
         }
 
@@ -116,7 +118,7 @@ class ModelReport:
             ("Files", self.files.lines() if self.files else []),
         ]
         if self.defaults is not None:
-            blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", [_defaults(self.defaults)])]
+            blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", _defaults(self.defaults))]
         blocks += [("Checks", self._checks()), *(("Problem", [text]) for text in self.problem_texts())]
         return columns(titled(blocks), first_width=9)
 
@@ -196,7 +198,8 @@ def _limits(d: Defaults) -> str:
     return text + (f", sizes {' '.join(f'{w}x{h}' for w, h in d.spec.sizes)}" if d.spec else "")
 
 
-def _defaults(d: Defaults) -> str:
+def _defaults(d: Defaults) -> list[str]:
+    """Default values, then lines about the negative prompt, presets and the folder's own values, if any."""
     guidance = f"guidance {d.guidance_scale:g}"
     if d.guidance_scale_2 is not None:
         guidance += f" (high noise) / {d.guidance_scale_2:g} (low noise)"
@@ -204,7 +207,11 @@ def _defaults(d: Defaults) -> str:
     values.append(f"{d.num_inference_steps} steps")
     values += [guidance, f"shift {d.shift_for(d.width, d.height):g}", d.solver]
     values += [f"boundary {d.boundary_ratio:g}"] if d.boundary_ratio is not None else []
-    return ", ".join(values)
+    lines = [", ".join(values)]
+    lines += [f"negative prompt {d.negative_prompt}"] if d.negative_prompt else []
+    presets = presets_of(d.spec)
+    lines += [f"presets for distilled weights: {', '.join(presets)}"] if presets else []
+    return lines + ([d.difference] if d.difference else [])
 
 
 def _most_first(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -9,6 +9,7 @@ torch is imported only when a pipeline is built.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter
@@ -24,11 +25,15 @@ from ascendit.device.limits import check_attention, check_layers, check_rules, p
 from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
 from ascendit.pipeline.estimate import Estimate, estimate_run, size_warning, work_of
+from ascendit.pipeline.fit import describe_fit
+from ascendit.pipeline.images import FIELDS, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, image_of, resolve
+from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
+
+log = logging.getLogger("ascendit")
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.transformer import Expert
@@ -44,13 +49,22 @@ class Prepared:
     model: PreparedModel
     request: GenerateRequest
     pixels: Mapping[str, Any] = field(default_factory=dict)
-    """Name in the request -> first image, if passed as pixels."""
+    """Name in the request -> first or last image, opened."""
 
     @property
     def replay(self) -> str:
         """The command that reproduces this video; also in the JSON beside the video."""
         options = self.model.options
         return self.request.replay_line(options.model, load=options.record)
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Field -> how this image becomes a frame of the video."""
+        request = self.request
+        names = {name: getattr(request, name) for name in FIELDS}
+        sizes = {field: self.pixels[name].size for field, name in names.items() if name is not None}
+        size = (request.width, request.height)
+        return {field: describe_fit(picture, size, request.fit)[0] for field, picture in sizes.items()}
 
     @property
     def video_tokens(self) -> int:
@@ -77,10 +91,12 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
-    checked, defaults = require_model(layout)
+    checked, defaults = require_model(layout, options.defaults)
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
+    if defaults.difference:
+        log.warning("%s: %s", layout.name, defaults.difference)
     shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
     dtype, vae_dtype = device.dtype_name(options.dtype), device.dtype_name(options.vae_dtype or "float32")
     return PreparedModel(
@@ -136,19 +152,21 @@ def prepare(
 ) -> Prepared:
     """Check one video as far as possible without weights.
 
-    `fields`: fields of GenerateRequest; omitted ones get the model's defaults. `seconds`: replaces
-    `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of `prepare_model` and
-    `request.resolve`.
+    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
+    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
+    `prepare_model`, `request.resolve` and `images.pictures_of`.
     """
     model = prepare_model(options)
     defaults = model.defaults
     if seconds is not None:
         fps = fields.get("fps") or defaults.fps
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
-    request = resolve(defaults, prompt, **fields)
+    picture = size_source(defaults, fields, pixels or {})
+    request = resolve(defaults, prompt, picture=picture, **fields)
     model.schedule.check_steps(request.num_inference_steps)
-    picture = image_of(request, pixels or {})
-    return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
+    pictures = pictures_of(request, pixels or {})
+    opened = {getattr(request, name): picture for name, picture in pictures.items()}
+    return Prepared(model=model, request=request, pixels=opened)
 
 
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:

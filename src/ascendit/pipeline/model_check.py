@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import CheckedLayout, check_layout
 from ascendit.errors import AscenditError
-from ascendit.pipeline.defaults import Defaults, defaults_for
+from ascendit.pipeline.defaults import Defaults, Source, defaults_for
 
 
 @dataclass(frozen=True)
@@ -24,27 +24,30 @@ class CheckedModel:
     problems: tuple[AscenditError, ...]
 
 
-def check_model(layout: Layout) -> CheckedModel:
-    """Check a recognised model: every part, whether the parts fit each other, scheduler and defaults."""
+def check_model(layout: Layout, source: Source = "model") -> CheckedModel:
+    """Check a recognised model: every part, whether the parts fit each other, scheduler and defaults.
+
+    `source`: see `defaults_for`.
+    """
     checked = check_layout(layout)
     defaults, problems = None, list(checked.problems)
     valid = not any(problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems)
     if layout.kind == "diffusers" and "vae" in layout.parts and valid:
         try:
-            defaults = defaults_for(layout)
+            defaults = defaults_for(layout, source)
         except AscenditError as e:
             problems.append(e)
     return CheckedModel(checked, defaults, tuple(problems))
 
 
-def require_model(layout: Layout) -> tuple[CheckedLayout, Defaults]:
+def require_model(layout: Layout, source: Source = "model") -> tuple[CheckedLayout, Defaults]:
     """(checked parts, defaults) of a pipeline.
 
     Raises CheckpointError (E-CKP-01) for a layout without the other components, and the first problem of
     `check_model`.
     """
     layout.require_pipeline()
-    model = check_model(layout)
+    model = check_model(layout, source)
     if model.problems:
         raise model.problems[0]
     assert model.defaults is not None

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, PlainValidator
 from ascendit.device.device import Device, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
+from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
@@ -111,6 +112,12 @@ class LoadOptions(Checked):
     title = "load"
 
     model: Annotated[str, BeforeValidator(_path), Option("Folder, demo, hf:org/name or ms:org/name.")]
+    defaults: Annotated[
+        Source,
+        Option(
+            "Solver, shift, boundary of a known model: model (its authors') or folder.", "SOURCE", hidden=True
+        ),
+    ] = "model"
     device: Annotated[
         str,
         BeforeValidator(_device),
@@ -197,7 +204,8 @@ class LoadOptions(Checked):
     @property
     def record(self) -> dict[str, Any]:
         """The options that affect a video, for the JSON beside it; without empty and false ones."""
-        values = self.model_dump(mode="json", exclude={"model"})
+        unrecorded = {"model"} | ({"defaults"} if self.defaults == "model" else set())
+        values = self.model_dump(mode="json", exclude=unrecorded)
         return {name: value for name, value in values.items() if value not in (None, False, [])}
 
 

@@ -1,34 +1,37 @@
-"""The two solvers of flow-matching Wan models, UniPC and Euler; equal to Diffusers' to 1e-6.
+"""The solvers of flow-matching Wan models; equal to Diffusers' to 1e-6, step by step.
 
 All coefficients are Python floats, computed before the loop: no device solves a linear system (Diffusers'
 UniPC calls `torch.linalg.solve` in each step, which NPUs lack) and nothing is read back.
 
 UniPC (Zhao et al. 2023, B(h) = e^h - 1, order 2, data prediction): with lambda = log(alpha / sigma),
 alpha = 1 - sigma and h the step in lambda, predictor and corrector are linear in the last sample, the
-last two predictions of the clean sample x0 and, for the corrector, the new prediction.
+last two predictions of the clean sample x0 and, for the corrector, the new prediction. The predictor alone is
+DPM-Solver++ of order 2, midpoint (Lu et al. 2022).
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.sigmas import Schedule, euler_schedule, unipc_schedule
 
-TRAIN_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """`timesteps` [n], the inputs of the model; `sigmas` [n + 1], the last is 0."""
-
-    timesteps: tuple[float, ...]
-    sigmas: tuple[float, ...]
+__all__ = [  # the two schedules for scripts that import them from here
+    "DPM",
+    "Euler",
+    "Renoise",
+    "Solver",
+    "UniPC",
+    "euler_schedule",
+    "make_solver",
+    "unipc_schedule",
+]
 
 
 class Solver(Protocol):
@@ -41,45 +44,13 @@ class Solver(Protocol):
 
 
 def make_solver(request: GenerateRequest) -> Solver:
-    """The solver of a request, with its schedule."""
+    """The solver of a request, with its schedule. Raises RequestError (E-REQ-03) for equal noise levels."""
+    schedule = request.denoising_schedule
+    if request.solver == "renoise":
+        return Renoise(schedule, request.seed)
     if request.solver == "euler":
-        return Euler(euler_schedule(request.num_inference_steps, request.flow_shift, request.timesteps))
-    return UniPC(unipc_schedule(request.num_inference_steps, request.flow_shift, request.timesteps))
-
-
-def shifted(sigma: float, shift: float) -> float:
-    """The shifted noise level: shift * s / (1 + (shift - 1) * s)."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def float32(x: float) -> float:
-    """Round to float32, the dtype of Diffusers' schedules: 1 - sigma of the first step depends on it."""
-    return float(struct.unpack("f", struct.pack("f", x))[0])
-
-
-def unipc_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
-    """The schedule of Diffusers' UniPCMultistepScheduler with use_flow_sigmas: timesteps are truncated."""
-    if timesteps is None:
-        last = 1 / TRAIN_STEPS
-        levels = [1 + (last - 1) * i / steps for i in range(steps)]
-    else:
-        levels = [t / TRAIN_STEPS for t in timesteps]
-    sigmas = [shifted(s, shift) for s in levels]
-    if abs(sigmas[0] - 1) < 1e-6:  # log(1 - sigma) must be finite
-        sigmas[0] -= 1e-6
-    truncated = tuple(float(int(s * TRAIN_STEPS)) for s in sigmas)
-    return Schedule(truncated, (*(float32(s) for s in sigmas), 0.0))
-
-
-def euler_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
-    """The schedule of Diffusers' FlowMatchEulerDiscreteScheduler: the last level is shifted twice."""
-    if timesteps is None:
-        last = shifted(1 / TRAIN_STEPS, shift)
-        levels = [1 + (last - 1) * i / max(steps - 1, 1) for i in range(steps)]
-    else:
-        levels = [t / TRAIN_STEPS for t in timesteps]
-    sigmas = tuple(float32(shifted(s, shift)) for s in levels)
-    return Schedule(tuple(float32(s * TRAIN_STEPS) for s in sigmas), (*sigmas, 0.0))
+        return Euler(schedule)
+    return DPM(schedule) if request.solver == "dpm++" else UniPC(schedule)
 
 
 @dataclass
@@ -94,6 +65,34 @@ class Euler:
         return torch.add(sample, velocity, alpha=s[i + 1] - s[i])
 
 
+@dataclass
+class Renoise:
+    """The sampler of models distilled by distribution matching: (1 - sigma') x0 + sigma' noise.
+
+    Equals Diffusers' FlowMatchEulerDiscreteScheduler with `stochastic_sampling`. The noise of each step is
+    drawn on the CPU, by the generator that drew the initial latents.
+    """
+
+    schedule: Schedule
+    seed: int
+    _generator: torch.Generator | None = None
+
+    def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """See `Solver.step`."""
+        sigma, sigma_next = self.schedule.sigmas[i : i + 2]
+        clean = torch.add(sample, velocity, alpha=-sigma)
+        if sigma_next == 0:
+            return clean
+        noise = self._draw(sample).to(sample.device)
+        return torch.add(clean * (1 - sigma_next), noise, alpha=sigma_next)
+
+    def _draw(self, sample: Tensor) -> Tensor:
+        if self._generator is None:
+            self._generator = torch.Generator("cpu").manual_seed(self.seed)
+            torch.randn(sample.shape, generator=self._generator)  # the initial latents
+        return torch.randn(sample.shape, generator=self._generator)
+
+
 @dataclass(frozen=True)
 class Update:
     """x' = sample * x + current * m0 + previous * m1 + new * m_new; each m predicts the clean sample."""
@@ -105,34 +104,27 @@ class Update:
 
 
 @dataclass
-class UniPC:
-    """UniPC of order 2, with the corrector in every step but the first."""
+class DPM:
+    """DPM-Solver++ of order 2: midpoint, of order 1 in the first and in the last step."""
 
     schedule: Schedule
     predict: list[Update] = field(default_factory=list)
-    correct: list[Update] = field(default_factory=list)
     _clean: list[Tensor] = field(default_factory=list)
     """The last two predictions of the clean sample, newest last."""
-    _last: Tensor | None = None
-    """The corrected sample of the previous step."""
 
     def __post_init__(self) -> None:
         sigmas = self.schedule.sigmas
-        steps = len(sigmas) - 1
-        for i in range(steps):
-            older = sigmas[i - 1] if 0 < i < steps - 1 else None
-            self.predict.append(predictor(sigmas[i], sigmas[i + 1], older))
-            if i + 1 < steps:
-                self.correct.append(corrector(sigmas[i], sigmas[i + 1], older))
+        pairs = enumerate(pairwise(sigmas))
+        self.predict += [predictor(s, s_next, self.older(i)) for i, (s, s_next) in pairs]
+
+    def older(self, i: int) -> float | None:
+        """The noise level before step `i`; None if the step is of order 1."""
+        return self.schedule.sigmas[i - 1] if 0 < i < len(self.schedule.sigmas) - 2 else None
 
     def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """See `Solver.step`."""
         clean = torch.add(sample, velocity, alpha=-self.schedule.sigmas[i])
-        if i > 0:
-            assert self._last is not None
-            sample = self._apply(self.correct[i - 1], self._last, clean)
         self._clean = [*self._clean[-1:], clean]
-        self._last = sample
         return self._apply(self.predict[i], sample, None)
 
     def _apply(self, u: Update, x: Tensor, new: Tensor | None) -> Tensor:
@@ -144,9 +136,34 @@ class UniPC:
         return out
 
 
+@dataclass
+class UniPC(DPM):
+    """UniPC of order 2: the steps of `DPM`, and a corrector before each but the first."""
+
+    correct: list[Update] = field(default_factory=list)
+    _last: Tensor | None = None
+    """The corrected sample of the previous step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sigmas = self.schedule.sigmas
+        pairs = enumerate(pairwise(sigmas[:-1]))
+        self.correct += [corrector(s, s_next, self.older(i)) for i, (s, s_next) in pairs]
+
+    def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """See `Solver.step`."""
+        clean = torch.add(sample, velocity, alpha=-self.schedule.sigmas[i])
+        if i > 0:
+            assert self._last is not None
+            sample = self._apply(self.correct[i - 1], self._last, clean)
+        self._clean = [*self._clean[-1:], clean]
+        self._last = sample
+        return self._apply(self.predict[i], sample, None)
+
+
 def log_snr(sigma: float) -> float:
-    """lambda = log((1 - sigma) / sigma)."""
-    return math.log(1 - sigma) - math.log(sigma)
+    """lambda = log((1 - sigma) / sigma); -infinity at 1, where DPM-Solver++ may begin."""
+    return math.log(1 - sigma) - math.log(sigma) if sigma < 1 else -math.inf
 
 
 def predictor(sigma: float, sigma_next: float, older: float | None) -> Update:

@@ -25,6 +25,7 @@ import numpy as np
 
 from ascendit.checkpoint.file_copy import write_error
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
@@ -45,9 +46,11 @@ class OutputTarget(NamedTuple):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and the installed packages that affect a video."""
+    """Versions of Python and the installed packages that affect a video, and its compiled kernels, if any."""
+    kernels = describe_requested()
     packages = ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av")
-    return {"python": platform.python_version(), **installed(*packages)}
+    versions = {"python": platform.python_version(), **installed(*packages)}
+    return versions | ({"kernels": kernels} if kernels else {})
 
 
 @dataclass(eq=False, repr=False)
