@@ -439,6 +439,8 @@ def test_symlink_loops_end(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").symlink_to("model_index.json")
     (tmp_path / "config.json").symlink_to("config.json")
     (tmp_path / "high_noise_model").symlink_to(tmp_path)
+    refused(tmp_path, "E-CKP-06")
+    (tmp_path / "model_index.json").unlink()
     refused(tmp_path, "E-CKP-02")
 
 

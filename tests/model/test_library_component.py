@@ -16,6 +16,7 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layout import recognise
@@ -137,6 +138,20 @@ def test_keys_that_name_other_files_do_not_reach_the_library(
     for name in ("text_encoder", "vae"):
         a, b = (load_library_part(x.part(name)).state_dict() for x in (layout, expected))
         assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_other_weights_in_the_folder_are_not_loaded(tiny_t2v_single: Path, tmp_path: Path) -> None:
+    """transformers prefers files with this name to `model.safetensors`, and reads adapters with peft."""
+    folder = tiny.copy(tiny_t2v_single, tmp_path / "m")
+    part = recognise(folder).part("text_encoder")
+    expected = load_library_part(part).state_dict()
+    weights = {
+        name: torch.zeros_like(tensor) for name, tensor in load_file(part.path / "model.safetensors").items()
+    }
+    save_file(weights, part.path / "shard-00001-model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    (part.path / "pytorch_model.bin").write_bytes(b"x")
+    loaded = load_library_part(part).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def test_nothing_but_the_table_is_imported(

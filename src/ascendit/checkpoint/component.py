@@ -119,7 +119,7 @@ def check_regular(path: Path) -> None:
 def irregular(path: Path, status: os.stat_result) -> str:
     """The reason why a file of a model cannot be this one: not a regular file, or of the system; or ""."""
     if not stat.S_ISREG(status.st_mode):
-        return "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        return "unreadable (a folder, not a file)" if stat.S_ISDIR(status.st_mode) else "not a regular file"
     if status.st_dev in _system_devices() or os.path.realpath(path).startswith(_SYSTEM):
         return "a file of the system, not of a model"
     return ""

@@ -146,10 +146,8 @@ def recognise(path: Path | str) -> Layout:
 def _hint(root: Path) -> str:
     """Why the kind of `root` is unknown."""
     if root.is_file():
-        pickled = root.suffix in PICKLED
-        return (
-            "pickled files are not read" if pickled else "the name of the file does not end in .safetensors"
-        )
+        pickled = "; pickles are not read" if root.suffix in PICKLED else ""
+        return f"the name of the file does not end in .safetensors{pickled}"
     if below := sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}")):
         return f"{INDEX_FILE} is in a subfolder: {', '.join(below[:3])}"
     if (root / "config.json").exists():

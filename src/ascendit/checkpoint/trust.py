@@ -91,7 +91,7 @@ def supported_class(file: Path, name: str, entry: object, config: Mapping[str, A
     if name == "tokenizer" and class_name == AUTO_TOKENIZER:
         class_name = str(config.get("tokenizer_class", AUTO_TOKENIZER))
     if classes and class_name not in classes:
-        raise unsupported_class(file, f"{library}.{class_name}", _pairs(libraries, classes), part=name)
+        raise unsupported_class(file, class_name, classes, part=name)
     return library, class_name
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ascendit.checkpoint.component import Part, read_json
 from ascendit.checkpoint.part_check import (
@@ -22,7 +24,7 @@ from ascendit.checkpoint.part_check import (
     processor_config,
     tensor_mismatch,
 )
-from ascendit.checkpoint.reader import Shards, common_dtype
+from ascendit.checkpoint.reader import RowReader, Shards, common_dtype
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
 
 
@@ -65,27 +67,65 @@ def _library_errors(part: Part) -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the dtype of most stored bytes. The library gets the checked values of config.json
-    only. Raises CheckpointError: the errors of `library_config`, E-CKP-06 for files that the library refuses,
-    E-CKP-04 for tensors that it misses: it initializes missing weights randomly and only logs it.
+    `dtype`: None for the dtype of most stored bytes. The library gets tensors and the checked values of
+    config.json, no folder. Raises CheckpointError: the errors of `library_config`, E-CKP-06 for files
+    that the library refuses, E-CKP-04 for tensors that it misses: it initializes missing weights randomly and
+    only logs it.
     """
+    stored = Shards.from_part(part).tensors
     if dtype is None:
-        stored = Shards.from_part(part).tensors.values()
-        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored))
+        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored.values()))
     values = library_config(part).model_dump()
-    options: dict[str, Any] = {"torch_dtype": dtype, **values}
+    build = _from_diffusers if part.library == "diffusers" else _from_transformers
     with _library_errors(part), quiet():
         cls = library_class(part)
-        if part.library == "transformers":  # without the option it stops without a name
-            options = {"dtype": dtype, "ignore_mismatched_sizes": True, "config": cls.config_class(**values)}
-        model, info = cls.from_pretrained(
-            part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
-        )
-    kinds = ("missing keys", "unexpected keys", "mismatched keys")
-    problems = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
+        with RowReader() as reader:
+            weights = {name: reader.read_tensor(info) for name, info in stored.items()}
+        model, problems = build(cls, values, weights, dtype)
     if any(problems.values()):
         raise tensor_mismatch(part, problems)
     return model.eval().requires_grad_(False)
+
+
+Problems = dict[str, list[str]]
+"""`missing keys`, `unexpected keys`, `mismatched keys` -> names of tensors."""
+
+
+def _from_transformers(
+    cls: Any, values: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, Problems]:
+    """In a folder, transformers would prefer other weights to those whose headers were checked: adapters, and
+    files with names like `shard-00001-model-00001-of-00001.safetensors`.
+    """
+    model, info = cls.from_pretrained(
+        None,
+        config=cls.config_class(**values),
+        state_dict=weights,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # without it, an error does not name the tensor
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    kinds = ("missing keys", "unexpected keys", "mismatched keys")
+    return model, {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
+
+
+def _from_diffusers(
+    cls: Any, values: Mapping[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Any, Problems]:
+    arguments = inspect.signature(cls.__init__).parameters
+    with torch.device("meta"):
+        model = cls(**{key: value for key, value in values.items() if key in arguments})
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = {
+        "missing keys": [name for name in shapes if name not in weights],
+        "unexpected keys": [name for name in weights if name not in shapes],
+        "mismatched keys": [n for n, shape in shapes.items() if n in weights and weights[n].shape != shape],
+    }
+    if not any(problems.values()):
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    return model, problems
 
 
 def load_processor(part: Part) -> Any:
