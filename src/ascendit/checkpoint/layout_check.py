@@ -1,13 +1,14 @@
 """Check a complete model without reading its weights: each part, and whether the parts belong together.
 
-`inspect` lists all problems; loading, `--dry-run`, `quantize` and `repack` raise the first one. So what one
-of them refuses, all refuse, with the same error. Headers are read once.
+`inspect` lists all problems; loading and `--dry-run` raise the first one. So what one of them refuses, all
+refuse, with the same error. `quantize` and `repack` check the transformers only. Headers are read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS, Part, read_json
@@ -67,14 +68,23 @@ class CheckedLayout:
 
 def check_layout(layout: Layout) -> CheckedLayout:
     """Check every part of `layout`, its record, and that its parts fit each other."""
-    problems = list(_missing_parts(layout)) if layout.kind == "diffusers" else []
-    parts = tuple(_check(part) for part in layout.parts.values())
+    pipeline = layout.kind == "diffusers"
+    problems = list(_missing_parts(layout)) if pipeline else []
+    parts = tuple(_check(part, to_run=pipeline) for part in layout.parts.values())
     problems += [checked.problem for checked in parts if checked.problem is not None]
     problems += _index_problems(layout)
     problems += _record_problems(layout, [x.expert for x in parts if x.expert is not None])
     sound = {x.part.name: x for x in parts if x.problem is None}
     problems += _disagreements(layout, sound)
     return CheckedLayout(layout, parts, tuple(problems))
+
+
+def check_experts(layout: Layout) -> list[Expert]:
+    """The transformers alone, which `quantize` and `repack` convert. Raises the first of their problems."""
+    parts = tuple(_check(part, to_run=False) for part in layout.experts)
+    problems = [checked.problem for checked in parts if checked.problem is not None]
+    problems = problems or list(_experts_disagree(layout, {x.part.name: x for x in parts}))
+    return CheckedLayout(layout, parts, tuple(problems)).require().experts
 
 
 def _missing_parts(layout: Layout) -> Iterator[AscenditError]:
@@ -86,22 +96,19 @@ def _missing_parts(layout: Layout) -> Iterator[AscenditError]:
             yield e
 
 
-def _check(part: Part) -> CheckedPart:
+def _check(part: Part, *, to_run: bool) -> CheckedPart:
+    """`to_run`: the part of a pipeline. Only `repack` reads transformers with an incomplete config."""
     checked = CheckedPart(part)
     try:
         checked = replace(checked, shards=check_part(part))
         if part.name in EXPERTS:
-            checked = replace(checked, expert=read_expert(part, checked.shards))
-            _check_config(checked.expert)
+            expert = read_expert(part, checked.shards)
+            checked = replace(checked, expert=expert)
+            if to_run:
+                model_config(expert)
     except AscenditError as e:
         return replace(checked, problem=e)
     return checked
-
-
-def _check_config(expert: Expert | None) -> None:
-    """An original config may lack the number of heads, which only `repack` and loading need."""
-    if expert is not None and expert.config_problem is None:
-        model_config(expert)
 
 
 def _index_problems(layout: Layout) -> list[AscenditError]:
@@ -142,20 +149,19 @@ def _record_problems(layout: Layout, experts: list[Expert]) -> list[AscenditErro
 
 def _disagreements(layout: Layout, parts: Mapping[str, CheckedPart]) -> list[AscenditError]:
     """Problems between parts that have none themselves."""
-    experts = [name for name in EXPERTS if name in parts]
-    if not experts:
-        return []
-    name, first = experts[0], _config_of(parts[experts[0]])
-    problems: list[AscenditError] = []
-    for other in experts[1:]:
-        config = _config_of(parts[other])
-        wrong = [key for key in EQUAL_KEYS if config[key] != first[key]]
-        if wrong:
-            texts = [", ".join(f"{key} {c[key]}" for key in wrong) for c in (first, config)]
-            problems.append(_disagree(layout, name, texts[0], other, texts[1]))
-    if layout.kind == "diffusers":
-        problems += _around_the_transformer(layout, name, first, parts)
+    problems = list(_experts_disagree(layout, parts))
+    name = next((name for name in EXPERTS if name in parts), None)
+    if name is not None and layout.kind == "diffusers":
+        problems += _around_the_transformer(layout, name, _config_of(parts[name]), parts)
     return problems
+
+
+def _experts_disagree(layout: Layout, parts: Mapping[str, CheckedPart]) -> Iterator[AscenditError]:
+    experts = {name: _config_of(parts[name]) for name in EXPERTS if name in parts}
+    for (a, first), (b, second) in pairwise(experts.items()):
+        if wrong := [key for key in EQUAL_KEYS if first[key] != second[key]]:
+            texts = [", ".join(f"{key} {config[key]}" for key in wrong) for config in (first, second)]
+            yield _disagree(layout, a, texts[0], b, texts[1])
 
 
 def _around_the_transformer(

@@ -75,6 +75,19 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
     return model or "demo"
 
 
+def _check_model(out: Output, name: str) -> str:
+    """A first line about the model, which is checked before torch is imported.
+
+    Raises the errors of `prepare_model`.
+    """
+    from ascendit.pipeline.job import prepare_model
+    from ascendit.pipeline.options import LoadOptions
+
+    with out.work():
+        model = prepare_model(LoadOptions(model=name))
+    return f"verifying {model.defaults.model} in {model.layout.root}; it is loaded first"
+
+
 def _check_quality_call(jobs: int, swap_experts: bool) -> None:
     if swap_experts:
         got, needs = "--swap-experts with --quality", "--adherence, which it is a control for"
@@ -112,11 +125,13 @@ def verify_adherence(
     """Judge the videos, and print counts and verdicts. Exits with code 1 if a group is below its limit."""
     from ascendit.demo import world
     from ascendit.demo.adherence import pick
-    from ascendit.pipeline.job import load
-    from ascendit.verify.adherence import LIMITS, adherence_error, check_adherence, verdict_lines
 
     start = time.perf_counter()
     scenes = pick(limit) if limit is not None else list(world.scenes())
+    out.note(_check_model(out, model))
+    from ascendit.pipeline.job import load
+    from ascendit.verify.adherence import LIMITS, adherence_error, check_adherence, verdict_lines
+
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view:
         pipe = load(model)
@@ -155,9 +170,16 @@ def verify_quality(
     `report` is rewritten after each row, so that an interrupted run keeps its results.
     """
     from ascendit.demo.adherence import pick
-    from ascendit.verify.quality import choose_cases, default_cases, measure_quality
 
     start = time.perf_counter()
+    scenes, note = pick(limit), _check_model(out, model)
+    if not names:  # else after their check, which imports torch
+        out.note(note)
+    from ascendit.verify.quality import choose_cases, default_cases, measure_quality
+
+    cases = choose_cases(names) if names else default_cases()
+    if names:
+        out.note(note)
 
     def report_data(quality: Quality) -> dict[str, object]:
         passed = all(within for _, within in quality.verdicts())
@@ -167,7 +189,6 @@ def verify_quality(
         if report is not None:
             write_report(report, report_data(quality))
 
-    scenes, cases = pick(limit), choose_cases(names) if names else default_cases()
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
         tally = Tally(view, len(scenes) * len(seeds) * (1 + len(cases)))

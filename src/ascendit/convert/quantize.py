@@ -19,10 +19,11 @@ import torch
 
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognise
+from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
-from ascendit.checkpoint.transformer import num_weights, read_expert
+from ascendit.checkpoint.transformer import num_weights
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
@@ -163,7 +164,7 @@ class QuantizeJob:
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        experts = [read_expert(part) for part in self.layout.experts]
+        experts = check_experts(self.layout)
         names = [expert.name for expert in experts]
         if unknown := sorted(set(self.smoothing) - set(names)):
             raise UsageError(

@@ -26,6 +26,7 @@ from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
+from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
@@ -142,8 +143,7 @@ def repack(
 def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[ExpertOutput]:
     """Plan the output of every expert. All checks of the source happen here, before anything is written."""
     outputs = []
-    for part in source.experts:
-        expert = read_expert(part)
+    for expert in check_experts(source):
         config = provenance.config_from(base, expert) if base else expert.config
         layers, steps = schemes_of(expert), stored_steps(expert, target)
         if target.engine is not None:
