@@ -224,9 +224,17 @@ def test_processed_images_have_the_size_of_the_encoder(copy: Path) -> None:
     assert error.code == "E-CKP-07" and "16x16" in error.got and "image_size 32" in error.got
 
 
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+    "pair": [],
+}
 TOKENIZER: list[tuple[str, Any, str]] = [
     ("tokenizer.json", {"model": {}}, "tokenizer.json: "),
     ("tokenizer.json", {"added_tokens": 3}, "tokenizer.json: "),
+    ("tokenizer.json", {"post_processor": {**TEMPLATE, "special_tokens": {}}}, "post_processor is '</s>'"),
+    ("tokenizer.json", {"post_processor": {"type": "Sequence", "processors": [TEMPLATE]}}, "post_processor"),
+    ("tokenizer.json", {"post_processor": {**TEMPLATE, "single": 5}}, "tokenizer.json: "),
     ("tokenizer_config.json", {"pad_token": None}, "pad_token is None"),
     ("tokenizer_config.json", {"pad_token": "no"}, "pad_token is 'no'"),
     ("special_tokens_map.json", {"pad_token": 3}, "pad_token is 3"),
