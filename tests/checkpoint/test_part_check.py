@@ -35,7 +35,7 @@ from ascendit.pipeline.options import LoadOptions
 
 FILE = Path("some/config.json")
 INF, NAN = float("inf"), float("nan")
-NOT_COUNTS = (True, "1", 1.0, 0, -1, 2**31, 10**400, None, [], {}, NAN, INF)
+NOT_COUNTS: tuple[Any, ...] = (True, "1", 1.0, 0, -1, 2**31, 10**400, None, [], {}, NAN, INF)
 """Values that are no size; a number and null are valid in some keys."""
 
 Read = Callable[[dict[str, Any]], PartConfig]
@@ -95,48 +95,52 @@ def test_sizes(config: type[PartConfig], key: str) -> None:
             refused(config, {key: value})
 
 
+def each(config: type[PartConfig], key: str, *values: Any) -> list[tuple[type[PartConfig], str, Any]]:
+    return [(config, key, value) for value in values]
+
+
 WRONG: list[tuple[type[PartConfig], str, Any]] = [
-    *((TransformerConfig, "patch_size", value) for value in (1, None, [1, 2], [1, 2, 0], [1, 2, "2"])),
-    *((TransformerConfig, "eps", value) for value in ("x", -1, NAN, 0, 1)),
-    *((TransformerConfig, "qk_norm", value) for value in (None, "rms_norm", 3)),
-    *((TransformerConfig, "attention_head_dim", value) for value in ({}, 7, 4)),
-    *((TransformerConfig, "cross_attn_norm", value) for value in (1, "yes")),
-    *((TransformerConfig, "added_kv_proj_dim", value) for value in (5120, 3)),
-    *((AutoencoderConfig, "latents_mean", value) for value in ([], [0.0] * 15, ["x"] * 16, [INF] * 16)),
-    *((AutoencoderConfig, "latents_std", value) for value in ([0.0] * 16, [-1.0] * 16, "x")),
-    *((AutoencoderConfig, "dim_mult", value) for value in ([], [0, 1], [1, 2, 2], [1] * 9, "x")),
-    *((AutoencoderConfig, "temperal_downsample", value) for value in ([1, 0, 0], [True], None)),
-    *((AutoencoderConfig, "attn_scales", value) for value in ([1.0], "x")),
-    *((AutoencoderConfig, "scale_factor_spatial", value) for value in ("x", 16, None)),
+    *each(TransformerConfig, "patch_size", 1, None, [1, 2], [1, 2, 0], [1, 2, "2"]),
+    *each(TransformerConfig, "eps", "x", -1, NAN, 0, 1),
+    *each(TransformerConfig, "qk_norm", None, "rms_norm", 3),
+    *each(TransformerConfig, "attention_head_dim", {}, 7, 4),
+    *each(TransformerConfig, "cross_attn_norm", 1, "yes"),
+    *each(TransformerConfig, "added_kv_proj_dim", 5120, 3),
+    *each(AutoencoderConfig, "latents_mean", [], [0.0] * 15, ["x"] * 16, [INF] * 16),
+    *each(AutoencoderConfig, "latents_std", [0.0] * 16, [-1.0] * 16, "x"),
+    *each(AutoencoderConfig, "dim_mult", [], [0, 1], [1, 2, 2], [1] * 9, "x"),
+    *each(AutoencoderConfig, "temperal_downsample", [1, 0, 0], [True], None),
+    *each(AutoencoderConfig, "attn_scales", [1.0], "x"),
+    *each(AutoencoderConfig, "scale_factor_spatial", "x", 16, None),
     (AutoencoderConfig, "scale_factor_temporal", 0),
     (AutoencoderConfig, "num_res_blocks", 10**9),
-    *((AutoencoderConfig, "is_residual", value) for value in (1, "x")),
-    *((TextEncoderConfig, "feed_forward_proj", value) for value in ("gated-", "nope", [1], "gated-a-b")),
-    *((TextEncoderConfig, "dense_act_fn", value) for value in ("relu", 3)),
-    *((TextEncoderConfig, "is_gated_act", value) for value in (False, 1)),
-    *((TextEncoderConfig, "relative_attention_max_distance", value) for value in (0, 8)),
+    *each(AutoencoderConfig, "is_residual", 1, "x"),
+    *each(TextEncoderConfig, "feed_forward_proj", "gated-", "nope", [1], "gated-a-b"),
+    *each(TextEncoderConfig, "dense_act_fn", "relu", 3),
+    *each(TextEncoderConfig, "is_gated_act", False, 1),
+    *each(TextEncoderConfig, "relative_attention_max_distance", 0, 8),
     (TextEncoderConfig, "relative_attention_num_buckets", 3),
     (TextEncoderConfig, "layer_norm_epsilon", INF),
     (TextEncoderConfig, "is_decoder", True),
     (TextEncoderConfig, "num_layers", 10**9),
-    *((ImageEncoderConfig, "hidden_act", value) for value in ("nope", None)),
-    *((ImageEncoderConfig, "patch_size", value) for value in (225, [14, 14])),
+    *each(ImageEncoderConfig, "hidden_act", "nope", None),
+    *each(ImageEncoderConfig, "patch_size", 225, [14, 14]),
     (ImageEncoderConfig, "num_attention_heads", 7),
     (ImageEncoderConfig, "num_channels", 1),
-    *((ImageProcessorConfig, "size", value) for value in ("x", {}, {"height": 3}, {"longest_edge": 3}, 0)),
-    *((ImageProcessorConfig, "crop_size", value) for value in (None, {"shortest_edge": 3})),
-    *((ImageProcessorConfig, "image_std", value) for value in ([0, 1, 1], [1, 1])),
-    *((ImageProcessorConfig, "resample", value) for value in (6, "x")),
+    *each(ImageProcessorConfig, "size", "x", {}, {"height": 3}, {"longest_edge": 3}, 0),
+    *each(ImageProcessorConfig, "crop_size", None, {"shortest_edge": 3}),
+    *each(ImageProcessorConfig, "image_std", [0, 1, 1], [1, 1]),
+    *each(ImageProcessorConfig, "resample", 6, "x"),
     (ImageProcessorConfig, "rescale_factor", NAN),
-    *((SchedulerConfig, "flow_shift", value) for value in ("x", NAN, 0, -3, True, 10**400)),
+    *each(SchedulerConfig, "flow_shift", "x", NAN, 0, -3, True, 10**400),
     (SchedulerConfig, "use_karras_sigmas", "no"),
-    *((IndexConfig, "boundary_ratio", value) for value in ("x", [1], True, 0, 1, NAN)),
+    *each(IndexConfig, "boundary_ratio", "x", [1], True, 0, 1, NAN),
     (IndexConfig, "expand_timesteps", "x"),
-    *((TokenizerConfig, "pad_token", value) for value in (5, {"content": 5}, {"content": "x", "y": 1}, [])),
-    *((TokenizerConfig, "padding_side", value) for value in ("left", None)),
-    *((TokenizerConfig, "extra_ids", value) for value in (10**9, "x")),
-    *((TokenizerConfig, "extra_special_tokens", value) for value in ([1], 3, {"a": 1})),
-    *((TokenizerConfig, "added_tokens_decoder", value) for value in ({"x": "a"}, {"1": 1}, [])),
+    *each(TokenizerConfig, "pad_token", 5, {"content": 5}, {"content": "x", "y": 1}, []),
+    *each(TokenizerConfig, "padding_side", "left", None),
+    *each(TokenizerConfig, "extra_ids", 10**9, "x"),
+    *each(TokenizerConfig, "extra_special_tokens", [1], 3, {"a": 1}),
+    *each(TokenizerConfig, "added_tokens_decoder", {"x": "a"}, {"1": 1}, []),
     *((TokenizerConfig, key, "/etc/passwd") for key in ("gguf_file", "vocab_file", "tokenizer_file")),
     (TokenizerConfig, "init_inputs", [1]),
 ]
