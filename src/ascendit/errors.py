@@ -35,7 +35,7 @@ ERROR_CODES: dict[str, str] = {
     "E-CKP-03": "index or link leads to a missing file, or out of the folder",
     "E-CKP-04": "tensors missing, unexpected, or of the wrong shape or dtype",
     "E-CKP-05": "config of another model class, or one that asks for other code",
-    "E-CKP-06": "config missing or unreadable",
+    "E-CKP-06": "config missing or unreadable, or with an invalid value",
     "E-CKP-07": "manifest, config and tensors disagree on a layer, or two parts do not fit each other",
     "E-CKP-08": "weight and scale do not match, or a scale is invalid",
     "E-CKP-09": "two tensors map to the same name",

@@ -137,7 +137,7 @@ def fuzz(models: dict[str, Path], data: st.DataObject, generate: bool) -> str:
     return outcome
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_changed_configs(models: dict[str, Path], data: st.DataObject) -> None:
     fuzz(models, data, generate=False)

@@ -170,8 +170,9 @@ def _check_tokenizer(part: Part) -> None:
         if type(number) is not int or not 0 <= number < 2**31:
             raise bad_config_value(part.folder / "added_tokens.json", token, number, "the number of a token")
     if "tokenizer.json" in files:
+        _check_template(part.folder / "tokenizer.json", files["tokenizer.json"].get("post_processor"))
         tokenizer = _parse_tokenizer(part.folder / "tokenizer.json")
-        _check_padding(part, (config.pad_token, special.pad_token), tokenizer)
+        _try_tokenizer(part, (config.pad_token, special.pad_token), tokenizer)
     elif not any((part.folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{part.folder} has no vocabulary",
@@ -181,8 +182,25 @@ def _check_tokenizer(part: Part) -> None:
         )
 
 
-def _check_padding(part: Part, declared: tuple[Any, ...], tokenizer: Tokenizer) -> None:
-    """Prompts are padded: the pad token must be named, and in the vocabulary."""
+def _check_template(file: Path, processor: object) -> None:
+    """Special tokens of a template must be in its table: the library panics when it tokenizes without."""
+    if not isinstance(processor, dict):
+        return
+    processors = processor.get("processors")
+    for inner in processors if isinstance(processors, list) else ():
+        _check_template(file, inner)
+    table = processor.get("special_tokens")
+    templates = [processor.get(key) for key in ("single", "pair")]
+    pieces = [piece for template in templates if isinstance(template, list) for piece in template]
+    used = [piece.get("SpecialToken") for piece in pieces if isinstance(piece, dict)]
+    for token in used:
+        name = token.get("id") if isinstance(token, dict) else None
+        if name is not None and not (isinstance(table, dict) and isinstance(name, str) and name in table):
+            raise bad_config_value(file, "post_processor", name, "special tokens that are in special_tokens")
+
+
+def _try_tokenizer(part: Part, declared: tuple[Any, ...], tokenizer: Tokenizer) -> None:
+    """Prompts are padded: the pad token must be named, and in the vocabulary. Tokenize one."""
     tokens = [token["content"] if isinstance(token, dict) else token for token in declared if token]
     if not tokens and tokenizer.padding:
         tokens = [tokenizer.padding["pad_token"]]
@@ -191,6 +209,12 @@ def _check_padding(part: Part, declared: tuple[Any, ...], tokenizer: Tokenizer) 
     if not tokens or any(tokenizer.token_to_id(token) is None for token in tokens):
         rule = "a token of tokenizer.json"
         raise bad_config_value(_config_file(part), "pad_token", tokens[0] if tokens else None, rule)
+    try:  # as it is called for a prompt, which replaces the stored padding and truncation
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("a red circle")
+    except BaseException as e:
+        raise library_refusal(part.folder / "tokenizer.json", e) from e
 
 
 def _parse_tokenizer(file: Path) -> Tokenizer:
