@@ -83,6 +83,7 @@ tiny_ti2v = _fixture("ti2v")
 tiny_ti2v_image = _fixture("ti2v_image")
 tiny_i2v_cascade = _fixture("i2v_cascade")
 tiny_i2v_21 = _fixture("i2v_21")
+tiny_flf2v = _fixture("flf2v")
 
 
 @pytest.fixture

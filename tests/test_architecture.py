@@ -109,6 +109,8 @@ LIGHT = (
     "convert.repack",
     "model.quantize_on_load",
     "pipeline.defaults",
+    "pipeline.fit",
+    "pipeline.images",
     "pipeline.sigmas",
     "pipeline.options",
     "pipeline.model_check",

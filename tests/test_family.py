@@ -22,6 +22,7 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "Wan2.1-T2V-14B": ("t2v", 1, 50, 5.0, None, 5.0, None, 81, 16, P720 | P480),
     "Wan2.1-I2V-14B-480P": ("i2v", 1, 40, 3.0, None, 5.0, None, 81, 16, P480),
     "Wan2.1-I2V-14B-720P": ("i2v", 1, 40, 5.0, None, 5.0, None, 81, 16, P720 | P480),
+    "Wan2.1-FLF2V-14B-720P": ("i2v", 1, 50, 16.0, None, 5.0, None, 81, 16, P720 | P480),
 }
 # Published folders: width (heads x head size), layers, channels in and out, experts, image K/V.
 A14B: dict[str, Any] = {"dim": 40 * 128, "num_layers": 40, "out_channels": 16, "image_cross_attention": False}
@@ -96,6 +97,13 @@ def test_shift_depends_on_the_size_as_published() -> None:
     assert SPECS["Wan2.1-I2V-14B-480P"].shift_for(832, 480) == 3.0
     assert SPECS["Wan2.1-T2V-14B"].shift_for(832, 480) == 5.0
     assert SPECS["Wan2.2-T2V-A14B"].shift_for(832, 480) == 12.0
+
+
+@pytest.mark.parametrize("folder", ["", "Wan2.1-FLF2V-14B-720P-diffusers", "Wan2.1-I2V-14B-480P"])
+def test_position_embeddings_distinguish_flf2v_in_any_folder(folder: str) -> None:
+    spec = match_spec(**I2V_21, first_last_frame=True, folder_name=folder)
+    assert spec is not None and spec.name == "Wan2.1-FLF2V-14B-720P" and spec.last_frame == "required"
+    assert match_spec(**A14B, in_channels=36, num_experts=1, first_last_frame=True) is None
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -194,7 +194,7 @@ def build_i2v_cascade(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch
     return _write(folder, WanImageToVideoPipeline, experts, seed, dtype, boundary_ratio=0.9)
 
 
-def build_i2v_21(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def build_i2v_21(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> Path:
     """Small Wan2.1 I2V: 36 input channels and CLIP image tokens in the cross-attention."""
     config = CLIPVisionConfig(
         hidden_size=IMAGE_DIM,
@@ -210,7 +210,7 @@ def build_i2v_21(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.floa
     _write(
         folder,
         WanImageToVideoPipeline,
-        [transformer(seed, 36, image_dim=IMAGE_DIM, added_kv_proj_dim=WIDTH)],
+        [transformer(seed, 36, image_dim=IMAGE_DIM, added_kv_proj_dim=WIDTH, **extra)],
         seed,
         dtype,
         image_encoder=encoder.to(dtype),
@@ -224,6 +224,11 @@ def build_i2v_21(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.floa
     return folder
 
 
+def build_flf2v(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Small Wan2.1 FLF2V: `build_i2v_21` with position embeddings for 17 tokens of each of two images."""
+    return build_i2v_21(folder, seed=seed, dtype=dtype, pos_embed_seq_len=34)
+
+
 BUILDERS: dict[str, Callable[..., Path]] = {
     "t2v_cascade": build_t2v_cascade,
     "t2v_single": build_t2v_single,
@@ -231,6 +236,7 @@ BUILDERS: dict[str, Callable[..., Path]] = {
     "ti2v_image": build_ti2v_image,
     "i2v_cascade": build_i2v_cascade,
     "i2v_21": build_i2v_21,
+    "flf2v": build_flf2v,
 }
 
 

@@ -4,7 +4,8 @@
     pipe = ascendit.load("demo")
     pipe.generate("a red circle moves right on a black background", seed=7).save("circle.mp4")
 
-Importing this package does not import torch; names are imported on first use.
+Importing this package does not import torch; names are imported on first use. It sets the variables of OpenMP
+that the user has not set (`device/cpu_threads.py`), so import it before torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from ascendit.device.cpu_threads import set_variables
 from ascendit.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _MODULES = {
     "quantize_": "ascendit.model.quantize_module",
     "repack": "ascendit.convert.repack",
 }
+
+set_variables()
 
 _PACKAGES = ("mx",)  # also reached as `ascendit.mx.encode`, without importing the package
 _RENAMED = {"spec": "family"}

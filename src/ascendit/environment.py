@@ -8,7 +8,7 @@ the variable of each. Flags override them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,15 @@ def read_environment(
 
 def set_missing(values: Mapping[str, str]) -> dict[str, str]:
     """Set the variables that are unset or empty; return the values that the others already have."""
-    existing = {name: os.environ[name] for name in values if os.environ.get(name)}
+    existing = values_of(values)
     os.environ.update({name: value for name, value in values.items() if name not in existing})
     return existing
+
+
+def values_of(names: Iterable[str], environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name -> value of the variables that are set and not empty."""
+    environ = os.environ if environ is None else environ
+    return {name: environ[name] for name in names if environ.get(name)}
 
 
 def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
@@ -75,6 +81,13 @@ def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
         if environ.get(name):
             return Path(environ[name])
     return None
+
+
+def cache_home(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder for caches, XDG_CACHE_HOME or `~/.cache`. Raises RuntimeError if the user has no home."""
+    environ = os.environ if environ is None else environ
+    folder = Path(environ.get("XDG_CACHE_HOME", ""))
+    return folder if folder.is_absolute() else Path("~/.cache").expanduser()
 
 
 def library_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, ...]:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from ascendit.errors import CheckpointError
 
 Task = Literal["t2v", "i2v", "ti2v"]
+LastFrame = Literal["refused", "optional", "required"]
+"""Whether an image-to-video model takes a last image: Wan2.2 may, FLF2V (first and last frame) has to."""
 Size = tuple[int, int]
 """(width, height) in pixels, as in `832x480`."""
 Solver = Literal["unipc", "dpm++", "euler", "renoise"]
@@ -60,6 +62,7 @@ class WanSpec:
     """Used by the authors' `generate.py` if the caller has none."""
     image_cross_attention: bool = False
     """Wan2.1 I2V: CLIP image tokens in the cross-attention."""
+    last_frame: LastFrame = "refused"
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,7 @@ SPECS: dict[str, WanSpec] = {
         WanSpec(
             name="Wan2.2-I2V-A14B",
             task="i2v",
+            last_frame="optional",
             num_experts=2,
             in_channels=36,
             sizes=_P720 + _P480,
@@ -145,6 +149,15 @@ SPECS: dict[str, WanSpec] = {
             num_inference_steps=40,
             flow_shift_by_size=_I2V_480_SHIFT,
             negative_prompt=_NO_SHAKE,
+            image_cross_attention=True,
+        ),
+        WanSpec(
+            name="Wan2.1-FLF2V-14B-720P",
+            task="i2v",
+            last_frame="required",
+            in_channels=36,
+            sizes=_P720 + _P480,
+            flow_shift=16.0,
             image_cross_attention=True,
         ),
         WanSpec(
@@ -252,10 +265,12 @@ def match_spec(
     out_channels: int,
     num_experts: int,
     image_cross_attention: bool,
+    first_last_frame: bool = False,
     folder_name: str = "",
 ) -> WanSpec | None:
     """Find the model with these dimensions, else None; if several match, the one named in `folder_name`.
 
+    `first_last_frame`: its image tokens have position embeddings, as in Wan2.1 FLF2V.
     Dimensions, channels and number of experts must match; the name alone never decides.
     """
     matches = [
@@ -263,6 +278,7 @@ def match_spec(
         for s in SPECS.values()
         if (s.dim, s.num_layers, s.in_channels, s.out_channels, s.num_experts, s.image_cross_attention)
         == (dim, num_layers, in_channels, out_channels, num_experts, image_cross_attention)
+        and (s.last_frame == "required") == first_last_frame
     ]
     if len(matches) > 1:
         text = folder_name.lower()

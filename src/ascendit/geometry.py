@@ -65,6 +65,39 @@ def frames_for(seconds: float, fps: int, frame_stride: int = 4) -> int:
     return frame_stride * round(seconds * fps / frame_stride) + 1
 
 
+def size_of_area(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(width, height) of at most `area` pixels in the ratio of `picture`, each rounded down to `multiple`.
+
+    The rule of `image2video.py` of Wan2.1 and Wan2.2, in integers: their floats make 832x464 of 832x480. A
+    side is 0 if the picture is too narrow.
+    """
+    w, h = picture
+    width, height = (math.isqrt(area * a // b) // multiple * multiple for a, b in ((w, h), (h, w)))
+    return width, height
+
+
+def best_size(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(width, height) of at most `area` pixels: one side as in `size_of_area`, the other as long as fits.
+
+    Of the two such sizes, the one nearer to the ratio of `picture`: `best_output_size` of Wan2.2 (TI2V-5B). A
+    side is 0 if the picture is too narrow.
+    """
+    ratio = picture[0] / picture[1]
+    width, height = size_of_area(area, picture, multiple)
+    sizes = []
+    if width:
+        sizes.append((width, area // width // multiple * multiple))
+    if height:
+        sizes.append((area // height // multiple * multiple, height))
+
+    def distance(size: tuple[int, int]) -> float:
+        own = size[0] / size[1]
+        return max(ratio / own, own / ratio)
+
+    sizes = [size for size in reversed(sizes) if 0 not in size]  # of equal ones the authors take the second
+    return min(sizes, key=distance, default=(0, 0))
+
+
 # ---- FLOPs --------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ import av
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from ascendit.cli.main import main
 from ascendit.schedule import StepSchedule
@@ -175,6 +176,24 @@ def test_bad_requests(
     if code not in ("E-USE-02", "E-REQ-04"):  # the order of these two checks is not fixed
         assert f"error[{code}]" in done.stderr
     assert files_of(run, tmp_path) == {"text.png"}
+
+
+def test_the_dry_run_says_how_images_become_frames(
+    run_here: Run, tiny_i2v_cascade: Path, tmp_path: Path
+) -> None:
+    work, few = tmp_path / "work", ["--frames", "5", "--dry-run"]
+    Image.new("RGB", (64, 128), "red").save(work / "tall.png")
+    Image.new("RGB", (128, 64), "red").save(work / "broad.png")
+    images = ["--image", "tall.png", "--last-image", "broad.png"]
+    done = run_here("generate", tiny_i2v_cascade, "a cat", *images, "--size", "128x64", *few)
+    assert done.returncode == 0, done.stderr
+    assert "image      64x128, cropped to 64x32, the ratio of 128x64" in done.stdout
+    assert "last_image 128x64\n" in done.stdout and "--last-image broad.png" in done.stdout
+    done = run_here("--quiet", "generate", tiny_i2v_cascade, "a cat", *images, "--fit", "pad", "--json", *few)
+    data = json.loads(done.stdout)
+    assert (data["request"]["width"], data["request"]["height"]) == (432, 880)
+    assert data["images"]["last_image"] == "128x64, resized to 432x216, with black bars to 432x880"
+    assert "--size 432x880" in data["replay"] and "--fit pad" in data["replay"]
 
 
 def test_an_invalid_image(run_here: Run, tiny_i2v_cascade: Path, tmp_path: Path) -> None:

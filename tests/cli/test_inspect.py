@@ -81,3 +81,20 @@ def test_layers_and_diff_exclude_each_other(run, tmp_path):
         "  needs  one of them",
         "  try    omit one; --diff --json lists all",
     ]
+
+
+def test_check_and_values(run, tmp_path):
+    a = write_expert(tmp_path / "a", floats())
+    b = write_expert(tmp_path / "b", floats())
+    unchecked = run("inspect", a, "--check")
+    assert unchecked.code == 1 and "E-CKP-11" in unchecked.out
+    assert run("inspect", a, "--check", "--json").json["check"]["problem"]["code"] == "E-CKP-11"
+    equal = run("inspect", a, "--diff", b, "--values")
+    assert equal.code == 0 and "equal numbers" in equal.out
+    with open(b / "diffusion_pytorch_model.safetensors", "r+b") as f:
+        f.seek(-1, 2)
+        f.write(b"\1")
+    assert run("inspect", a, "--diff", b).code == 0
+    different = run("inspect", a, "--diff", b, "--values", "--json")
+    assert different.code == 1 and different.json["values"]["parts"]["transformer"]["different"] == 1
+    assert run("inspect", a, "--values").code == 2

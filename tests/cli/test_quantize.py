@@ -43,7 +43,9 @@ def test_hash_records_sha256_of_the_files(run, model, tmp_path):
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "int8", "--hash")
     assert ended.code == 0
     record = json.loads((tmp_path / "out" / "ascendit.json").read_text())
-    assert len(record["files"]) == 6 and record["command"].endswith("--hash")
+    assert {"transformer/config.json", "model_index.json"} <= record["files"].keys() and record[
+        "command"
+    ].endswith("--hash")
 
 
 def test_dry_run_writes_nothing(run, model, tmp_path):

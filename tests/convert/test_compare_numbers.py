@@ -91,3 +91,30 @@ def test_a_wrong_rewrite_is_not_published(tmp_path: Path, monkeypatch: pytest.Mo
     assert e.value.code == "E-CKP-10" and not (tmp_path / "out").exists()
     monkeypatch.undo()
     repack(unpacked, tmp_path / "out", check=True)
+
+
+@pytest.mark.parametrize(
+    ("export", "name", "value"),
+    [
+        (exports.MXFP8, "blocks.0.ffn.0.weight", 0x7F),
+        (exports.MXFP8, "blocks.0.ffn.0.weight", 0xFF),
+        (exports.MXFP8, "head.head.weight", float("nan")),
+        (exports.INT8, "blocks.0.ffn.0.bias", float("inf")),
+        (exports.LEGACY, "text_embedding.0.bias", float("-inf")),
+        (exports.MXFP8, "blocks.0.ffn.0.weight_scale", 254),
+    ],
+)
+def test_nan_and_infinity_are_refused(export: Path, name: str, value: float, tmp_path: Path) -> None:
+    """With the first position; 254 is a valid scale, 2^127, that makes values overflow."""
+
+    def spoil(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
+        tensor = tensors[name].view(torch.uint8) if isinstance(value, int) else tensors[name]
+        tensor[-1] = value
+
+    source = exports.changed(export, tmp_path / "source", spoil)
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors .* have NaN or infinite values: ") as e:
+        repack(source, tmp_path / "out", check=True)
+    assert e.value.code == "E-QNT-01" and not (tmp_path / "out").exists()
+    row = len(exports.tensors(exports.experts(export)["transformer"])[name]) - 1
+    assert f"the first at [{row}" in e.value.got
+    repack(source, tmp_path / "out")

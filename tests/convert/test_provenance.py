@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -123,3 +124,10 @@ def test_both_files_are_written(record, tmp_path):
     provenance.write_record_and_card(tmp_path, record, "small")
     assert (tmp_path / "README.md").read_text() == provenance.model_card(record, "small")
     assert json.loads((tmp_path / "ascendit.json").read_text()) == provenance.ascendit_json(record)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "a.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "part")
+    provenance.write_record_and_card(tmp_path, record, "small", hash=True)
+    data = json.loads((tmp_path / "ascendit.json").read_text())
+    assert data["sizes"] == {"part/a.json": 2}
+    assert data["files"] == {**record.files, "part/a.json": hashlib.sha256(b"{}").hexdigest()}

@@ -555,7 +555,7 @@ def test_the_record_and_the_card(tmp_path: Path) -> None:
     assert record["command"] == f"ascendit repack {exports.DUAL.name} -o out --check"
     assert record["decoded_sha256"] == {e.name: e.decoded_sha256 for e in report.experts}
     assert record["layers"] == report.schemes
-    assert set(record["files"]) == {
-        f"{n}/diffusion_pytorch_model.safetensors" for n in record["decoded_sha256"]
-    }
+    names = ("diffusion_pytorch_model.safetensors", "config.json", "quant_model_description.json")
+    assert set(record["files"]) == {f"{n}/{name}" for n in record["decoded_sha256"] for name in names}
+    assert record["files"].keys() == record["sizes"].keys()
     assert record["command"] in (tmp_path / "out" / "README.md").read_text()

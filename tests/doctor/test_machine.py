@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -191,6 +192,25 @@ def test_a_kernel_that_cannot_be_compiled_is_reported_and_not_required(monkeypat
     report = examine([machine.compiled_kernels])
     assert report.ok and {r.status for r in report.rows} == {"absent"}
     assert report.rows[0].detected == "PyTorch instead: no C++ compiler (g++) on PATH"
+
+
+def test_the_cache_of_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path / "cache")
+    row = rows(machine._cache)["kernel cache"]
+    assert row.status == "ok" and row.detected == f"0 libraries, 0.0 MiB, in {tmp_path / 'cache'}"
+    (tmp_path / "cache").chmod(0o777)
+    row = rows(machine._cache)["kernel cache"]
+    assert row.status == "broken" and "others can write to it (mode 0777)" in row.detected
+    assert row.fix == f"chmod 700 {tmp_path / 'cache'}" and not row.required
+
+
+def test_threads_and_how_they_wait():
+    """In a new process, which has the variables of this one."""
+    row = rows(machine._threads)["threads"]
+    assert re.match(r"\d+ threads on \d+ cores", row.detected) and "OMP_WAIT_POLICY=" in row.detected
+    assert row.status == "ok" and row.data["threads"] >= 1
+    if sys.platform == "linux":
+        assert [name for name in row.data["runtimes"] if "omp" in name]
 
 
 def test_the_report_shows_the_encoder_that_runs():

@@ -13,7 +13,9 @@ import pytest
 import tiny
 from pipeline.headers import (
     CLASSES,
+    CONFIG,
     WEIGHTS,
+    floats,
     library_tensors,
     write_expert,
     write_json,
@@ -316,3 +318,48 @@ def test_shards_are_counted(tiny_t2v_single: Path, tmp_path: Path) -> None:
     report = inspect(folder)
     assert report.ok
     assert [p.files for p in report.parts if p.name == "transformer"] == [3]
+
+
+def calls_of_inspect(folder: Path) -> int:
+    """Number of Python and C calls of `inspect` and its report, without the first call's imports."""
+    count = 0
+
+    def trace(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(trace)
+    try:
+        report = inspect(folder)
+        report.lines()
+    finally:
+        sys.setprofile(None)
+    assert report.ok
+    return count
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [((10, 10), (40, 10)), ((10, 10), (10, 200)), ((10, 50), (40, 200))],
+    ids=["tensors", "files", "both"],
+)
+def test_the_work_is_linear_in_tensors_and_files(
+    small: tuple[int, int], large: tuple[int, int], tmp_path: Path
+) -> None:
+    """Calls for each tensor and file: a product of the two would be 5 x as many or more."""
+
+    def calls(layers: int, files: int) -> tuple[int, int]:
+        tensors = floats(CONFIG | {"num_layers": layers})
+        folder = tmp_path / f"{layers}-{files}"
+        groups = [dict(list(tensors.items())[n::files]) for n in range(files)]
+        names = [f"diffusion_pytorch_model-{n + 1:05d}-of-{files:05d}.safetensors" for n in range(files)]
+        for name, group in zip(names, groups, strict=True):
+            write_weights(folder / name, group)
+        index = {t: name for name, group in zip(names, groups, strict=True) for t in group}
+        write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": index})
+        write_json(folder / "config.json", CONFIG | {"num_layers": layers})
+        inspect(folder)
+        return calls_of_inspect(folder), len(tensors) + 4 * files
+
+    (few, work), (many, more_work) = calls(*small), calls(*large)
+    assert many / few < 1.3 * more_work / work

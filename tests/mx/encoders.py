@@ -68,7 +68,8 @@ def _compiled(march: str) -> build.Built:
     if compiler is None or LEVELS.get(march) not in build.processor_flags():
         return build.Built(None, f"no compiler, or no {march} processor")
     target = Path(mkdtemp()) / f"encode-{march}.so"
-    build._compile(compiler, build.SOURCES / "encode.cpp", target, ((f"-march={march}", "-fopenmp"),))
+    flags = ((f"-march={march}", "-fopenmp"),)
+    target.write_bytes(build._compile(compiler, build.SOURCES / "encode.cpp", flags))
     return build.declared(build.Built(ctypes.CDLL(str(target)), march), native_encoder.ENCODER_SIGNATURES)
 
 

@@ -161,6 +161,31 @@ def test_layers_on_image_tokens_are_a_group_of_their_own(tiny_i2v_21: Path, tmp_
     assert same(k, v) and not same(k, tensors["blocks.0.attn2.to_k.mul_scale"])
 
 
+def test_a_line_may_have_a_last_image(
+    tiny_flf2v: Path, tiny_i2v_cascade: Path, tiny_i2v_21: Path, tmp_path: Path
+) -> None:
+    for name, size in (("a.png", (60, 60)), ("z.png", (40, 30))):
+        Image.new("RGB", size).save(tmp_path / name)
+    prompts = tmp_path / "prompts.txt"
+
+    def requests(folder: Path, line: str) -> Any:
+        prompts.write_text(line, encoding="utf-8")
+        return Calibrator(prompts=prompts).requests(recognise(folder))[0]
+
+    for folder in (tiny_flf2v, tiny_i2v_cascade):
+        request = requests(folder, "a.png\tz.png\ta cat\n")
+        assert (request.image, request.last_image) == (str(tmp_path / "a.png"), str(tmp_path / "z.png"))
+        assert request.prompt == "a cat" and request.width == request.height == 624
+    assert requests(tiny_i2v_cascade, "a.png\ta cat\n").last_image is None
+    assert requests(tiny_i2v_21, "a.png\ta\tcat\n").prompt == "a\tcat"
+    with pytest.raises(UsageError, match="no last image") as error:
+        requests(tiny_flf2v, "a.png\ta cat\n")
+    assert error.value.code == "E-REQ-04"
+    with pytest.raises(UsageError, match="no file .*no.png") as error:
+        requests(tiny_flf2v, "a.png\tno.png\ta cat\n")
+    assert error.value.code == "E-USE-02" and "last frame" in error.value.needs
+
+
 def test_groups_match_a_real_export() -> None:
     """Two layers have the same `mul_scale` in the export exactly if they are in one group here."""
     expert = read_expert(recognise(SMOOTH).experts[0])

@@ -17,9 +17,9 @@ from ascendit.checkpoint import reader
 from ascendit.cli.main import main
 from ascendit.errors import CheckpointError, OutOfMemory, RequestError, UsageError
 from ascendit.pipeline import load
+from ascendit.pipeline.images import name_image
 from ascendit.pipeline.job import prepare, run
 from ascendit.pipeline.options import LoadOptions
-from ascendit.pipeline.request import name_image
 from ascendit.progress import Progress
 
 PROMPT = "a red circle moves right on a black background"

@@ -13,7 +13,7 @@ import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import CheckpointError, EnvironmentProblem, RequestError, UsageError
 from ascendit.model.linear import QuantLinear
-from ascendit.pipeline.request import name_image
+from ascendit.pipeline.images import name_image
 
 PROMPT = "a red circle moves right on a black background"
 KINDS = ["t2v_cascade", "t2v_single", "ti2v", "ti2v_image", "i2v_cascade", "i2v_21"]

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from pydantic import ValidationError
 from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.family import NEGATIVE_PROMPT, PRESETS, SPECS, Solver
 from ascendit.pipeline.defaults import Defaults
-from ascendit.pipeline.request import MAX_SEED, GenerateRequest, image_of, name_image, resolve
+from ascendit.pipeline.request import MAX_SEED, GenerateRequest, resolve
 
 SOLVERS = get_args(Solver)
 FIELDS = set(GenerateRequest.model_fields)
@@ -41,6 +37,8 @@ def test_defaults_fill_every_field() -> None:
         "prompt": "a cat",
         "negative_prompt": NEGATIVE_PROMPT,
         "image": None,
+        "last_image": None,
+        "fit": "crop",
         "width": 1280,
         "height": 720,
         "num_frames": 81,
@@ -167,6 +165,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("max_sequence_length", 513, WHOLE + "1 to 512"),
     ("negative_prompt", 3, "text"),
     ("image", 3, "the path of an image"),
+    ("last_image", 3, "the path of an image"),
+    ("fit", "zoom", "crop, pad or stretch"),
     ("timesteps", (1000, 1000), DECREASING),
     ("timesteps", (500, 750), DECREASING),
     ("timesteps", (1001, 500), DECREASING),
@@ -446,6 +446,9 @@ def requests(draw: st.DrawFn) -> tuple[Defaults, GenerateRequest]:
         fields["boundary_ratio"] = draw(st.floats(0.001, 0.999))
     if defaults.task != "t2v":
         fields["image"] = draw(st.sampled_from(["x.png", "my pictures/a b's.jpg"]))
+        fields["fit"] = draw(st.sampled_from(["crop", "pad", "stretch"]))
+    if defaults.last_frame == "optional" and fields["num_frames"] > 1:
+        fields["last_image"] = draw(st.none() | st.just("my pictures/z.png"))
     return defaults, resolve(defaults, draw(some_text), **fields)
 
 
@@ -473,6 +476,8 @@ def parse_replay(line: str) -> tuple[list[str], dict[str, Any]]:
         "--shift": ("flow_shift", float),
         "--negative": ("negative_prompt", str),
         "--image": ("image", str),
+        "--last-image": ("last_image", str),
+        "--fit": ("fit", str),
         "-o": ("output", str),
     }
     typed = {"boundary_ratio": float, "max_sequence_length": int, "solver": str, "schedule": str}
@@ -544,7 +549,7 @@ def test_from_json_refuses_invalid_json(text: str, got: str) -> None:
     assert error.value.code in ("E-USE-01", "E-REQ-03")
 
 
-@given(st.sampled_from(sorted(FIELDS - {"image", "prompt"})), st.sampled_from([[], {}, "x\ny"]))
+@given(st.sampled_from(sorted(FIELDS - {"image", "last_image", "prompt"})), st.sampled_from([[], {}, "x\ny"]))
 def test_from_json_refuses_a_wrong_type_in_any_field(name: str, value: Any) -> None:
     if (name, value) == ("negative_prompt", "x\ny"):
         return
@@ -558,33 +563,6 @@ def test_from_json_checks_values() -> None:
     data = json.loads(resolve(CASCADE, "a", seed=1).to_json()) | {"guidance_scale": math.nan}
     with pytest.raises(RequestError, match="guidance_scale is nan"):
         GenerateRequest.from_json(json.dumps(data))
-
-
-# ---- the image ----------------------------------------------------------------------------------
-
-
-def test_pixels_are_named_by_their_content(tmp_path: Path) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
-    tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
-    images = (array, tensor, Image.fromarray(array))
-    names = {name_image(image)[0] for image in images}
-    assert len(names) == 1 and re.fullmatch("sha256:[0-9a-f]{64}", str(*names))
-    assert name_image(array.reshape(4, 6, 3))[0] not in names and name_image(array // 2)[0] not in names
-    assert name_image(None) == (None, {}) and name_image(tmp_path / "a.png") == (str(tmp_path / "a.png"), {})
-
-
-def test_a_request_with_pixels_is_json_and_names_them() -> None:
-    array = np.zeros((6, 4, 3), np.uint8)
-    name, pixels = name_image(array)
-    request = GenerateRequest.from_json(resolve(I2V, "a", image=name).to_json())
-    assert np.array_equal(image_of(request, pixels), array)
-    assert image_of(resolve(TI2V, "a"), pixels) is None
-    with pytest.raises(RequestError, match="no pixels for image") as error:
-        image_of(request, {})
-    assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
-    with pytest.raises(RequestError, match="other pixels for image") as error:
-        image_of(request, {str(name): array + 1})
-    assert error.value.code == "E-REQ-04"
 
 
 def test_timesteps_may_be_an_iterator() -> None:

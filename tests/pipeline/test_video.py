@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -21,6 +22,8 @@ from pipeline.refusals import refused
 
 from ascendit.demo import world
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.native import build
+from ascendit.native.build import Built
 from ascendit.pipeline import video_codecs
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
@@ -114,6 +117,16 @@ def test_versions_are_those_installed() -> None:
     versions = installed_versions()
     assert versions["av"] == av.__version__ and {"torch", "diffusers", "python"} <= set(versions)
     assert make().versions == versions
+
+
+def test_versions_name_the_compiled_kernels(monkeypatch) -> None:
+    """Those of PyTorch round differently, so one machine may make two videos of a request."""
+    built = {"attention": Built(ctypes.CDLL(None), ""), "linear": Built(None, "no C++ compiler on PATH")}
+    monkeypatch.setattr(build, "_requested", built)
+    expected = "compiled attention; PyTorch for linear: no C++ compiler on PATH"
+    assert make().describe()["versions"]["kernels"] == expected
+    monkeypatch.setattr(build, "_requested", {})
+    assert "kernels" not in make().describe()["versions"]
 
 
 # ---- round trips
@@ -419,7 +432,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("a regular file")
     path = tmp_path / folder / "out.mp4"
     for call in (check_writable, make().save):
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "-o FILE"):
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "another folder with -o"):
             call(path)
     assert names(tmp_path) == ["file"]
 
@@ -486,7 +499,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path, name: str) -
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "free disk space"):
+        with refused(EnvironmentProblem, "E-ENV-04", "bytes available", "free disk space"):
             noise.save(tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

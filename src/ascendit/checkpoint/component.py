@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ascendit.checkpoint.sources import record_source
 from ascendit.errors import CheckpointError
 
 TRANSFORMER = "WanTransformer3DModel"
@@ -85,8 +86,10 @@ def read_small(path: Path) -> bytes:
         check_regular(path)
         # Without O_NONBLOCK, a pipe that has replaced the file since the check would block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise _bad_json(path, "not a regular file")
+            record_source(path, status)
             data = file.read(MAX_JSON + 1)
     except OSError as e:
         raise _bad_json(path, f"unreadable ({e.strerror})") from e
@@ -169,16 +172,6 @@ def unsupported_class(
         needs=f"{' or '.join(supported)}: ascendit runs Wan text-to-video and image-to-video models",
         fix="pass the folder of a supported Wan model",
         code="E-CKP-05",
-    )
-
-
-def unreadable(file: Path | str, problem: str) -> CheckpointError:
-    """The error E-CKP-02 for a weight file that changed after its header was read."""
-    return CheckpointError(
-        f"{file}: {problem}",
-        needs="source files that do not change during the run",
-        fix="stop the program that changes the file; download it again if it is damaged",
-        code="E-CKP-02",
     )
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ascendit.checkpoint.component import unreadable
+from ascendit.checkpoint.sources import record_source, unreadable
 from ascendit.errors import EnvironmentProblem
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,8 +90,9 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 def copy_file(src: Path, dst: Path) -> None:
     """Copy a file to a new regular file, never a hard link. Raises OSError, CheckpointError (E-CKP-02)."""
     with open(src, "rb", buffering=0) as old, open(dst, "wb", buffering=0) as new:
-        size = os.fstat(old.fileno()).st_size
-        move_bytes(old.fileno(), 0, new.fileno(), 0, size, source=src)
+        status = os.fstat(old.fileno())
+        record_source(src, status)
+        move_bytes(old.fileno(), 0, new.fileno(), 0, status.st_size, source=src)
 
 
 def reserve(fd: int, count: int) -> None:
@@ -135,7 +136,7 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
-    """The error E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for other write errors."""
+    """The error E-ENV-04 for a full disk, with the bytes needed (0: unknown) and free; else E-ENV-02."""
     if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",
@@ -143,8 +144,9 @@ def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentPro
             fix="choose another folder with -o",
             code="E-ENV-02",
         )
-    free = available_bytes(folder)
-    got = f"{needed:,} bytes ({needed / 2**30:.2f} GiB) to write below {folder}, {free:,} bytes available"
+    free = available_bytes(folder) if needed or not folder.is_dir() else shutil.disk_usage(folder).free
+    size = f"{needed:,} bytes ({needed / 2**30:.2f} GiB)" if needed else "no space"
+    got = f"{size} to write below {folder}, {free:,} bytes available"
     rule = "space for the complete output, within the quota and the maximum file size"
     return EnvironmentProblem(
         f"{got} ({error.strerror})" if error.strerror else got,

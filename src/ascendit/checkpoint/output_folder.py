@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
+from ascendit.checkpoint.sources import check_sources
 from ascendit.checkpoint.trust import Home
-from ascendit.errors import Cancelled, CheckpointError, UsageError
+from ascendit.errors import Cancelled, CheckpointError, EnvironmentProblem, UsageError
+from ascendit.names import listed
 
 logger = logging.getLogger("ascendit")
 
@@ -71,10 +73,20 @@ class Journal:
         done = self._done.get(os.path.relpath(file, self.root))
         return done if done and file.is_file() and file.stat().st_size == done.nbytes else None
 
+    def missing(self) -> list[str]:
+        """The complete files that have been removed or have another size."""
+        return [name for name in self._done if self.complete(self.root / name) is None]
+
     def add(self, file: Path, nbytes: int, sha256: str | None = None) -> None:
         """Record that `file` is completely written. Raises OSError."""
         self._done[os.path.relpath(file, self.root)] = CompleteFile(nbytes, sha256)
         self.write()
+
+    def remove(self, file: Path) -> None:
+        """Remove a complete file that is not part of the output. Does nothing without it. Raises OSError."""
+        if self._done.pop(os.path.relpath(file, self.root), None) is not None:
+            self.write()
+            file.unlink(missing_ok=True)
 
     def write(self) -> None:
         """Replace the journal file. Raises OSError."""
@@ -131,6 +143,7 @@ class Staging:
             self._lock = _lock(self._folder)
             _check_free(self.dst)  # again: another run may have published it before the lock
             self.journal = self._open_journal(fingerprint, resume)
+            self._identity = os.lstat(self.path)
             if not self.journal.count:
                 undo.callback(self._clear)
             check_free_space(self._folder, needs_bytes)
@@ -168,7 +181,13 @@ class Staging:
         return journal
 
     def publish(self) -> None:
-        """Rename the folder to `dst`. Raises UsageError (E-USE-03) if it exists; the output is not lost."""
+        """Rename the folder to `dst`, if the sources that `recording` collected are unchanged.
+
+        Raises CheckpointError (E-CKP-02) if a source has changed, UsageError (E-USE-03) if `dst` exists, with
+        the output kept, EnvironmentProblem (E-ENV-02) if the folder or a file was removed during the run.
+        """
+        check_sources()
+        self._check_intact()
         with writing(self._folder, self._needs):
             if os.path.lexists(self.dst):  # os.rename would replace an empty folder
                 self.keep = True
@@ -183,15 +202,48 @@ class Staging:
         self._clear()
         self._release()
 
+    def _check_intact(self) -> None:
+        """Raise EnvironmentProblem (E-ENV-02) unless folder and complete files are those of this run."""
+        if not self._exists():
+            raise self._tampered(f"{self.path} was removed")
+        if missing := self.journal.missing():
+            raise self._tampered(f"{listed(missing)} in {self.path}: removed or changed by another program")
+
+    def _exists(self) -> bool:
+        try:
+            intact = os.path.samestat(os.fstat(self._lock), os.lstat(self._folder))
+            return intact and os.path.samestat(self._identity, os.lstat(self.path))
+        except OSError:
+            return False
+
+    def _tampered(self, problem: str) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{problem} during this run",
+            needs="an output folder that only this run changes",
+            fix="stop the program that changes the folder, then run the same command again",
+            code="E-ENV-02",
+        )
+
+    def _problem(self, error: BaseException | None) -> EnvironmentProblem | None:
+        """The error of writing the output that `error` means; None if it is another one."""
+        failed = isinstance(error, OSError) or getattr(error, "code", "") == "E-ENV-02"
+        if failed and not self._exists():
+            return self._tampered(f"{self.path} was removed")
+        if not isinstance(error, OSError):
+            return None
+        names = [os.fsdecode(x) for x in (error.filename, error.filename2) if isinstance(x, str | bytes)]
+        inside = any(Path(name).is_relative_to(self._folder) for name in names)
+        if error.errno in DISK_FULL_ERRNOS or inside:
+            return write_error(self._folder, error, self._needs)
+        return None
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock < 0:  # published
             return
-        problem = None
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            problem = write_error(self._folder, error, self._needs)
+        problem = self._problem(error)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
             logger.info("kept %s: the resume option continues it", self._folder)

@@ -16,7 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
@@ -27,8 +27,8 @@ from ascendit.checkpoint.component import (
     loads,
     read_json,
     stays_inside,
-    unreadable,
 )
+from ascendit.checkpoint.sources import FileState, OpenFiles, check_state, record_source, unreadable
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
 from ascendit.report import shell_line
@@ -82,6 +82,8 @@ class TensorInfo:
     file: Path
     start: int
     end: int
+    state: FileState | None = field(default=None, compare=False, repr=False)
+    """State of the file when its header was read; None if unknown."""
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +100,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if problem := irregular(path, os.stat(path)):
             raise _broken(path, problem)
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
-            size = os.fstat(f.fileno()).st_size
+            status = os.fstat(f.fileno())
+            size, state = status.st_size, FileState.of(status)
+            record_source(path, status)
             header = _read_json_header(path, f, size)
             position = f.tell()
     except OSError as e:
@@ -108,7 +112,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "__metadata__ is not an object of texts")
-    infos = [_entry(path, name, entry, position) for name, entry in header.items()]
+    infos = [_entry(path, name, entry, position, state) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     for info in infos:
         if info.end > size:
@@ -141,7 +145,7 @@ def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
+def _entry(path: Path, name: str, entry: object, offset: int, state: FileState) -> TensorInfo:
     """Check one header entry: known dtype, valid shape, bytes = shape x dtype."""
     if not isinstance(entry, dict):
         raise _broken(path, f"the entry of {name} is not an object")
@@ -155,7 +159,7 @@ def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (span[1] - span[0]):
         raise _broken(path, f"{name} has {span[1] - span[0]} bytes; {dtype} {shape} takes {bits / 8:g}")
-    return TensorInfo(name, dtype, tuple(shape), path, offset + span[0], offset + span[1])
+    return TensorInfo(name, dtype, tuple(shape), path, offset + span[0], offset + span[1], state)
 
 
 def _naturals(values: object) -> TypeGuard[list[int]]:
@@ -250,6 +254,11 @@ class Shards:
             return cls.from_index(part.index)
         return cls.from_files(part.files) if part.files else cls.open(part.path, part.stem)
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError (E-CKP-02) if a file has changed since its header was read."""
+        for file, state in {info.file: info.state for info in self.tensors.values()}.items():
+            check_state(file, state)
+
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
@@ -261,7 +270,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             code="E-CKP-06",
         )
     # Links inside the folder may point elsewhere (hub caches); names may not.
-    if outside := [name for name in sorted(weight_map.values()) if not stays_inside(name)]:
+    if outside := [name for name in sorted(set(weight_map.values())) if not stays_inside(name)]:
         raise CheckpointError(
             f"{index} lists {outside[0]!r}, which is not inside the folder",
             needs="names of files in the folder of the index",
@@ -275,9 +284,10 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
     """The tensors of all shards. Each must be in the file that `weight_map` lists, and in no other."""
     tensors: dict[str, TensorInfo] = {}
     unmapped: list[str] = []
+    path_of = {name: index.parent / name for name in set(weight_map.values())}
     for path in files:
         for name, info in read_header(path).items():
-            if name in weight_map and index.parent / weight_map[name] == path:
+            if name in weight_map and path_of[weight_map[name]] == path:
                 tensors[name] = info
             else:
                 unmapped.append(f"{name} in {path.name}")
@@ -358,15 +368,15 @@ WHOLE = ShardSpec()
 
 
 class RowReader:
-    """Read tensors, or one rank's shard of them, from files that stay open until `close`.
+    """Read tensors, or one rank's shard of them, with a bounded number of open files.
 
-    Every method raises CheckpointError (E-CKP-02) if a file was truncated or removed after its header was
-    read.
+    Every method raises CheckpointError (E-CKP-02) if a file was written, replaced, truncated or removed after
+    its header was read; the end of a `with` block also does, for the files that are still open.
     """
 
     def __init__(self) -> None:
         self._buffer: memoryview | None = None
-        self._files: dict[Path, int] = {}
+        self._files = OpenFiles()
 
     def read_blocks(
         self,
@@ -426,33 +436,29 @@ class RowReader:
             self._read(info, offset + (start + row) * stride, view[row * width : (row + 1) * width])
 
     def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
-        fd = self.open(info.file)
+        fd = self.open(info)
         while len(view):
             if not (count := os.preadv(fd, [view[:_LARGE]], offset)):
                 raise unreadable(info.file, f"truncated during the read of {info.name}")
             view, offset = view[count:], offset + count
 
-    def open(self, file: Path) -> int:
-        """Return the descriptor of a file. Raises CheckpointError (E-CKP-02) if it cannot be opened."""
-        if file not in self._files:
-            try:
-                fd = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as e:
-                raise unreadable(file, str(e.strerror)) from e
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._files[file]
+    def open(self, info: TensorInfo) -> int:
+        """Return the descriptor of the file of a tensor, valid until the next call of any method."""
+        return self._files.open(info.file, info.state)
 
     def close(self) -> None:
         """Close the files. Later calls open them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close()
+        try:
+            if error is None:
+                self._files.check()
+        finally:
+            self.close()
 
 
 def _shard_rows(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:

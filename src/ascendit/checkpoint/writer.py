@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -28,6 +29,9 @@ from ascendit.checkpoint.component import STEM
 from ascendit.checkpoint.file_copy import PAGE, move_bytes, read_pieces, reserve, write_at, writing
 from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
+from ascendit.checkpoint.sources import sha256_of
+
+logger = logging.getLogger("ascendit")
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -185,7 +189,7 @@ class ShardWriter:
         Raises CheckpointError (E-CKP-02) if the source is truncated or cannot be read.
         """
         if info.nbytes:
-            source = self._sources.open(info.file)
+            source = self._sources.open(info)
 
             def copy(fd: int, offset: int) -> None:
                 if self._pool is None:
@@ -215,15 +219,21 @@ class ShardWriter:
         self._release()
 
     def _is_complete(self, shard: ShardLayout, hash: bool) -> bool:
-        """Whether the journal has this file with the same header, and its sha256 if `hash`."""
+        """Whether the journal has this file with the same header, and its sha256 if `hash`.
+
+        A file whose sha256 was recorded is read again: it may have been damaged since.
+        """
         entry = self._journal.complete(shard.file) if self._journal else None
         if not entry or entry.nbytes != shard.nbytes or (hash and not entry.sha256):
             return False
         try:
             with open(shard.file, "rb") as f:
                 same = f.read(len(shard.header)) == shard.header
+            same = same and (not entry.sha256 or sha256_of(shard.file) == entry.sha256)
         except OSError:
             return False
+        if not same:
+            logger.warning("%s was changed after it was written; it is written again", shard.file)
         if same and hash and entry.sha256:
             self._sha256[shard.file.name] = entry.sha256
         return same

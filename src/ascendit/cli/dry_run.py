@@ -38,6 +38,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
         "preset": call.fields.get("preset"),
         "defaults_from": list(model.defaults.sources),
         "difference": model.defaults.difference or None,
+        "images": prepared.images,
         "schedule": asdict(schedule),
         "video_tokens": estimate.work.tokens,
         "text_tokens": request.max_sequence_length,
@@ -48,11 +49,14 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
         "replay": prepared.replay,
     }
     shown, origin = request.model_dump(exclude_none=True), _origins(call, request)
+    if request.image is None:
+        del shown["fit"]
     quantized = ", ".join(schemes) if denoiser.schemes else "not quantized"
     lines = [
         f"would run  {model.defaults.model} in {model.layout.root}",
         "request",
         *columns(((k, f"{v if v != '' else repr('')}{origin(k)}") for k, v in shown.items()), indent="  "),
+        *(f"{field:<10} {text}" for field, text in prepared.images.items()),
         f"timesteps  {_timesteps(request, schedule.timesteps)}",
         "defaults from",
         *(f"  {source}" for source in model.defaults.sources),
@@ -73,6 +77,8 @@ def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
 
     def origin(name: str) -> str:
         text = "" if name in explicit else f"  (preset {preset})" if name in by_preset else "  (default)"
+        if name in ("width", "height") and request.image is not None and text:
+            text = "  (from the image)"
         unused = name == "negative_prompt" and not request.do_classifier_free_guidance
         return text + ("  (not used: guidance is at most 1)" if unused and request.negative_prompt else "")
 

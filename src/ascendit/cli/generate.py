@@ -42,6 +42,8 @@ SETTINGS = "Any other setting, for example solver=euler or metadata=false; repea
 TIMESTEPS = "Positions of the steps before the shift, for example 1000,750,500,250."
 PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
 NEGATIVE = "Negative prompt; the model's own if omitted, none if empty."
+SIZE = "Width and height in pixels: 832x480; default: the model's area in the ratio of --image."
+FIT = "Images of another ratio than --size: crop (default), pad or stretch."
 ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
@@ -50,7 +52,7 @@ PARAMETERS = (
     _flag("output", Path, FILES, "FILE", "-o --output"),
     _flag("seed", int, "The same seed gives the same video; default: random, and printed.", "N"),
     _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
-    _flag("size", str, "Width and height in pixels: 832x480 or 832*480.", "WxH"),
+    _flag("size", str, SIZE, "WxH"),
     _flag("num_frames", int, "Number of frames, 4n+1.", "N", "--frames"),
     _flag("seconds", float, "Length in seconds, instead of --frames.", "S"),
     _flag("fps", int, "Frames per second of the file.", "N", hidden=True),
@@ -61,6 +63,8 @@ PARAMETERS = (
     _flag("preset", str, PRESET, "NAME"),
     _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
+    _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
+    _flag("fit", str, FIT, "HOW"),
     *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
     _flag("config", Path, "TOML file with the keys of --set, or the .json beside a video.", "FILE"),

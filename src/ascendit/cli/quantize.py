@@ -120,7 +120,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
     from ascendit.pipeline.request import GenerateRequest
 
     layer = parse_settings(settings)
-    if wrong := sorted(set(layer) - ({*GenerateRequest.model_fields} - {"prompt", "image"})):
+    if wrong := sorted(set(layer) - ({*GenerateRequest.model_fields} - {"prompt", "image", "last_image"})):
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a request field such as num_inference_steps, height, width or num_frames",

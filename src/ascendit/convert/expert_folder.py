@@ -17,6 +17,7 @@ from typing import Any, Self
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.quant_metadata import model_quant_type
 from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.sources import FileState, files_below
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, Data, ShardWriter, TensorSpec
 from ascendit.convert import provenance
@@ -62,14 +63,18 @@ class ExpertOutput:
         return {spec.name: self.target.on_disk(spec.name, smoothed) for spec in self.specs}
 
 
-def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Iterable[Path] = ()) -> str:
+def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Sequence[Path] = ()) -> str:
     """A hash that is the same for two runs that write the same bytes from the same files.
 
-    `parts`: other values that determine the bytes, hashed by their `repr`. `more`: other source files.
+    `parts`: other values that determine the bytes, hashed by their `repr`. `more`: other source files and
+    folders.
     """
     outputs = list(outputs)
-    files = {info.file for output in outputs for info in output.source.tensors.values()} | set(more)
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    files = {info.file for output in outputs for info in output.source.tensors.values()}
+    states = {file: FileState.of(file.stat()) for file in files | {path for path in more if path.is_file()}}
+    for folder in more:
+        states |= files_below(folder)
+    stamps = [(str(file), *state) for file, state in sorted(states.items())]
     layouts = [(output.folder, output.config, output.target, output.specs) for output in outputs]
     return hashlib.sha256(repr((__version__, stamps, layouts, parts)).encode()).hexdigest()
 

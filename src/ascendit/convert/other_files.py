@@ -13,6 +13,7 @@ from typing import Self
 from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout
 from ascendit.checkpoint.output_folder import link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
+from ascendit.checkpoint.sources import record_folder, record_source
 from ascendit.checkpoint.trust import Home, outside_links
 
 CARD_FILE = "README.md"
@@ -70,10 +71,21 @@ class OtherFiles:
         return self.components + self.files
 
     @property
+    def copied(self) -> tuple[Path, ...]:
+        """The files and folders that are copied; others are linked."""
+        return tuple(self.layout.root / name for name in (self.names if self.copy else self.files))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are copied."""
-        copied = self.names if self.copy else self.files
-        return sum(_size(self.layout.root / name) for name in copied)
+        return sum(_size(path) for path in self.copied)
+
+    def record(self) -> None:
+        """Record all of them as sources of this run."""
+        for name in self.components:
+            record_folder(self.layout.root / name)
+        for name in self.files:
+            record_source(self.layout.root / name)
 
     def write(self, folder: Path) -> None:
         """Link or copy everything into `folder`. Raises the errors of `link_or_copy`."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
+from ascendit.checkpoint.sources import files_below, sha256_of
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.checkpoint.trust import Home
 from ascendit.convert.other_files import CARD_FILE
@@ -47,6 +48,8 @@ class ConversionRecord:
     """The command line that creates the folder again, see `command_line`."""
     files: Mapping[str, str]
     """Path in the folder -> sha256; empty if not computed."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Path in the folder -> bytes."""
     schemes: Mapping[str, int]
     """Scheme -> number of linear layers, over all experts."""
     bits_per_weight: float
@@ -59,7 +62,7 @@ class ConversionRecord:
 
 
 def ascendit_json(record: ConversionRecord) -> dict[str, Any]:
-    """The content of `ascendit.json`: source, command, recipe, versions, and the sha256 of hashed files."""
+    """The content of `ascendit.json`: source, command, recipe, versions, sizes, sha256 of hashed files."""
     data: dict[str, Any] = {
         "version": RECORD_VERSION,
         "made_by": f"ascendit {__version__} {record.verb}",
@@ -73,6 +76,7 @@ def ascendit_json(record: ConversionRecord) -> dict[str, Any]:
         "loras": [dict(lora) for lora in record.loras],
         **record.details,
         "files": dict(sorted(record.files.items())),
+        "sizes": dict(sorted(record.sizes.items())),
     }
     return {key: value for key, value in data.items() if value not in ({}, [])}
 
@@ -110,10 +114,21 @@ def model_card(record: ConversionRecord, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_record_and_card(folder: Path, record: ConversionRecord, name: str) -> None:
-    """Write `ascendit.json` and README.md into `folder`. `name`: final name of the folder."""
-    write_json(folder / RECORD_FILE, ascendit_json(record))
+def write_record_and_card(folder: Path, record: ConversionRecord, name: str, *, hash: bool = False) -> None:
+    """Write README.md, then `ascendit.json` with the size of every other file of `folder` that is not a link.
+
+    `hash`: with the sha256 of those that `record.files` lacks. `name`: final name of the folder.
+    """
     (folder / CARD_FILE).write_text(model_card(record, escaped(name)), encoding="utf-8")
+    sizes, digests = {}, dict(record.files)
+    for path in files_below(folder):
+        relative = path.relative_to(folder).as_posix()
+        if path.is_symlink() or relative in (CARD_FILE, RECORD_FILE):
+            continue
+        sizes[relative] = path.stat().st_size
+        if hash and relative not in digests:
+            digests[relative] = sha256_of(path)
+    write_json(folder / RECORD_FILE, ascendit_json(replace(record, files=digests, sizes=sizes)))
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.sources import record_source, recording
 from ascendit.checkpoint.transformer import num_weights
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
@@ -52,6 +53,7 @@ Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
 
 
+@recording()
 def quantize(
     src: Path | str,
     dst: Path | str,
@@ -111,6 +113,8 @@ def quantize(
         ("--report", report),
         ("--hash", hash),
     ]
+    if recipe and recipe.endswith(".toml") and Path(recipe).is_file():
+        record_source(Path(os.path.abspath(recipe)))
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -185,6 +189,8 @@ class QuantizeJob:
             shapes = {name: info.shape for name, info in expert.tensors.items()}
             folds = Folds.open(self.loras, expert.name, shapes, experts=names)
             self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
+        if self.others:
+            self.others.record()
 
     @property
     def applied(self) -> list[AppliedRecipe]:
@@ -252,8 +258,8 @@ class QuantizeJob:
                 self._write(expert, staging, meter, statistics)
             if self.others:
                 self.others.write(staging.path)
-            provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
-            (staging.path / STATISTICS).unlink(missing_ok=True)
+            staging.journal.remove(staging.path / STATISTICS)
+            provenance.write_record_and_card(staging.path, self.record(), self.dst.name, hash=self.hash)
             staging.publish()
         return self.report(time.perf_counter() - start)
 
@@ -296,7 +302,9 @@ class QuantizeJob:
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        return fingerprint(self.planned.values(), parts, more=[lora.path for lora in self.loras])
+        more = [lora.path for lora in self.loras]
+        more += self.others.copied if self.others else ()
+        return fingerprint(self.planned.values(), parts, more=more)
 
     def record(self) -> provenance.ConversionRecord:
         """The record of this run for `ascendit.json` and the model card."""

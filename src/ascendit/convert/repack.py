@@ -21,14 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascendit import mx
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
+from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes
+from ascendit.checkpoint.sources import recording
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.trust import Home
 from ascendit.checkpoint.writer import Data, TensorSpec
@@ -38,10 +37,9 @@ from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.family import Task
-from ascendit.mx.formats import FORMATS
 from ascendit.names import listed
 from ascendit.progress import Advance, Meter, OnProgress
-from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
+from ascendit.weights.decoded_rows import NonFinite, layer_rows, tensor_rows
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format, traits_of
 from ascendit.weights.tensor_steps import (
     Piece,
@@ -66,6 +64,7 @@ REWRITE_LABELS = {
 }
 
 
+@recording()
 def repack(
     src: Path | str,
     dst: Path | str,
@@ -103,6 +102,7 @@ def repack(
     if pipeline:
         require_inside(pipeline)
         others = OtherFiles.of(pipeline, copy=copy, licences_only=True)
+        others.record()
     outputs = _outputs(source, target, base_layout)
     report = RepackReport(
         path=dst,
@@ -122,7 +122,7 @@ def repack(
     with Staging(
         dst,
         sources=[layout.root for layout in (source, base_layout) if layout],
-        fingerprint=fingerprint(outputs, (check, copy)),
+        fingerprint=fingerprint(outputs, (check, copy), others.copied if others else ()),
         resume=resume,
         needs_bytes=report.bytes_after,
     ) as staging:
@@ -138,7 +138,7 @@ def repack(
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
         command = provenance.command_line("repack", source, dst, flags)
         record = _record(source, report, command, files, model_kind(outputs[0].config))
-        provenance.write_record_and_card(staging.path, record, dst.name)
+        provenance.write_record_and_card(staging.path, record, dst.name, hash=check)
         staging.publish()
     return replace(report, seconds=time.monotonic() - started)
 
@@ -247,12 +247,15 @@ def _warnings(outputs: list[ExpertOutput], target: TargetFormat, pipeline: Layou
 # ---- comparison of two experts ------------------------------------------------------------------
 
 Rows = Callable[[RowReader], Iterator["Tensor"]]
-_TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 
 
 def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progress) -> dict[str, str]:
-    """Return the digests, equal for both, or raise CheckpointError (E-CKP-10), which names the tensors."""
-    before, after = digests(source, advance), digests(written, advance)
+    """Return the digests, equal for both.
+
+    Raises CheckpointError, which names the tensors: E-CKP-10 if they differ, E-QNT-01 for NaN and infinity.
+    """
+    invalid: dict[str, NonFinite] = {}
+    before, after = digests(source, advance, invalid), digests(written, advance)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:
         raise CheckpointError(
@@ -260,6 +263,16 @@ def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progr
             needs="the same values in source and output",
             fix="run it again; if it fails again, check disk and memory, and report it with this message",
             code="E-CKP-10",
+        )
+    if invalid:
+        texts = [f"{name} has {x.count}, the first at {list(x.first)}" for name, x in invalid.items()]
+        raise CheckpointError(
+            f"{len(invalid)} of {len(before)} tensors of {source.path} have NaN or infinite values: "
+            + listed(texts),
+            needs="finite weights, scales and biases: a model with these makes no valid video",
+            fix="download the model again, or quantize it again from its float weights; without --check, "
+            "repack copies the values unchanged",
+            code="E-QNT-01",
         )
     return before
 
@@ -275,24 +288,35 @@ class Checker(Sink):
         self.sums.setdefault(name, hashlib.sha256()).update(data)
 
 
-def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
+def digests(
+    expert: Expert, advance: Advance = no_progress, invalid: dict[str, NonFinite] | None = None
+) -> dict[str, str]:
     """Return name -> sha256 of the decoded values, as little-endian float32 in row order.
 
     A quantized layer has one entry for its decoded weight, which includes its scales. Offsets, which are
-    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` as rows are read.
+    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` as rows are read. Tensors
+    with NaN or infinite values are added to `invalid`.
     """
     checker = Checker()
     with RowReader() as reader:
-        run_steps(decoded_steps(expert, reader), reader, checker, advance=advance)
+        run_steps(decoded_steps(expert, reader, invalid), reader, checker, advance=advance)
     return {name: digest.hexdigest() for name, digest in checker.sums.items()}
 
 
-def decoded_steps(expert: Expert, reader: RowReader) -> list[TensorStep]:
-    """Plan the steps that decode all tensors of an expert to float32."""
+def decoded_steps(
+    expert: Expert, reader: RowReader, invalid: dict[str, NonFinite] | None = None
+) -> list[TensorStep]:
+    """Plan the steps that decode all tensors of an expert to float32. `invalid`: see `digests`."""
 
     def step(name: str, shape: tuple[int, ...], sources: Sequence[TensorInfo], rows: Rows) -> TensorStep:
         def make(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-            return ((name, as_bytes(block)) for block in rows(reader))
+            counts = NonFinite()
+            for block in rows(reader):
+                if invalid is not None:
+                    counts.add(block)
+                yield name, as_bytes(block)
+            if invalid is not None and counts.count:
+                invalid[name] = counts
 
         specs = (TensorSpec(name, "F32", shape),)
         return TensorStep(name=name, how="rows", specs=specs, sources=tuple(sources), make=make)
@@ -301,10 +325,10 @@ def decoded_steps(expert: Expert, reader: RowReader) -> list[TensorStep]:
     for name, layer in expert.layers.items():
         sources = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
         used |= set(sources)
-        steps.append(step(f"{name}.weight", layer.shape, sources, functools.partial(decoded, layer)))
+        steps.append(step(f"{name}.weight", layer.shape, sources, functools.partial(layer_rows, layer)))
     for name, info in expert.tensors.items():
         if info not in used and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
-            steps.append(step(name, info.shape, (info,), functools.partial(_as_float32, info)))
+            steps.append(step(name, info.shape, (info,), functools.partial(tensor_rows, info)))
     return steps
 
 
@@ -314,50 +338,5 @@ def combined(digests_by_name: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _as_float32(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
-    import torch
-
-    for _, view in reader.read_blocks(info):
-        rows = as_tensor(view, info)
-        yield rows.to(torch.float32) if info.dtype in FLOAT_DTYPES else rows
-
-
 def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
-    return all(bool((rows == 1).all()) for rows in _as_float32(info, reader))
-
-
-def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
-    """Decode the weight of a layer to float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 first."""
-    import torch
-
-    if layer.scheme == "bf16":
-        yield from _as_float32(layer.tensors["weight"], reader)
-        return
-    weight, tiled = layer.tensors["weight"], layer.scheme == FP8_TILES
-    scheme = STORED_SCHEMES[layer.scheme]
-    unpacked = layer.packing not in ("plain", "packed")  # FP4 values in e4m3 or BF16 elements
-    scales = {role: _read_scale(info, reader) for role, info in layer.tensors.items() if "scale" in role}
-    format = "mxfp8" if unpacked else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
-    scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
-    if not scheme.block and not scheme.tile:
-        scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
-    for start, view in reader.read_blocks(weight, multiple=_TILE):
-        qdata = as_tensor(view, weight)
-        stop, step = start + len(qdata), scheme.tile or 1
-        row_scale = scale[start // step : -(-stop // step)]
-        qdata = qdata.to(torch.float8_e4m3fn) if unpacked else qdata
-        encoded = mx.Encoded(qdata, row_scale, None, format, -1, (len(qdata), layer.shape[1]))
-        values = mx.decode(encoded, torch.bfloat16 if tiled else torch.float32).to(torch.float32)
-        if dual is not None:
-            factors = dual.reshape(layer.shape[0], -1)[start:stop].repeat_interleave(_GROUP, -1)
-            values *= factors[:, : layer.shape[1]]
-        yield values
-
-
-def _read_scale(info: TensorInfo, reader: RowReader) -> Tensor:
-    """Read a scale: E8M0 as uint8, others as float32."""
-    import torch
-
-    data = bytearray(reader.read_all(info))
-    values = as_tensor(memoryview(data), info).reshape(info.shape)
-    return values.to(torch.float32) if info.dtype in FLOAT_DTYPES else values.view(torch.uint8)
+    return all(bool((rows == 1).all()) for rows in tensor_rows(info, reader))

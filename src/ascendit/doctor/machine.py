@@ -19,6 +19,7 @@ from typing import Any
 
 import ascendit
 from ascendit.checkpoint.hub import DEMO
+from ascendit.device.cpu_threads import set_variables
 from ascendit.doctor import npu
 from ascendit.doctor.probe import (
     DoctorReport,
@@ -30,7 +31,8 @@ from ascendit.doctor.probe import (
     read_text,
     run_child,
 )
-from ascendit.native.build import native
+from ascendit.native.build import cache_folder, native, temporary_folder
+from ascendit.native.cache import CacheError, open_folder
 from ascendit.version import installed
 
 PYTHON = "3.11"
@@ -178,6 +180,18 @@ NATIVE_SOURCES = {
 """Source in `native/` -> its use."""
 
 
+def _cache() -> list[ProbeRow]:
+    row = ProbeRow("kernel cache", "", needed="a folder that only you can write to")
+    try:
+        with open_folder(cache_folder()) as cache:
+            sizes = [path.stat().st_size for path in cache.path.glob("*.so")]
+            detected = f"{len(sizes)} libraries, {sum(sizes) / 2**20:.1f} MiB, in {cache.path}"
+            return [replace(row, detected=detected)]
+    except CacheError as e:
+        detected = f"not used, {temporary_folder()} instead: {e}"
+        return [replace(row, detected=detected, status="broken", fix=e.fix)]
+
+
 def compiled_kernels() -> list[ProbeRow]:
     """One row per native source. Compiles those that are not compiled yet, which takes seconds."""
     rows = []
@@ -189,6 +203,31 @@ def compiled_kernels() -> list[ProbeRow]:
             row = replace(row, detected=detected, status="absent", fix="not needed: it is slower")
         rows.append(row)
     return rows
+
+
+def _threads() -> list[ProbeRow]:
+    """How many threads there are, how they wait, and the OpenMP runtimes in use."""
+    if find_spec("torch") is None:
+        return []
+    row = ProbeRow("threads", "", needed="import ascendit before torch")
+    answer = run_child(_THREADS_CODE)
+    if "error" in answer:
+        return [failed_row(row, answer, fix="ascendit doctor --json")]
+    runtimes = ", ".join(answer["runtimes"]) or "unknown"
+    detected = f"{answer['threads']} threads on {set_variables()}; OpenMP: {runtimes}"
+    return [replace(row, detected=detected, data=answer)]
+
+
+_THREADS_CODE = """
+import json, re, ascendit, torch
+from ascendit.native.build import native
+torch.ones(9).sum()
+native("elementwise")
+try: maps = open("/proc/self/maps").read()
+except OSError: maps = ""
+runtimes = sorted(set(re.findall(r"/((?:lib)?(?:gomp|iomp|omp)[^/\\s]*)$", maps, re.M)))
+print(json.dumps({"threads": torch.get_num_threads(), "runtimes": runtimes}))
+"""
 
 
 _TORCH_CODE = """
@@ -216,7 +255,9 @@ PROBES: tuple[Probe, ...] = (
     _torch_imports,
     _video_codec,
     _compiler,
+    _cache,
     compiled_kernels,
+    _threads,
     _cuda,
     *npu.NPU_PROBES,
 )

@@ -1,4 +1,4 @@
-"""Inspect a checkpoint of any layout: contents, formats, completeness. Reads only headers and JSON files."""
+"""Inspect a checkpoint of any layout: contents, formats, completeness, from its headers and JSON files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from ascendit.checkpoint.transformer import TensorMismatch
 from ascendit.errors import CheckpointError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
+from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.pipeline.defaults import spec_of
 from ascendit.pipeline.model_check import check_model
+from ascendit.progress import OnProgress
 
 
-def inspect(path: Path | str) -> ModelReport:
+def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | None = None) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
-    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`. A
-    layout with only transformers counts as complete without the other parts of a pipeline.
+    `check`: also read all files and compare them with their recorded sizes and sha256, see `file_check`.
+    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`
+    and `check_files`. A layout with only transformers counts as complete without the other parts of a
+    pipeline.
     """
     layout = recognise(model_folder(path))
     model = check_model(layout)
     parts = tuple(_part_report(checked) for checked in model.checked.parts)
+    files = check_files(layout, on_progress) if check else None
+    problems = model.problems + ((files.problem,) if files and files.problem else ())
     experts = [p.summary for p in parts if p.summary is not None]
     readable = len(experts) == len(layout.experts)
     family = _family(layout, experts) if readable else None
@@ -36,9 +42,10 @@ def inspect(path: Path | str) -> ModelReport:
         family=model.defaults.spec if model.defaults else family,
         defaults=model.defaults,
         parts=parts,
-        problems=model.problems,
-        runs_on=runs_on(layout, experts) if readable and not model.problems else None,
+        problems=problems,
+        runs_on=runs_on(layout, experts) if readable and not problems else None,
         record=_record(layout),
+        files=files,
     )
 
 

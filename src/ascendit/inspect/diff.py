@@ -1,7 +1,8 @@
 """Compare two checkpoints of any layout, by the Diffusers names of their tensors.
 
-Reads only headers and configs. Equal headers do not imply equal numbers: those are compared by the sha256 in
-`ascendit.json`, if both checkpoints have it (`Diff.hashes`).
+Reads only headers and configs. Equal headers do not imply equal numbers: the sha256 in `ascendit.json` are
+compared if both checkpoints have them (`Diff.hashes`), but the files may have changed since. `check` reads
+the files and compares them with their record, `values` decodes both and compares the numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from ascendit.family import WanConfig
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import PACKINGS, ExpertSummary, dtype_name
+from ascendit.inspect.values import ValueDiff, compare_values
 from ascendit.names import grouped, sort_names
+from ascendit.progress import OnProgress
 from ascendit.report import columns, counted, group_by, human_bytes, json_data, titled
 
 ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
@@ -28,7 +31,8 @@ MAX_LINES = 12  # printed per kind of difference; --json has all
 MAX_WIDTH = 100
 TITLE_WIDTH = 9
 NOT_COMPARED = "not compared: headers only (both need the sha256 of the same files in ascendit.json)"
-SAME_HEADERS = "same headers and configs, different numbers"
+HASHES = {"same": "recorded hashes are equal", "different": "recorded hashes differ"}
+SAME_HEADERS = "same headers and configs, different sha256"
 
 HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
 VERSION_KEYS = ("transformers_version", "torch_dtype", "dtype")
@@ -56,17 +60,41 @@ class Diff:
     b: ModelReport
     changes: tuple[Change, ...]
     hashes: str
-    """`same`, `different`, or the reason for not comparing them."""
+    """The recorded sha256: `same`, `different`, or the reason for not comparing them."""
+    values: ValueDiff | None = None
+    """The comparison of the numbers, with `values`."""
 
     @property
     def same(self) -> bool:
-        """Whether there are no differences."""
+        """Whether there are no differences: of the numbers with `values`, else of headers and hashes."""
+        if self.values is not None:
+            return self.values.same
         return not self.changes and self.hashes != "different"
+
+    @property
+    def checked(self) -> bool:
+        """Whether the files of both sides were read and agree with their records."""
+        reports = (self.a, self.b)
+        return all(r.files is not None and r.files.problem is None for r in reports)
+
+    def _hash_text(self) -> str:
+        if self.hashes not in HASHES:
+            return self.hashes
+        read = self.a.files is not None and self.b.files is not None
+        files = "not read (see --check and --values)" if not read else "not as recorded"
+        return f"{HASHES[self.hashes]}; files {'read, they agree with them' if self.checked else files}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         sides = {"a": _side(self.a), "b": _side(self.b)}
-        return {"same": self.same, **sides, "hashes": self.hashes, "changes": json_data(self.changes)}
+        return {
+            "same": self.same,
+            **sides,
+            "hashes": self.hashes,
+            "checked": self.checked,
+            "changes": json_data(self.changes),
+            "values": json_data(self.values),
+        }
 
     def lines(self) -> list[str]:
         """Lines for a terminal."""
@@ -84,27 +112,43 @@ class Diff:
         before, after = (_side(report)["nbytes"] for report in sides.values())
         ratio = f"   {after / before:.3f} x" if before else ""
         size = f"{human_bytes(before)} -> {human_bytes(after)} in the transformers{ratio}"
-        source = "" if self.hashes == NOT_COMPARED else " by the sha256 in ascendit.json"
+        hashes = self._hash_text()
         result = counted(len(self.changes), "difference")
         if not self.changes:
-            result = "same headers and configs" if self.same else SAME_HEADERS
-        end = [("Bytes", size), ("Values", f"{self.hashes}{source}"), ("Result", result)]
-        return [*lines, "", *columns(end, first_width=TITLE_WIDTH)]
+            result = SAME_HEADERS if self.hashes == "different" else "same headers and configs"
+        end = [("Bytes", size), ("Values", hashes)]
+        if self.values is not None:
+            lines += self.values.lines()
+            end = [("Bytes", size), ("Hashes", hashes), ("Values", self.values.summary())]
+            result += ", equal numbers" if self.values.same else ", different numbers"
+        return [*lines, "", *columns([*end, ("Result", result)], first_width=TITLE_WIDTH)]
 
 
-def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
+def diff(
+    a: Path | str | ModelReport,
+    b: Path | str | ModelReport,
+    *,
+    check: bool = False,
+    values: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Diff:
     """Compare two checkpoints of any layout: paths as accepted by `inspect`, or its reports.
 
-    Raises the errors of `inspect`. An expert that could not be read as a Wan transformer is compared by its
-    names on disk.
+    `check`: first compare the files of both with their records, as `inspect` does. `values`: decode both and
+    compare the numbers, see `values.compare_values`. An expert that could not be read as a Wan transformer is
+    compared by its names on disk.
+
+    Raises the errors of `inspect`.
     """
-    a = a if isinstance(a, ModelReport) else inspect(a)
-    b = b if isinstance(b, ModelReport) else inspect(b)
+    a, b = (
+        x if isinstance(x, ModelReport) else inspect(x, check=check, on_progress=on_progress) for x in (a, b)
+    )
     left, right = _file_hashes(a), _file_hashes(b)
     hashes = "same" if left == right else "different"
     if not left or set(left) != set(right):
         hashes = NOT_COMPARED
-    return Diff(a=a, b=b, changes=tuple(_changes(a, b)), hashes=hashes)
+    numbers = compare_values(a, b, on_progress) if values else None
+    return Diff(a=a, b=b, changes=tuple(_changes(a, b)), hashes=hashes, values=numbers)
 
 
 def _file_hashes(report: ModelReport) -> dict[str, Any]:
@@ -140,7 +184,8 @@ def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
 
 def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
     a, b = one.expert, other.expert
-    shared = dict.fromkeys(name for name in one.linears if name in set(other.linears))
+    others = set(other.linears)
+    shared = dict.fromkeys(name for name in one.linears if name in others)
     alike: set[str] = set()
     for name in shared:
         x, y = _linear(a, name), _linear(b, name)
@@ -248,9 +293,9 @@ def _blocks(changes: Iterable[Change], result: Diff) -> Iterator[tuple[str, list
     """Title and lines: equal changes of many layers share a line; changes of a config have one each."""
     alike = group_by(changes, _line_key)
     for title, keys in group_by(alike, lambda key: key[0]).items():
-        texts = [_alike_text(alike[key], result) for key in keys]
-        more = [f"and {len(texts) - MAX_LINES} more; --json has all"] if len(texts) > MAX_LINES else []
-        yield title, texts[:MAX_LINES] + more
+        texts = [_alike_text(alike[key], result) for key in keys[:MAX_LINES]]
+        more = [f"and {len(keys) - MAX_LINES} more; --json has all"] if len(keys) > MAX_LINES else []
+        yield title, texts + more
 
 
 def _line_key(change: Change) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
 from ascendit.family import WanSpec, presets_of
 from ascendit.inspect.engines import RunsOn
+from ascendit.inspect.file_check import FileCheck
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.defaults import Defaults
 from ascendit.report import columns, counted, human_bytes, json_data, selected, titled, totals
@@ -38,6 +39,8 @@ class ModelReport:
     """None if an expert could not be read as a Wan transformer, or there are problems."""
     record: dict[str, Any] | None = None
     """`ascendit.json`, if ascendit wrote the folder."""
+    files: FileCheck | None = None
+    """The comparison of the files with their record, with `check`."""
 
     @property
     def ok(self) -> bool:
@@ -92,6 +95,7 @@ class ModelReport:
             "pipeline": self.layout.pipeline if self.is_pipeline else None,
             **selected(self, "spec", "bits_per_weight", "parts", "runs_on", "limits"),
             "ascendit": self.record,
+            "check": json_data(self.files),
             "problems": json_data(self.problems),
         }
         if layers:
@@ -111,6 +115,7 @@ class ModelReport:
             *((title, _per_expert(self.experts, title)) for title in EXPERT_TITLES),
             ("Made by", self._made_by()),
             ("Runs on", self.runs_on.lines() if self.runs_on else []),
+            ("Files", self.files.lines() if self.files else []),
         ]
         if self.defaults is not None:
             blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", _defaults(self.defaults))]
@@ -238,7 +243,7 @@ class PartReport:
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
@@ -253,7 +258,7 @@ class PartReport:
             return self.summary.values
         return sum(math.prod(t.shape) for t in self.tensors)
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, int]:
         """safetensors' dtype name -> bytes, most first."""
         return _most_first({t.dtype: t.nbytes} for t in self.tensors)

@@ -199,7 +199,7 @@ class ExpertSummary:
         """`kept_layers`, with grouped names."""
         return grouped(self.kept_layers, self.linears)
 
-    @property
+    @cached_property
     def kept_dtypes(self) -> tuple[str, ...]:
         """The dtypes of `kept_layers`."""
         return tuple(sorted({dtype_name(self.expert.tensors[f"{n}.weight"].dtype) for n in self.kept_layers}))

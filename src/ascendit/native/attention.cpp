@@ -170,13 +170,13 @@ void query_block(const bf16* q, const bf16* keys, const bf16* values, bf16* out,
 }  // namespace
 
 extern "C" void attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* top, float* sum,
-                               int64_t S, int64_t L, int64_t H, int64_t d) {
+                               int64_t S, int64_t L, int64_t H, int64_t d, int64_t threads) {
     const Shape s{S, L, H, d, (L + 31) / 32 * 32};
     const Sums sums{top, sum};
     const float scale = LOG2_E / std::sqrt(float(d));  // scores are exponents of two
     std::vector<bf16> keys(s.padded * H * d), values(s.padded * H * d);
     const int64_t blocks = (S + QUERIES - 1) / QUERIES;
-#pragma omp parallel
+#pragma omp parallel num_threads(int(threads))
     {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < 2 * H; ++i) {

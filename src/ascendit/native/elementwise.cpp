@@ -50,9 +50,9 @@ inline float exp2f_fast(float x) {  // relative error under 2e-7 for |x| < 126
 extern "C" {
 
 // out = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x / (1 + 2^(-c (x + 0.044715 x^3)))
-void gelu_tanh_bf16(const bf16* x, bf16* out, int64_t n) {
+void gelu_tanh_bf16(const bf16* x, bf16* out, int64_t n, int64_t threads) {
     const float c = -2.0f * 0.7978845608028654f * 1.44269504089f;
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) num_threads(int(threads))
     for (int64_t i = 0; i < n; ++i) {
         const float f = to_float(x[i]);
         float u = c * (f + 0.044715f * f * f * f);
@@ -64,8 +64,9 @@ void gelu_tanh_bf16(const bf16* x, bf16* out, int64_t n) {
 }
 
 // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight
-void rms_norm_bf16(const bf16* x, const float* weight, bf16* out, int64_t rows, int64_t D, float eps) {
-#pragma omp parallel for schedule(static)
+void rms_norm_bf16(const bf16* x, const float* weight, bf16* out, int64_t rows, int64_t D, int64_t threads,
+                   float eps) {
+#pragma omp parallel for schedule(static) num_threads(int(threads))
     for (int64_t r = 0; r < rows; ++r) {
         const bf16* from = x + r * D;
         bf16* to = out + r * D;
@@ -79,8 +80,9 @@ void rms_norm_bf16(const bf16* x, const float* weight, bf16* out, int64_t rows, 
 }
 
 // Rotate pairs (x[2i], x[2i+1]) of each head by the angles of the token. x [S, H, d]; cos, sin [S, d / 2].
-void rope_bf16(const bf16* x, const float* cos, const float* sin, bf16* out, int64_t S, int64_t H, int64_t d) {
-#pragma omp parallel for schedule(static)
+void rope_bf16(const bf16* x, const float* cos, const float* sin, bf16* out, int64_t S, int64_t H, int64_t d,
+               int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(int(threads))
     for (int64_t s = 0; s < S; ++s)
         for (int64_t h = 0; h < H; ++h) {
             const bf16* from = x + (s * H + h) * d;
@@ -96,8 +98,9 @@ void rope_bf16(const bf16* x, const float* cos, const float* sin, bf16* out, int
 }
 
 // out = x + y * gate; x, y, out [rows, D], gate [D]
-void gated_residual_bf16(const bf16* x, const bf16* y, const float* gate, bf16* out, int64_t rows, int64_t D) {
-#pragma omp parallel for schedule(static)
+void gated_residual_bf16(const bf16* x, const bf16* y, const float* gate, bf16* out, int64_t rows, int64_t D,
+                         int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(int(threads))
     for (int64_t r = 0; r < rows; ++r) {
 #pragma omp simd
         for (int64_t i = 0; i < D; ++i) {

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ascendit import environment, twin
-from ascendit.device import npu_runtime
+from ascendit.device import cpu_threads, npu_runtime
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem
 from ascendit.twin import STATE
@@ -41,6 +41,8 @@ def open_device(name: object) -> Device:
         hide_torch_npu(device)
     if device.kind == "cuda":
         _check_cuda(device)
+    if device.kind in ("cpu", "twin"):
+        cpu_threads.report()
     activate(device)
     return device
 

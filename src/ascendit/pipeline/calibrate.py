@@ -35,14 +35,15 @@ from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
 from ascendit.pipeline.defaults import Defaults, defaults_for
 from ascendit.pipeline.generate import Pipeline, denoise
+from ascendit.pipeline.images import FIELDS, fitted_pictures, pictures_of, size_source
 from ascendit.pipeline.job import load
-from ascendit.pipeline.request import GenerateRequest, open_image, resolve
+from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import first_in_group
 from ascendit.weights.lora.fold import Folds, LoraSource
 
-Prompt = tuple[str, Path | None]
-"""(text, path of the first frame)."""
+Prompt = tuple[str, dict[str, str]]
+"""(text, field of a request -> path of an image)."""
 PARTS = ("weight_amax", "amax", "keys", "rows")
 """Tensors of an `Input`."""
 
@@ -85,10 +86,10 @@ class Calibrator:
         requests = self.requests(layout)
         content: list[list[str | None]] = []
         for request in requests:
-            content.append([request.prompt, None])
-            if request.image is not None:
-                open_image(request.image)
-                content[-1][1] = hashlib.sha256(Path(request.image).read_bytes()).hexdigest()
+            files = [name for name in (request.image, request.last_image) if name is not None]
+            pictures_of(request, {})
+            hashes: list[str | None] = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files]
+            content.append([request.prompt, *(hashes or [None])])
         first = requests[0]
         guidance = (first.guidance_scale, first.guidance_scale_2)
         record = {
@@ -112,16 +113,16 @@ class Calibrator:
         layout.require_pipeline()
         defaults = defaults_for(layout)
         requests = []
-        for i, (prompt, image) in enumerate(read_prompts(self.prompts, defaults)):
-            if defaults.task == "i2v" and image is None:
+        for i, (prompt, images) in enumerate(read_prompts(self.prompts, defaults)):
+            if defaults.task == "i2v" and not images:
                 raise UsageError(
                     f"prompt {i + 1} has no image, and {defaults.model} starts from one",
                     needs="lines FILE<tab>PROMPT, where FILE is the first frame",
                     fix="start the line with the image path and a tab",
                     code="E-REQ-04",
                 )
-            path = None if image is None else str(image)
-            requests.append(resolve(defaults, prompt, image=path, **{"seed": i} | dict(self.fields)))
+            fields: dict[str, Any] = {**images, "seed": i, **self.fields}
+            requests.append(resolve(defaults, prompt, picture=size_source(defaults, fields, {}), **fields))
         return requests
 
     def __call__(
@@ -136,10 +137,12 @@ class Calibrator:
             fold_loras(pipe.experts, loras)
             inputs = inputs_of(pipe, rows) | inputs
             for i in range(done, len(requests)):
-                image = None if requests[i].image is None else open_image(requests[i].image)
+                pictures = fitted_pictures(requests[i], {})
+                first, last = pictures.get("image"), pictures.get("last_image")
                 generator = torch.Generator().manual_seed(i)
                 report = partial(self._report, i, len(requests))
-                denoise(with_recording(pipe, inputs, generator), requests[i], image, report, None)
+                recording = with_recording(pipe, inputs, generator)
+                denoise(recording, requests[i], first, report, None, last_image=last)
                 _write(file, i + 1, inputs)
                 journal.add(file, file.stat().st_size)
         statistics: dict[str, dict[str, Statistics]] = {}
@@ -257,7 +260,7 @@ def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
 
 
 def read_prompts(source: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
-    """Prompts and their first frames from a file, `demo`, a number of demo prompts, or a list of prompts.
+    """Prompts and their images from a file, `demo`, a number of demo prompts, or a list of prompts.
 
     Raises UsageError: E-USE-01 if there are no prompts, or for demo prompts and another model; E-USE-02 for a
     missing file or image.
@@ -270,14 +273,14 @@ def read_prompts(source: str | Path | int | Sequence[str], defaults: Defaults) -
         count = 8 if text == "demo" else int(text)
         if not 1 <= count <= len(lines):
             _refuse(f"{count} prompts of the demo model, which has {len(lines)}")
-        return [(line, None) for line in lines[:count]]
+        return [(line, {}) for line in lines[:count]]
     if isinstance(source, str | Path):
-        return _from_file(Path(source).expanduser())
+        return _from_file(Path(source).expanduser(), 1 if defaults.last_frame == "refused" else 2)
     assert not isinstance(source, int)
-    return [(line, None) for line in source] or _refuse("no prompts")
+    return [(line, {}) for line in source] or _refuse("no prompts")
 
 
-def _from_file(path: Path) -> list[Prompt]:
+def _from_file(path: Path, max_images: int) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -287,11 +290,12 @@ def _from_file(path: Path) -> list[Prompt]:
         _refuse(f"prompts in {path}: {reason}")
     prompts: list[Prompt] = []
     for line in filter(str.strip, lines):
-        head, tab, tail = line.partition("\t")
-        image = path.parent / Path(head.strip()).expanduser() if tab else None
-        if image is not None and not image.is_file():
-            raise _absent(image, "the first frame of a prompt")
-        prompts.append(((tail if tab else head).strip(), image))
+        *names, prompt = line.split("\t", max_images)
+        images = [path.parent / Path(name.strip()).expanduser() for name in names]
+        for image, frame in zip(images, ("first", "last"), strict=False):
+            if not image.is_file():
+                raise _absent(image, f"the {frame} frame of a prompt")
+        prompts.append((prompt.strip(), dict(zip(FIELDS, map(str, images), strict=False))))
     return prompts or _refuse(f"no prompts in {path}")
 
 

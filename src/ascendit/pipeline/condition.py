@@ -1,7 +1,8 @@
-"""Conditioning on a first image, in the three variants of Wan models.
+"""Conditioning on a first image, and a last one, in the variants of Wan models.
 
 I2V (36 channels): mask and image latents are concatenated to the latents as channels. Wan2.1 I2V adds
-CLIP tokens. TI2V: the image latents replace the first latent frame, whose tokens have timestep 0.
+CLIP tokens, FLF2V those of both images. TI2V: the image latents replace the first latent frame, whose tokens
+have timestep 0.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Condition:
     first: Tensor | None = None
     """[1, z, 1, h, w] float32: replaces the first latent frame."""
     tokens: Tensor | None = None
-    """[1, T, image_dim]: CLIP tokens for the image cross-attention."""
+    """[1, T, image_dim], with a last image [2, T, image_dim]: CLIP tokens for the image cross-attention."""
 
     def model_input(self, latents: Tensor) -> Tensor:
         """The model's input [1, C, F, h, w], float32: `latents` [1, z, F, h, w] combined with the image, if
@@ -53,20 +54,29 @@ class Condition:
 
 
 def make_condition(
-    task: Task, image: Any, request: GenerateRequest, vae: VideoCoder, clip: ImageEncoder | None
+    task: Task,
+    image: Any,
+    request: GenerateRequest,
+    vae: VideoCoder,
+    clip: ImageEncoder | None,
+    last_image: Any = None,
 ) -> Condition:
-    """Encode the first image, a PIL image in RGB or None, for a model of this task."""
+    """Encode the first and the last image, PIL images in RGB or None, for a model of this task."""
     if image is None:
         return Condition()
     from diffusers.video_processor import VideoProcessor
 
-    tokens = None if clip is None else clip.encode(image)
+    images = [image] if last_image is None else [image, last_image]
+    tokens = None if clip is None else clip.encode(images)
     size = {"height": request.height, "width": request.width}
-    frame: Tensor = VideoProcessor().preprocess(image, **size).float()[:, :, None]  # [1, 3, 1, H, W], -1 to 1
+    frames = VideoProcessor().preprocess(images, **size).float()  # [1 or 2, 3, H, W], -1 to 1
+    first, *last = frames[:, :, None].split(1)
     if task == "ti2v":
-        return Condition(first=vae.encode(frame))
-    blank = frame.new_zeros(1, 3, request.num_frames - 1, request.height, request.width)
-    latents = vae.encode(torch.cat([frame, blank], dim=2))
+        return Condition(first=vae.encode(first))
+    blank = first.new_zeros(1, 3, request.num_frames - len(images), request.height, request.width)
+    latents = vae.encode(torch.cat([first, blank, *last], dim=2))
     mask = latents.new_zeros(1, vae.frame_stride, *latents.shape[2:])
     mask[:, :, 0] = 1
+    if last:
+        mask[:, -1, -1] = 1  # the last frame of the last latent frame
     return Condition(channels=torch.cat([mask, latents], dim=1), tokens=tokens)

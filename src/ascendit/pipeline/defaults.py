@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ascendit import geometry
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
-from ascendit.family import Size, Solver, Task, VaeConfig, WanConfig, WanSpec, match_spec
+from ascendit.family import LastFrame, Size, Solver, Task, VaeConfig, WanConfig, WanSpec, match_spec
 
 log = logging.getLogger("ascendit")
 
@@ -95,6 +95,7 @@ class Defaults:
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
     difference: str = ""
     """Where the folder's solver, shift or boundary differ from those of the row, and which are used."""
+    last_frame: LastFrame = "refused"
 
     def shift_for(self, width: int, height: int) -> float:
         """`flow_shift` for this size; for some models it depends on the size."""
@@ -139,6 +140,7 @@ def defaults_for(layout: Layout, source: Source = "model") -> Defaults:
         frame_stride=vae.scale_factor_temporal,
         sources=tuple(notes),
         spec=spec,
+        last_frame=last_frame_of(layout, task),
         **values,
     )
 
@@ -182,6 +184,7 @@ def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSp
         out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
         num_experts=num_experts,
         image_cross_attention=config.get("image_dim") is not None,
+        first_last_frame=has_position_embeddings(config),
         folder_name=folder_name,
     )
 
@@ -198,6 +201,36 @@ def folder_values(layout: Layout) -> tuple[dict[str, Any], list[str]]:
     if len(layout.experts) == 2 and layout.index.get("boundary_ratio") is not None:
         values["boundary_ratio"] = layout.index["boundary_ratio"]
     return values, notes
+
+
+def has_position_embeddings(config: dict[str, Any]) -> bool:
+    """Whether this config is of an FLF2V model: position embeddings for the tokens of two images."""
+    return config.get("image_dim") is not None and config.get("pos_embed_seq_len") is not None
+
+
+def last_frame_of(layout: Layout, task: Task) -> LastFrame:
+    """Whether this model takes a last image, from the configs of transformer and image encoder.
+
+    Raises CheckpointError (E-CKP-06) if the transformer's position embeddings are not those of two images.
+    """
+    config = layout.experts[0].config
+    if task != "i2v":
+        return "refused"
+    if not has_position_embeddings(config):
+        return "optional" if config.get("image_dim") is None else "refused"
+    clip = layout.part("image_encoder").config
+    sizes = [clip.get("vision_config", clip).get(key) for key in ("image_size", "patch_size")]
+    length = config["pos_embed_seq_len"]
+    if all(type(size) is int and size > 0 for size in sizes):
+        tokens = (sizes[0] // sizes[1]) ** 2 + 1
+        if length != 2 * tokens:
+            raise CheckpointError(
+                f"pos_embed_seq_len = {length} in the transformer, and {tokens} tokens per image",
+                needs=f"{2 * tokens}: the image encoder's tokens of the first and the last image",
+                fix="use the image encoder and the config.json of the model's authors",
+                code="E-CKP-06",
+            )
+    return "required"
 
 
 def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:

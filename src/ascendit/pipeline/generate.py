@@ -27,7 +27,8 @@ from ascendit.ops.operators import Ops
 from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
-from ascendit.pipeline.request import GenerateRequest, check, image_of, name_image, open_image, resolve
+from ascendit.pipeline.images import fitted_pictures, name_image, open_image, size_source
+from ascendit.pipeline.request import GenerateRequest, check, resolve
 from ascendit.pipeline.sigmas import TRAIN_STEPS
 from ascendit.pipeline.solver import make_solver
 from ascendit.pipeline.video import Video
@@ -79,12 +80,16 @@ class Pipeline:
         experts = {"transformer": self.transformer, "transformer_2": self.transformer_2}
         return {name: expert for name, expert in experts.items() if expert is not None}
 
-    def request(self, prompt: str, **fields: Any) -> GenerateRequest:
+    def request(self, prompt: str, *, pixels: Any = None, **fields: Any) -> GenerateRequest:
         """Make a complete request; omitted fields get the values of `preset`, else the model's defaults.
 
-        Raises the errors of `request.resolve`.
+        Without a size the video has the ratio of the image.
+
+        `pixels`: image name -> image, if passed as pixels. Raises the errors of `request.resolve` and
+        `images.pictures_of`.
         """
-        return resolve(self.defaults, prompt, **fields)
+        picture = size_source(self.defaults, fields, pixels or {})
+        return resolve(self.defaults, prompt, picture=picture, **fields)
 
     def generate(
         self,
@@ -92,6 +97,7 @@ class Pipeline:
         *,
         negative_prompt: str | None = None,
         image: Any = None,
+        last_image: Any = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -106,14 +112,19 @@ class Pipeline:
     ) -> Video:
         """Generate one video. None means the model's default; names follow Diffusers.
 
-        `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1]. `more`: other
+        `image`, `last_image`: path, bytes, PIL image, array [H, W, 3] or tensor [3, H, W]; see
+        `images.open_image`. Without `height` and `width` the video has the ratio of `image`. `more`: other
         fields of GenerateRequest, and `preset`. Raises the errors of `request` and `run`.
         """
         name, pixels = name_image(image)
+        last_name, last_pixels = name_image(last_image)
+        pixels = {**pixels, **last_pixels}
         request = self.request(
             prompt,
+            pixels=pixels,
             negative_prompt=negative_prompt,
             image=name,
+            last_image=last_name,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -136,7 +147,7 @@ class Pipeline:
     ) -> Video:
         """Generate the video of a complete request. `pixels`: image name -> image, if passed as pixels.
 
-        Raises RequestError (E-REQ-04) if the pixels of its image are missing, Cancelled between two steps,
+        Raises RequestError (E-REQ-04) if the pixels of an image are missing, Cancelled between two steps,
         QualityError: E-OUT-01 if frames have NaN or infinite values, E-OUT-02 if they are black.
         """
         check(request, self.defaults)
@@ -144,7 +155,9 @@ class Pipeline:
         activate(self.device)
         start = time.perf_counter()
         report = on_progress or (lambda event: None)
-        latents = denoise(self, request, image_of(request, pixels or {}), report, cancel)
+        pictures = fitted_pictures(request, pixels or {})
+        first, last = pictures.get("image"), pictures.get("last_image")
+        latents = denoise(self, request, first, report, cancel, last_image=last)
         stop_if(cancel)
         report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
         frames = to_uint8(self.vae.decode(latents)[0])
@@ -166,12 +179,16 @@ class Pipeline:
 
         Returns seconds.
         """
-        request = request or self.request("", image="black" if self.defaults.task == "i2v" else None)
+        if request is None:
+            image = "black" if self.defaults.task == "i2v" else None
+            last_image = "black" if self.defaults.last_frame == "required" else None
+            request = resolve(self.defaults, "", image=image, last_image=last_image)
         one = GenerateRequest(**{**vars(request), "num_inference_steps": 1, "timesteps": None})
         start = time.perf_counter()
         activate(self.device)
-        image = open_image(torch.zeros(3, one.height, one.width)) if one.image is not None else None
-        self.vae.decode(denoise(self, one, image, lambda event: None, None))
+        black = open_image(torch.zeros(3, one.height, one.width))
+        first, last = (None if name is None else black for name in (one.image, one.last_image))
+        self.vae.decode(denoise(self, one, first, lambda event: None, None, last_image=last))
         return time.perf_counter() - start
 
 
@@ -208,16 +225,19 @@ def denoise(
     report: OnProgress,
     cancel: Stop | None,
     on_step: OnStep = lambda i, latents: None,
+    *,
+    last_image: Any = None,
 ) -> Tensor:
     """Compute clean latents [1, z, F, h, w], float32, from noise: encode, then one solver step per timestep.
 
+    `image`, `last_image`: PIL images in RGB, or None; another ratio than the video's is stretched.
     Steps, noise levels, coefficients and the switch of experts are Python numbers, computed before the loop,
     so that the loop never synchronizes with the device. Raises Cancelled, and QualityError (E-OUT-01).
     """
     report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
     prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
     texts = pipe.text.encode(prompts, request.max_sequence_length)
-    condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip)
+    condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip, last_image)
     report(Progress(stage="encode", step=1, total=1, memory_bytes=memory_bytes(pipe.device)))
 
     latents = noise(pipe, request)

@@ -25,9 +25,11 @@ from ascendit.device.limits import check_attention, check_layers, check_rules, p
 from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
 from ascendit.pipeline.estimate import Estimate, estimate_run, size_warning, work_of
+from ascendit.pipeline.fit import describe_fit
+from ascendit.pipeline.images import FIELDS, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, image_of, resolve
+from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 
@@ -47,13 +49,22 @@ class Prepared:
     model: PreparedModel
     request: GenerateRequest
     pixels: Mapping[str, Any] = field(default_factory=dict)
-    """Name in the request -> first image, if passed as pixels."""
+    """Name in the request -> first or last image, opened."""
 
     @property
     def replay(self) -> str:
         """The command that reproduces this video; also in the JSON beside the video."""
         options = self.model.options
         return self.request.replay_line(options.model, load=options.record)
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Field -> how this image becomes a frame of the video."""
+        request = self.request
+        names = {name: getattr(request, name) for name in FIELDS}
+        sizes = {field: self.pixels[name].size for field, name in names.items() if name is not None}
+        size = (request.width, request.height)
+        return {field: describe_fit(picture, size, request.fit)[0] for field, picture in sizes.items()}
 
     @property
     def video_tokens(self) -> int:
@@ -143,17 +154,19 @@ def prepare(
 
     `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
     replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
-    `prepare_model` and `request.resolve`.
+    `prepare_model`, `request.resolve` and `images.pictures_of`.
     """
     model = prepare_model(options)
     defaults = model.defaults
     if seconds is not None:
         fps = fields.get("fps") or defaults.fps
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
-    request = resolve(defaults, prompt, **fields)
+    picture = size_source(defaults, fields, pixels or {})
+    request = resolve(defaults, prompt, picture=picture, **fields)
     model.schedule.check_steps(request.num_inference_steps)
-    picture = image_of(request, pixels or {})
-    return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
+    pictures = pictures_of(request, pixels or {})
+    opened = {getattr(request, name): picture for name, picture in pictures.items()}
+    return Prepared(model=model, request=request, pixels=opened)
 
 
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:

@@ -51,6 +51,8 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
     for expert, applied in experts:
         models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
         done(3 + len(models))
+    for shards in model.shards.values():  # the libraries read their files themselves
+        shards.check_unchanged()
     return Pipeline(
         layout=layout,
         defaults=model.defaults,

@@ -1,18 +1,14 @@
 """GenerateRequest: one video, with every value explicit. Frozen, validated, JSON round trip.
 
-`resolve` fills omitted fields from a model's `Defaults` and checks the request against the model. An image
-passed as pixels is named by the hash of its content, so that a request is plain JSON.
+`resolve` fills omitted fields from a model's `Defaults` and checks the request against the model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields as fields_of
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,14 +17,13 @@ from ascendit.errors import RequestError, UsageError
 from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
+from ascendit.pipeline.fit import Fit, size_for
 from ascendit.pipeline.options import load_args
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.report import shell_line
 from ascendit.validation import Checked
 
 MAX_SEED = 2**63 - 1
-PIXELS = "sha256:"
-"""Prefix of the name of an image that is passed as pixels."""
 
 # ---- the request --------------------------------------------------------------------------------
 
@@ -73,6 +68,10 @@ class GenerateRequest(Checked):
     """Text of the unconditional pass; may be empty."""
     image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
     """Path of the first frame, or `sha256:<hex>` of its pixels, which are passed separately."""
+    last_image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
+    """The last frame, named as `image` is."""
+    fit: Annotated[Fit, Field(description="crop, pad or stretch")] = "crop"
+    """How images of another ratio than the video are fitted."""
     width: Annotated[int, _integer(1)]
     height: Annotated[int, _integer(1)]
     num_frames: Annotated[int, _integer(1)]
@@ -144,6 +143,8 @@ class GenerateRequest(Checked):
             ("--shift", _text(self.flow_shift)),
             ("--negative", self.negative_prompt),
             ("--image", self.image or ""),
+            ("--last-image", self.last_image or ""),
+            ("--fit", "" if self.fit == "crop" or self.image is None else self.fit),
         ]
         boundary, length = self.boundary_ratio, self.max_sequence_length
         flags += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
@@ -169,11 +170,14 @@ DEFAULTED = {field.name for field in fields_of(Defaults)} & set(GenerateRequest.
 """Fields with a default from the model; the default of the shift depends on the size."""
 
 
-def resolve(defaults: Defaults, prompt: str, *, preset: str | None = None, **fields: Any) -> GenerateRequest:
+def resolve(
+    defaults: Defaults, prompt: str, *, preset: str | None = None, picture: Any = None, **fields: Any
+) -> GenerateRequest:
     """Fill the fields of GenerateRequest that are omitted or None from `defaults`, and check the request.
 
     `preset`: name of a row of `family.PRESETS`, whose values replace defaults; `fields` override them.
-    Raises UsageError (E-USE-01) for an unknown field, and the errors of `preset_fields` and `check`.
+    `picture`: (width, height) of the first frame, whose ratio the video gets if both are omitted. Raises
+    UsageError (E-USE-01) for an unknown field, and the errors of `preset_fields`, `check` and `fit.size_for`.
     """
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(fields) - allowed):
@@ -190,6 +194,8 @@ def resolve(defaults: Defaults, prompt: str, *, preset: str | None = None, **fie
     if "guidance_scale" in fields:  # one number applies to both experts, as in Diffusers
         fields.setdefault("guidance_scale_2", fields["guidance_scale"] if defaults.num_experts == 2 else None)
     values = {name: getattr(defaults, name) for name in DEFAULTED} | fields
+    if picture is not None and not {"width", "height"} & set(fields):
+        values["width"], values["height"] = size_for(defaults, picture)
     values.setdefault("flow_shift", defaults.shift_for(values["width"], values["height"]))
     values.setdefault("seed", secrets.randbelow(2**31))
     request = GenerateRequest(prompt=prompt, **values)
@@ -229,8 +235,8 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
     """Check the request against the model; nothing is rounded.
 
     Raises RequestError: E-REQ-01 and E-REQ-02 with the nearest allowed frames and sizes, E-REQ-04 for a
-    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts, or for
-    a schedule with equal noise levels.
+    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts, a
+    schedule with equal noise levels, or one frame with a last image.
     """
     _ = request.denoising_schedule
     model, multiple, stride = defaults.model, defaults.size_multiple, defaults.frame_stride
@@ -246,13 +252,7 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         needs = f"width and height in multiples of {multiple} ({model})"
         fix = f"--size {w}x{h} or --size {w2}x{h2}"
         raise RequestError(f"size {size[0]}x{size[1]}", needs=needs, fix=fix, code="E-REQ-02")
-    if defaults.task == "i2v" and request.image is None:
-        fix = "--image FILE, or a text-to-video model"
-        raise RequestError("no image", needs=f"{model} starts from an image", fix=fix, code="E-REQ-04")
-    if defaults.task == "t2v" and request.image is not None:
-        needs = f"{model} is text-to-video and takes no image"
-        fix = "omit the image, or use an I2V or TI2V model"
-        raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
+    _check_images(request, defaults)
     second = (request.guidance_scale_2, request.boundary_ratio)
     if defaults.num_experts == 1 and second != (None, None):
         fix = "pass one guidance scale and no boundary"
@@ -263,74 +263,25 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         raise RequestError("no boundary between the two experts", needs=needs, fix=fix)
 
 
-# ---- the first image ----------------------------------------------------------------------------
-
-
-def name_image(image: Any) -> tuple[str | None, dict[str, Any]]:
-    """(`image` field of a request, pixels by that name). A path is its own name; pixels are named by a hash.
-
-    `image`: None, a path, or pixels of any type that `open_image` accepts. Raises the errors of `open_image`.
-    """
-    if image is None or isinstance(image, (str, Path)):
-        return (None if image is None else str(image)), {}
-    picture = open_image(image)
-    header = f"uint8 {[picture.height, picture.width, 3]} ".encode()
-    name = PIXELS + hashlib.sha256(header + picture.tobytes()).hexdigest()
-    return name, {name: picture}
-
-
-def image_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
-    """The first image of `request` as a PIL image in RGB, or None. `pixels`: images by name.
-
-    Raises RequestError (E-REQ-04) if the pixels of this image are missing or different, and the errors of
-    `open_image`.
-    """
-    name = request.image
-    if name is None:
-        return None
-    picture = open_image(pixels[name]) if name in pixels else None
-    if name.startswith(PIXELS) and (picture is None or name_image(picture)[0] != name):
-        needs = "the pixels with the hash in the request"
-        fix = "pass pixels={name: image} from name_image, or a file: --image FILE"
-        got = f"{'no pixels' if picture is None else 'other pixels'} for image {name}"
-        raise RequestError(got, needs=needs, fix=fix, code="E-REQ-04")
-    return open_image(name) if picture is None else picture
-
-
-def open_image(image: Any) -> Any:
-    """A PIL image in RGB from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1].
-
-    Raises UsageError: E-USE-02 for a missing file, E-USE-04 for an unreadable file or any other type.
-    """
-    import numpy as np
-    from PIL import Image
-
-    if isinstance(image, (str, Path)):
-        if not Path(image).is_file():
-            needs = "the path of an image"
-            raise UsageError(f"no file {image}", needs=needs, fix="correct the path", code="E-USE-02")
-        try:
-            with warnings.catch_warnings():  # Pillow's warning about huge images becomes an error
-                warnings.simplefilter("error")
-                with Image.open(image) as file:
-                    return file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as e:
-            raise _no_image(f"{image} is not a readable image: {e}") from e
-    if hasattr(image, "is_floating_point"):  # a tensor
-        if image.ndim == 4 and image.shape[0] == 1:
-            image = image[0]
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise _no_image(f"a tensor {list(image.shape)} {image.dtype}")
-        image = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise _no_image(f"an array {list(image.shape)} {image.dtype}")
-        return Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise _no_image(f"a {type(image).__name__}")
-    return image.convert("RGB")
-
-
-def _no_image(got: str) -> UsageError:
-    needs = "a PNG, JPEG or WebP file, a PIL image, uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]"
-    return UsageError(got, needs=needs, fix="convert the first frame to one of these", code="E-USE-04")
+def _check_images(request: GenerateRequest, defaults: Defaults) -> None:
+    """Raise RequestError (E-REQ-04) for a missing or unexpected image, and E-REQ-03 for too few frames."""
+    model, last = defaults.model, request.last_image
+    if defaults.task == "i2v" and request.image is None:
+        fix = "--image FILE, or a text-to-video model"
+        raise RequestError("no image", needs=f"{model} starts from an image", fix=fix, code="E-REQ-04")
+    if defaults.task == "t2v" and request.image is not None:
+        needs = f"{model} is text-to-video and takes no image"
+        fix = "omit the image, or use an I2V or TI2V model"
+        raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
+    if defaults.last_frame == "refused" and last is not None:
+        fix = "omit the last image, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B-720P"
+        needs = f"{model} takes no last image"
+        raise RequestError(f"last image {last}", needs=needs, fix=fix, code="E-REQ-04")
+    if defaults.last_frame == "required" and last is None:
+        needs = f"{model} makes a video between a first and a last image"
+        fix = "--last-image FILE, or an I2V model"
+        raise RequestError("no last image", needs=needs, fix=fix, code="E-REQ-04")
+    if last is not None and request.num_frames == 1:
+        least = defaults.frame_stride + 1
+        needs = f"at least {least} frames between a first and a last image"
+        raise RequestError("1 frame and a last image", needs=needs, fix=f"--frames {least}")

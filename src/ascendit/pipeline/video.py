@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ascendit.checkpoint.file_copy import write_error
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
@@ -44,9 +46,11 @@ class OutputTarget(NamedTuple):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and the installed packages that affect a video."""
+    """Versions of Python and the installed packages that affect a video, and its compiled kernels, if any."""
+    kernels = describe_requested()
     packages = ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av")
-    return {"python": platform.python_version(), **installed(*packages)}
+    versions = {"python": platform.python_version(), **installed(*packages)}
+    return versions | ({"kernels": kernels} if kernels else {})
 
 
 @dataclass(eq=False, repr=False)
@@ -113,7 +117,7 @@ class Video:
 
         Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing
         output; EnvironmentProblem: E-ENV-01 if the library is missing, E-ENV-02 if the folder is not
-        writable. After a failure, including Ctrl-C, no partial file remains.
+        writable, E-ENV-04 if the disk is full. After a failure, including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
         text = json_text(record) + "\n"
@@ -132,7 +136,7 @@ class Video:
         except FileExistsError as e:
             raise _taken(target, "already exists") from e
         except OSError as e:
-            raise _not_writable(folder, e) from e
+            raise write_error(folder, e) from e
         return target.path
 
 
@@ -169,7 +173,7 @@ def check_output(
         _check_format(target, shape, fps)
         _check_free(target, sidecar, overwrite)
     except OSError as e:
-        raise _not_writable(Path(path).parent, e) from e
+        raise write_error(Path(path).parent, e) from e
     check_writable(target.path)
     return target
 
@@ -186,7 +190,7 @@ def check_writable(path: AnyPath) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise _not_writable(folder, e) from e
+        raise write_error(folder, e) from e
 
 
 def _locate(path: AnyPath, num_frames: int) -> OutputTarget:
@@ -250,15 +254,6 @@ def _taken(target: OutputTarget, reason: str) -> UsageError:
     free = next(p for p in names if not (os.path.lexists(p) or os.path.lexists(p.with_suffix(".json"))))
     rule = "a new name; files are overwritten only with --overwrite (overwrite=True)"
     return UsageError(f"{path}{slash} {reason}", needs=rule, fix=f"-o {free}{slash}", code="E-USE-03")
-
-
-def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"cannot write in {folder}: {e.strerror or e}",
-        needs="a writable folder with free disk space",
-        fix="choose another folder with -o FILE",
-        code="E-ENV-02",
-    )
 
 
 # ---- writing ------------------------------------------------------------------------------------

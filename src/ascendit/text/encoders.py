@@ -111,7 +111,7 @@ class TextEncoder:
 
 
 class ImageEncoder:
-    """CLIP image encoder (Wan2.1 I2V): an image to the hidden states of the second-to-last layer.
+    """CLIP image encoder (Wan2.1 I2V): images to the hidden states of the second-to-last layer.
 
     `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu. `dtype`: None for the stored
     dtype.
@@ -136,7 +136,7 @@ class ImageEncoder:
                     module.forward = gelu
 
     @torch.inference_mode()
-    def encode(self, image: Any) -> Tensor:
-        """Hidden states [1, tokens, image_dim] of a PIL image, in the encoder's dtype."""
-        pixels = self.processor(images=image, return_tensors="pt").to(self.device)
+    def encode(self, images: Any) -> Tensor:
+        """Hidden states [n, tokens, image_dim] of one PIL image or a list of n, in the encoder's dtype."""
+        pixels = self.processor(images=images, return_tensors="pt").to(self.device)
         return self.model(**pixels, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -140,6 +144,43 @@ def test_float32_and_odd_heads_use_pytorch() -> None:
     assert torch.equal(compiled("attention")(q, q, q), attention.attention(q, q, q))
     odd = bf16(1, 9, 2, 20)
     assert torch.equal(compiled("attention")(odd, odd, odd), attention.attention(odd, odd, odd))
+
+
+TASKS = Path("/proc/self/task")
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="the threads of a process are not listed")
+def test_kernels_use_the_number_of_threads_of_the_call() -> None:
+    """Counted in a new thread, for which OpenMP starts its own."""
+    x, added = bf16(64, 64), []
+
+    def count() -> None:
+        for threads in (1, 3):
+            before = set(TASKS.iterdir())
+            with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads):
+                compiled("gelu_tanh")(x)
+            added.append(len(set(TASKS.iterdir()) - before))
+
+    compiled("gelu_tanh")
+    thread = Thread(target=count)
+    thread.start()
+    thread.join()
+    assert added == [0, 2]
+
+
+@pytest.mark.parametrize("operator", ["attention", "gelu_tanh", "rms_norm", "rope", "gated_residual"])
+def test_kernels_take_the_number_of_threads_from_torch(operator: str) -> None:
+    x, half = bf16(1, 8, 2, 32), torch.zeros(8, 16)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "attention": (x, x, x),
+        "gelu_tanh": (x,),
+        "rms_norm": (x, x[0, 0, 0], 1e-6),
+        "rope": (x, half, half),
+        "gated_residual": (x.flatten(2), x.flatten(2), torch.zeros(1, 64), (8,)),
+    }
+    with mock.patch.object(torch, "get_num_threads", mock.Mock(return_value=1)) as number:
+        compiled(operator)(*arguments[operator])
+    assert number.call_count == 1
 
 
 def test_same_bytes_on_any_number_of_threads() -> None:

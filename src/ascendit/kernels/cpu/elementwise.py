@@ -123,14 +123,14 @@ def pointers(*tensors: Tensor) -> tuple[int, ...]:
 def _gelu_tanh(call: Any, x: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    call(*pointers(x, out), x.numel())
+    call(*pointers(x, out), x.numel(), torch.get_num_threads())
     return out
 
 
 def _rms_norm(call: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.float().contiguous()
     out, d = torch.empty_like(x), x.shape[-1]
-    call(*pointers(x, weight, out), x.numel() // d, d, eps)
+    call(*pointers(x, weight, out), x.numel() // d, d, torch.get_num_threads(), eps)
     return out
 
 
@@ -138,7 +138,7 @@ def _rope(call: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     for sample, to in zip(x, out, strict=True):
-        call(*pointers(sample, cos, sin, to), *x.shape[1:])
+        call(*pointers(sample, cos, sin, to), *x.shape[1:], torch.get_num_threads())
     return out
 
 
@@ -148,16 +148,16 @@ def _gated_residual(call: Any, x: Tensor, y: Tensor, gate: Tensor, spans: Spans)
     for a, b, to in zip(x, y, out, strict=True):
         start = 0
         for row, length in zip(gate, spans, strict=True):
-            call(*pointers(a[start:], b[start:], row, to[start:]), length, d)
+            call(*pointers(a[start:], b[start:], row, to[start:]), length, d, torch.get_num_threads())
             start += length
     return out
 
 
 COMPILED: dict[str, tuple[Function, Function, int, str]] = {
-    "rms_norm": (_rms_norm, rms_norm, 1, "pppiif"),
-    "gated_residual": (_gated_residual, gated_residual, 2, "ppppii"),
-    "rope": (_rope, rope, 1, "ppppiii"),
-    "gelu_tanh": (_gelu_tanh, gelu_tanh, 1, "ppi"),
+    "rms_norm": (_rms_norm, rms_norm, 1, "pppiiif"),
+    "gated_residual": (_gated_residual, gated_residual, 2, "ppppiii"),
+    "rope": (_rope, rope, 1, "ppppiiii"),
+    "gelu_tanh": (_gelu_tanh, gelu_tanh, 1, "ppii"),
 }
 """Operator -> compiled function, PyTorch function for other dtypes, number of leading arguments that must be
 BF16, and the signature of `<operator>_bf16` for `declared`."""
