@@ -33,6 +33,7 @@ def folder(
         "in_channels": s.in_channels,
         "out_channels": s.out_channels,
         **({"image_dim": 1280} if s.image_cross_attention else {}),
+        **({"pos_embed_seq_len": 514} if s.last_frame == "required" else {}),
     }
     spatial = 16 if s.task == "ti2v" else 8
     configs: dict[str, dict[str, Any]] = {
