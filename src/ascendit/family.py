@@ -30,6 +30,8 @@ NEGATIVE_PROMPT = (
 """`sample_neg_prompt` of `wan/configs/shared_config.py`, equal in Wan2.1 and Wan2.2."""
 _NO_SHAKE = "镜头晃动，" + NEGATIVE_PROMPT
 """Wan2.1 I2V: "shaking camera" and the others."""
+_NO_CUT = "镜头切换，" + _NO_SHAKE
+"""Wan2.1 FLF2V: "cut between shots" and those of I2V."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,7 @@ SPECS: dict[str, WanSpec] = {
             in_channels=36,
             sizes=_P720 + _P480,
             flow_shift=16.0,
+            negative_prompt=_NO_CUT,
             image_cross_attention=True,
         ),
         WanSpec(

@@ -33,6 +33,7 @@ def folder(
         "in_channels": s.in_channels,
         "out_channels": s.out_channels,
         **({"image_dim": 1280} if s.image_cross_attention else {}),
+        **({"pos_embed_seq_len": 514} if s.last_frame == "required" else {}),
     }
     spatial = 16 if s.task == "ti2v" else 8
     configs: dict[str, dict[str, Any]] = {
@@ -41,7 +42,13 @@ def folder(
     }
     if s.num_experts == 2:
         configs["transformer_2"] = expert
-    parts: dict[str, Any] = {part: ["diffusers", str(c["_class_name"])] for part, c in configs.items()}
+    if s.last_frame == "required":  # CLIP ViT-H: 257 tokens for each picture
+        clip = {"_class_name": "CLIPVisionModel", "image_size": 224, "patch_size": 14}
+        configs["image_encoder"] = clip
+    parts: dict[str, Any] = {
+        part: ["transformers" if part == "image_encoder" else "diffusers", str(c["_class_name"])]
+        for part, c in configs.items()
+    }
     if scheduler is not None:
         parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
         write_json(root / "scheduler" / "scheduler_config.json", scheduler)
