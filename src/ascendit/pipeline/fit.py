@@ -1,6 +1,6 @@
 """The size of a video from the ratio of its first frame, and a picture brought to the ratio of the video.
 
-`crop` cuts the parts outside the video's ratio, `pad` adds black bars, `stretch` distorts, as Diffusers does.
+`crop` keeps the middle in the ratio of the video, `pad` adds black bars, `stretch` distorts (Diffusers).
 """
 
 from __future__ import annotations
