@@ -1,4 +1,4 @@
-"""The mp4 files of `Video.save`: whether they are reproducible under load, and the time against x264's defaults.
+"""The mp4 files of `Video.save`: reproducible under load, and the time against x264's defaults.
 
     python benchmarks/mp4.py            # 200 encodes of six sizes beside eight busy processes
     python benchmarks/mp4.py --time     # 81 frames of 1280x720 against x264's default settings, interleaved

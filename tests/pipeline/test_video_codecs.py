@@ -46,8 +46,8 @@ import numpy as np
 from ascendit.pipeline.video import Video
 
 y, x = np.mgrid[:240, :416]
-waves = [128 + 60 * np.sin((x + 4 * i) / 23) + 40 * np.cos((y - 2 * i) / 17) for i in range(9)]
-frames = np.random.default_rng(0).normal(np.stack(waves)[..., None], 9, (9, 240, 416, 3)).astype(np.uint8)
+waves = [128 + 60 * np.sin((x + 4 * i) / 23) + 40 * np.cos((y - 2 * i) / 17) for i in range(5)]
+frames = np.random.default_rng(0).normal(np.stack(waves)[..., None], 9, (5, 240, 416, 3)).astype(np.uint8)
 for height, width in ((240, 416), (50, 100), (130, 258), (32, 48)):
     path = Video(frames[:, :height, :width], 8).save(f"{sys.argv[1]}/{width}.mp4", metadata=False)
     print(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -57,7 +57,7 @@ for height, width in ((240, 416), (50, 100), (130, 258), (32, 48)):
 def test_mp4_does_not_depend_on_uninitialized_memory(tmp_path: Path) -> None:
     """glibc fills new memory with a byte: x264's SIMD code for mbtree then writes a file for each byte."""
     outputs = set()
-    for byte in ("17", "85", "170"):
+    for byte in ("17", "170"):
         (tmp_path / byte).mkdir()
         command = [sys.executable, "-c", SIZES, str(tmp_path / byte)]
         environ = os.environ | {"MALLOC_PERTURB_": byte}
