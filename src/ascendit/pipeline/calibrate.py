@@ -139,7 +139,8 @@ class Calibrator:
                 image = None if requests[i].image is None else open_image(requests[i].image)
                 generator = torch.Generator().manual_seed(i)
                 report = partial(self._report, i, len(requests))
-                denoise(with_recording(pipe, inputs, generator), requests[i], image, report, None)
+                with pipe.exclusive():
+                    denoise(with_recording(pipe, inputs, generator), requests[i], image, report, None)
                 _write(file, i + 1, inputs)
                 journal.add(file, file.stat().st_size)
         statistics: dict[str, dict[str, Statistics]] = {}

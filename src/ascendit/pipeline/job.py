@@ -10,7 +10,7 @@ torch is imported only when a pipeline is built.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, image_of, resolve
+from ascendit.pipeline.request import GenerateRequest, check, image_of, resolve
 from ascendit.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
-    from ascendit.pipeline.generate import Pipeline, Stop
+    from ascendit.exclusive import Stop
+    from ascendit.pipeline.generate import Pipeline
+    from ascendit.pipeline.latents import KeptLatents
     from ascendit.pipeline.video import Video
 
 
@@ -40,6 +42,8 @@ class Prepared:
     request: GenerateRequest
     pixels: Mapping[str, Any] = field(default_factory=dict)
     """Name in the request -> first image, if passed as pixels."""
+    latents: KeptLatents | None = None
+    """Latents of an earlier run of the request, which only have to be decoded."""
 
     @property
     def replay(self) -> str:
@@ -109,6 +113,17 @@ def prepare(
     return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
 
 
+def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None = None) -> Prepared:
+    """Check that kept latents can be decoded. `fps`: replaces that of the request.
+
+    Raises the errors of `prepare_model` and `request.check`.
+    """
+    model = prepare_model(options)
+    request = kept.request if fps is None else GenerateRequest(**vars(kept.request) | {"fps": fps})
+    check(request, model.defaults)
+    return Prepared(model=model, request=request, latents=replace(kept, request=request))
+
+
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
@@ -128,12 +143,20 @@ load.__dict__["__signature__"] = load_signature(
 load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for name, row in OPTIONS.items())
 
 
-def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | None = None) -> Video:
-    """Load the model and generate the video. `events` gets each Progress event; `cancel` stops between steps.
+def run(
+    prepared: Prepared,
+    events: OnProgress | None = None,
+    cancel: Stop | None = None,
+    *,
+    allow_flat: bool = False,
+) -> Video:
+    """Load the model and generate the video, or decode its latents.
 
+    `events` gets each Progress event; `cancel` stops between steps and frames; `allow_flat` accepts a black,
+    single-coloured or noise video.
     Raises the errors of `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
     """
-    from ascendit.pipeline.load import build
+    from ascendit.pipeline.load import build, decode_kept
 
     stage = ""
 
@@ -144,9 +167,20 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
             events(event)
 
     try:
-        pipe = build(prepared.model, on_progress)
-        return pipe.run(prepared.request, pixels=prepared.pixels, on_progress=on_progress, cancel=cancel)
+        model, kept = prepared.model, prepared.latents
+        if kept is not None:
+            return decode_kept(model, kept, on_progress, cancel, allow_flat=allow_flat)
+        pipe = build(model, on_progress)
+        return pipe.run(
+            prepared.request,
+            pixels=prepared.pixels,
+            on_progress=on_progress,
+            cancel=cancel,
+            allow_flat=allow_flat,
+        )
     except Exception as error:
         if is_out_of_memory(error):
-            raise out_of_memory(error, stage, prepared.model.options.device) from error
+            shortage = out_of_memory(error, stage, prepared.model.options.device)
+            shortage.latents = getattr(error, "latents", None)
+            raise shortage from error
         raise

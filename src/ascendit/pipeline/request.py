@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -113,16 +113,23 @@ class GenerateRequest(Checked):
         return self.guidance_scale_2
 
     def replay_line(
-        self, model: str, output: str | None = None, load: Mapping[str, Any] | None = None
+        self,
+        model: str,
+        output: str | None = None,
+        load: Mapping[str, Any] | None = None,
+        flags: Sequence[str] = (),
     ) -> str:
-        """The command that reproduces this video. `load`: the model's options, from `LoadOptions.record`."""
-        args = ["ascendit", "generate", *load_args(load or {})]
+        """The command that reproduces this video.
+
+        `load`: the model's options, from `LoadOptions.record`. `flags`: other flags of `generate`.
+        """
+        args = ["ascendit", "generate", *load_args(load or {}), *flags]
         positional = [self.prompt] if model == "demo" else [model, self.prompt]
         dashed = any(arg.startswith("-") for arg in positional)
         args += ["--demo"] if model == "demo" else []
         args += [] if dashed else positional
         guidance = [g for g in (self.guidance_scale, self.guidance_scale_2) if g is not None]
-        flags: list[tuple[str, object]] = [
+        values: list[tuple[str, object]] = [
             ("--seed", self.seed),
             ("--size", f"{self.width}x{self.height}"),
             ("--frames", self.num_frames),
@@ -135,11 +142,11 @@ class GenerateRequest(Checked):
             ("--image", self.image or ""),
         ]
         boundary, length = self.boundary_ratio, self.max_sequence_length
-        flags += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
-        flags += [("--set", f"solver={self.solver}")]
-        flags += [] if length == 512 else [("--set", f"max_sequence_length={length}")]
-        flags += [("-o", output or "")]
-        args += [arg for flag, value in flags if value != "" for arg in (flag, str(value))]
+        values += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
+        values += [("--set", f"solver={self.solver}")]
+        values += [] if length == 512 else [("--set", f"max_sequence_length={length}")]
+        values += [("-o", output or "")]
+        args += [arg for flag, value in values if value != "" for arg in (flag, str(value))]
         args += ["--", *positional] if dashed else []
         return shlex.join(args)
 
