@@ -114,7 +114,8 @@ def _noise(frames: Frames, latents: Array | None) -> QualityError | None:
                 f"the video is noise: the correlation of neighbouring {name} is {space:.2f} in space and "
                 f"{time:.2f} in time",
                 needs="a picture; noise usually means damaged weights, or a scale that was not applied",
-                fix="check the weights with: ascendit inspect MODEL; or accept it with --allow-flat (allow_flat=True)",
+                fix="check the weights with: ascendit inspect MODEL; or accept the video with --allow-flat "
+                "(allow_flat=True)",
                 code="E-OUT-04",
             )
     return None
