@@ -85,7 +85,10 @@ SAME_NAME = {
     "cli": {"inspect", "doctor", "verify"},
 }
 # Imports of ascendit's modules inside a function, except in `cli`: (importer, imported) -> reason.
-LATE = {("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported"}
+LATE = {
+    ("pipeline.job", f"pipeline.load.{name}"): "start-up: a call is checked before torch is imported"
+    for name in ("build", "decode_kept")
+}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (

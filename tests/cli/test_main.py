@@ -40,6 +40,9 @@ FLAGS = {
         "--dry-run",
         "--json",
         "--overwrite",
+        "--allow-flat",
+        "--keep-latents",
+        "--latents",
     ],
     "quantize": [
         "-o/--output",

@@ -155,6 +155,29 @@ def test_twins_of_different_chips_take_turns(tiny_t2v_cascade: Path, twin: None)
     assert np.array_equal(pipes[1].generate(**call, on_progress=change).frames, expected[1])
 
 
+def test_models_load_in_several_threads_beside_a_run(tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    """transformers sets the default dtype of the process while it loads."""
+    import tiny
+
+    low = tiny.build_t2v_single(tmp_path / "bf16", dtype=torch.bfloat16)
+    pipe, (call, _) = ascendit.load(tiny_t2v_cascade, text_on="drop"), calls(2)
+    expected = pipe.generate(**call).frames
+    expected_low = ascendit.load(low).generate(**call).frames
+
+    def running() -> Any:
+        pipe.text._cache.clear()
+        return pipe.generate(**call).frames
+
+    def loading() -> Any:
+        return ascendit.load(low).generate(**call).frames
+
+    videos = together([running, loading, loading] * 2, threads=3)
+    for frames, wanted in zip(videos, [expected, expected_low, expected_low] * 2, strict=True):
+        assert isinstance(frames, np.ndarray), frames
+        assert np.array_equal(frames, wanted)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_calibration_holds_the_pipeline(
     tiny_t2v_single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,11 @@ from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
+from ascendit.exclusive import Exclusive
 from ascendit.names import listed
+
+LOADING = Exclusive("the loading of a model")
+"""Held while a part loads: transformers changes PyTorch's default dtype and initializers of the process."""
 
 
 def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
@@ -57,7 +61,7 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     if part.library == "transformers":  # else it stops at a mismatched tensor without naming it
         options = {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
-        with quiet():
+        with LOADING.hold(), quiet():
             model, info = cls.from_pretrained(
                 part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
             )
@@ -84,5 +88,5 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
 def load_processor(part: Part) -> Any:
     """Load a tokenizer or image processor, which have no weights."""
     cls = getattr(importlib.import_module(part.library), part.class_name)
-    with quiet():
+    with LOADING.hold(), quiet():
         return cls.from_pretrained(part.path, local_files_only=True)

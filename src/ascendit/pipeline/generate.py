@@ -332,7 +332,7 @@ def decode(
 
 @contextmanager
 def error_keeps(latents: Tensor) -> Iterator[None]:
-    """Attach the latents, as an array on the host, to any exception: nothing before them is repeated."""
+    """Attach the latents, float32 [1, z, F, h, w], to any exception, as an array on the host."""
     try:
         yield
     except BaseException as error:

@@ -8,6 +8,7 @@ import torch
 
 from ascendit.errors import UsageError
 from ascendit.exclusive import Stop
+from ascendit.model.library_component import LOADING
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import schemes_in
 from ascendit.ops.open_device import hold_chip, memory_bytes, open_device
@@ -66,7 +67,8 @@ def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
     floats = "bf16" in schedule.precisions
     models = []
     for expert, applied in experts:
-        models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
+        with LOADING.hold():
+            models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
         done(3 + len(models))
     return Pipeline(
         layout=layout,

@@ -2,7 +2,7 @@
 
 Pixels become BT.709 YUV in limited range, and the stream is tagged so: otherwise players guess from the size
 and saturated colours shift. Frames are never resized or cropped. Equal frames, rate and comment give equal
-bytes with the same versions of the libraries and the same number of processors, whatever their load.
+bytes with the same versions of the libraries and the same number of processors, also on a busy machine.
 """
 
 from __future__ import annotations

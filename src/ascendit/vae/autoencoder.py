@@ -19,7 +19,7 @@ from ascendit.model.library_component import load_library_part
 class VideoCoder:
     """The VAE, with mean and standard deviation of its latents.
 
-    Codes one video at a time, since Diffusers' VAE caches state meanwhile: a call waits for other threads.
+    Takes one video at a time, since Diffusers' VAE caches state meanwhile: a call waits for other threads.
     """
 
     def __init__(self, layout: Layout, *, device: str, dtype: torch.dtype | None = torch.float32) -> None:
