@@ -3,9 +3,9 @@
     python benchmarks/mp4.py            # 200 encodes of six sizes beside eight busy processes
     python benchmarks/mp4.py --time     # 81 frames of 1280x720 against x264's default settings, interleaved
 
-The first command encodes each size with the default number of threads and with 1, 2, 3 and 5, in child processes
-whose allocations are filled with different bytes (`MALLOC_PERTURB_`), and counts the distinct files of each
-size and number of threads; x264's defaults with the same fillings are a control. Both print a table.
+The first command encodes each size with the default number of threads and with 1, 2, 3 and 5, in child
+processes whose allocations are filled with different bytes (`MALLOC_PERTURB_`), and counts the distinct files
+of each size and number of threads; x264's defaults with the same fillings are a control. Both print a table.
 """
 
 from __future__ import annotations
