@@ -26,7 +26,7 @@ FLAT_SHARE = 1e-5
 NOISE = {"pixels": [(0.3, 0.3)], "latents": [(0.2, 0.25), (0.1, 0.7)]}
 """Noise: neighbours are less correlated than one of these (space, time) pairs; one frame has no time.
 Fast motion has little correlation in time, fine texture little in space; only noise has neither. Measured on
-the demo model: at least 0.48 and 0.30 in latents of right videos, at most 0.16 and 0.20 without scales."""
+the demo model: at least 0.29 and 0.27 in latents of good videos, at most 0.08 and 0.20 without scales."""
 NOISE_MINIMUM = {"pixels": 256, "latents": 192}
 """Values of a channel, over all frames, below which noise is not judged."""
 MEASURED_FRAMES = 8
