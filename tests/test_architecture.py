@@ -27,6 +27,7 @@ ORDER = (
     "errors",
     "validation",
     "environment",
+    "exclusive",
     "progress",
     "report",
     "family",
@@ -68,6 +69,7 @@ SUBPACKAGES = frozenset(RANK) - {
     "errors",
     "validation",
     "environment",
+    "exclusive",
     "progress",
     "report",
     "family",
@@ -84,6 +86,7 @@ SAME_NAME = {
 }
 # Imports of ascendit's modules inside a function, except in `cli`: (importer, imported) -> reason.
 LATE = {
+    ("pipeline.job", "pipeline.load.decode_kept"): "start-up: a call is checked before torch is imported",
     ("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported",
     ("pipeline.job", "pipeline.load.open_accelerator"): "start-up: only CUDA and NPUs need torch",
     ("pipeline.memory", "ops.open_device.free_bytes"): "start-up: only CUDA and NPUs need torch",
@@ -97,6 +100,7 @@ LIGHT = (
     "errors",
     "validation",
     "environment",
+    "exclusive",
     "report",
     "family",
     "names",

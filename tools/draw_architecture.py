@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 SRC = REPO / "src" / "ascendit"
 IMAGES = REPO / "docs" / "images"
 
-BASICS = ("version", "errors", "validation", "environment", "progress", "report")
+BASICS = ("version", "errors", "validation", "environment", "exclusive", "progress", "report")
 """Single files that every folder may import; together they are the row `basics`."""
 GROUPS: dict[str, dict[str, str]] = {
     "facts": {

@@ -4,10 +4,10 @@ AscenditError                 exit code
   x UsageError                2    invalid call: flags, request values, wrong type of file
     + RequestError            2    a request value that this model cannot run
   x CheckpointError           1    files of a model are damaged, incomplete or of another class
-  x QualityError              1    the video has NaN or infinite values, is black, or has the wrong length
+  x QualityError              1    the video has NaN or infinite values, is black, a single colour or noise
   x EnvironmentProblem        3    the machine: library missing, no write permission, no device
     + OutOfMemory             4    reports needed and free memory, and the flag to change
-  x Cancelled                 130  stopped between two steps; no partial output
+  x Cancelled                 130  stopped between two steps or frames; no partial output
 
 Each error has the value received, the rule, an action that fixes it, and a code from `ERROR_CODES`. Some
 classes have a default code.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 ERROR_CODES: dict[str, str] = {
     "E-USE-01": "bad value for an option",
@@ -48,8 +48,9 @@ ERROR_CODES: dict[str, str] = {
     "E-LRA-01": "LoRA key matches no layer, or its pair is incomplete",
     "E-HUB-01": "hub model, revision or file is not available",
     "E-OUT-01": "video has NaN or infinite values",
-    "E-OUT-02": "video is black",
+    "E-OUT-02": "video is black or a single colour",
     "E-OUT-03": "quality check below its limit",
+    "E-OUT-04": "video is noise",
     "E-ENV-01": "library missing",
     "E-ENV-02": "output folder is not writable",
     "E-ENV-03": "device not present",
@@ -69,6 +70,10 @@ class AscenditError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    latents: Any = None
+    """The clean latents of a run that failed after its last step, float32 [1, z, F, h, w]."""
+    kept_in: str = ""
+    """The file that these latents were saved in."""
 
     def __init__(self, got: str, *, needs: str, fix: str, code: str) -> None:
         assert code in ERROR_CODES, code
@@ -81,7 +86,8 @@ class AscenditError(Exception):
 
     def as_dict(self) -> dict[str, str]:
         """Plain data for `--json` and the server; the texts are not escaped."""
-        return {"code": self.code, "got": self.got, "needs": self.needs, "try": self.fix}
+        data = {"code": self.code, "got": self.got, "needs": self.needs, "try": self.fix}
+        return data | ({"latents": self.kept_in} if self.kept_in else {})
 
 
 class UsageError(AscenditError):

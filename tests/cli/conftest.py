@@ -63,7 +63,13 @@ class FakePipeline:
         return self
 
     def run(
-        self, request: Any, *, pixels: Any, on_progress: Callable[[Progress], None], cancel: Any
+        self,
+        request: Any,
+        *,
+        pixels: Any,
+        on_progress: Callable[[Progress], None],
+        cancel: Any,
+        allow_flat: bool,
     ) -> Video:
         self.requests.append(request)
         steps = request.num_inference_steps

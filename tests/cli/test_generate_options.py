@@ -86,8 +86,8 @@ def test_the_default_output_has_time_prompt_and_seed(model, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     call = read([str(model), "A calico cat"], flags={"seed": 42})
     _, output = generate._prepare(call, None, overwrite=False)
-    assert output.parent == Path("outputs") and not output.parent.exists()
-    assert output.name.endswith("_calico-cat_s42.mp4")
+    assert Path(output).parent == Path("outputs") and not Path(output).parent.exists()
+    assert Path(output).name.endswith("_calico-cat_s42.mp4")
 
 
 FLAGS = st.fixed_dictionaries(

@@ -43,6 +43,9 @@ FLAGS = {
         "--dry-run",
         "--json",
         "--overwrite",
+        "--allow-flat",
+        "--keep-latents",
+        "--latents",
     ],
     "quantize": [
         "-o/--output",

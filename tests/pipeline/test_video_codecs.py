@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from ascendit.pipeline.video import Video
 
 CODE = """
 import hashlib, sys
@@ -34,3 +38,46 @@ def test_the_same_frames_make_the_same_file(kind: str, count: int, tmp_path: Pat
     command = [sys.executable, "-c", CODE, kind, str(tmp_path), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "1", done.stdout + done.stderr
+
+
+SIZES = """
+import hashlib, sys
+import numpy as np
+from ascendit.pipeline.video import Video
+
+y, x = np.mgrid[:240, :416]
+waves = [128 + 60 * np.sin((x + 4 * i) / 23) + 40 * np.cos((y - 2 * i) / 17) for i in range(5)]
+frames = np.random.default_rng(0).normal(np.stack(waves)[..., None], 9, (5, 240, 416, 3)).astype(np.uint8)
+for height, width in ((240, 416), (50, 100), (130, 258), (32, 48)):
+    path = Video(frames[:, :height, :width], 8).save(f"{sys.argv[1]}/{width}.mp4", metadata=False)
+    print(hashlib.sha256(path.read_bytes()).hexdigest())
+"""
+
+
+def test_mp4_does_not_depend_on_uninitialized_memory(tmp_path: Path) -> None:
+    """glibc fills new memory with a byte: x264's SIMD code for mbtree then writes a file for each byte."""
+    outputs = set()
+    for byte in ("17", "170"):
+        (tmp_path / byte).mkdir()
+        command = [sys.executable, "-c", SIZES, str(tmp_path / byte)]
+        environ = os.environ | {"MALLOC_PERTURB_": byte}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        outputs.add(done.stdout)
+    assert len(outputs) == 1 and len(set(outputs.pop().split())) == 4
+
+
+def test_mp4_is_encoded_by_frames_on_all_processors(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, 480, 832, 3), np.uint8)
+    data = Video(frames, 8).save(tmp_path / "out.mp4").read_bytes()
+    assert b"sliced_threads=0" in data and b"mbtree=1" in data
+    processors = len(os.sched_getaffinity(0))
+    assert processors == 1 or b"threads=1 lookahead" not in data
+
+
+@pytest.mark.slow
+def test_200_encodes_of_six_sizes_on_a_busy_machine() -> None:
+    """One file for each size and number of threads."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "mp4.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr

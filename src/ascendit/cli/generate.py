@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.output import Output, quiet_libraries
-from ascendit.errors import UsageError
+from ascendit.cli.kept_latents import check_latents_file, latents_file, latents_kept_on_failure, save_latents
+from ascendit.cli.output import Output, log_warnings, quiet_libraries
+from ascendit.errors import Cancelled, UsageError
 from ascendit.family import PRESETS
 from ascendit.pipeline.options import OPTIONS
 from ascendit.report import shell_line
@@ -37,7 +38,10 @@ def _flag(
     return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
 
-FILES = ".mp4, .webm, .gif or .png (frames); default outputs/<time>_<prompt>_s<seed>.mp4."
+FILES = ".mp4, .webm, .gif, .png (frames) or DIR/ (frames); default outputs/<time>_<prompt>_s<seed>.mp4."
+FLAT = "Accept a black, single-coloured or noise video, with a warning."
+KEEP = "Also write the latents, as after a failure, to NAME.latents.safetensors."
+LATENTS = "Decode the latents that a failed run, or --keep-latents, has kept."
 SETTINGS = "Any other setting, for example solver=euler or metadata=false; repeatable."
 TIMESTEPS = "Positions of the steps before the shift, for example 1000,750,500,250."
 PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
@@ -49,7 +53,7 @@ PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
     inspect.Parameter("args", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, ARGS]),
     _flag("demo", bool, "Use the small demo model included with ascendit."),
-    _flag("output", Path, FILES, "FILE", "-o --output"),
+    _flag("output", str, FILES, "FILE", "-o --output"),  # text: a Path would drop the / of a folder
     _flag("seed", int, "The same seed gives the same video; default: random, and printed.", "N"),
     _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
     _flag("size", str, SIZE, "WxH"),
@@ -71,6 +75,9 @@ PARAMETERS = (
     _flag("dry_run", bool, "Show the resolved run; load no weights."),
     _flag("as_json", bool, "Print one JSON object and nothing else.", names="--json"),
     _flag("overwrite", bool, "Replace an existing output."),
+    _flag("allow_flat", bool, FLAT),
+    _flag("keep_latents", bool, KEEP),
+    _flag("latents", Path, LATENTS, "FILE"),
 )
 
 
@@ -92,11 +99,16 @@ def generate(ctx: typer.Context, **params: Any) -> None:
         flags=params,
         settings=params["settings"] or [],
         config=params["config"],
+        latents=params["latents"],
     )
     for note in call.notes:
         out.note(note)
     with out.work():
-        prepared, output = _prepare(call, params["output"], overwrite=params["overwrite"])
+        prepared, output = _prepare(
+            call, params["output"], overwrite=params["overwrite"], latents=params["latents"]
+        )
+        if params["keep_latents"]:
+            check_latents_file(Path(output), overwrite=params["overwrite"])
     if params["dry_run"]:
         from ascendit.cli.dry_run import print_dry_run
 
@@ -104,10 +116,13 @@ def generate(ctx: typer.Context, **params: Any) -> None:
         return
     _warn_about_size(prepared, out)
     start = time.perf_counter()
-    video = _run(prepared, out)
-    with out.work():
-        path = video.save(output, metadata=call.metadata, overwrite=params["overwrite"])
-    _print_result(prepared, out, video, path, time.perf_counter() - start)
+    with latents_kept_on_failure(prepared, output, out), log_warnings() as warnings:
+        video = _run(prepared, out, allow_flat=params["allow_flat"])
+        with out.work():
+            path = _save(video, output, metadata=call.metadata, overwrite=params["overwrite"])
+    if params["keep_latents"]:
+        save_latents(video.latents, prepared, latents_file(Path(output)))
+    _print_result(prepared, out, video, path, time.perf_counter() - start, warnings)
 
 
 generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
@@ -118,18 +133,28 @@ def _check_length(ctx: typer.Context, params: dict[str, Any]) -> None:
         raise typer.BadParameter("use --frames or --seconds, not both", ctx=ctx)
 
 
-def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepared, Path]:
+def _save(video: Video, output: str, *, metadata: bool, overwrite: bool) -> Path:
+    """Save the video; an exception gets its latents."""
+    try:
+        return video.save(output, metadata=metadata, overwrite=overwrite)
+    except BaseException as error:
+        error.latents = video.latents  # type: ignore[attr-defined]
+        raise
+
+
+def _prepare(
+    call: Call, output: str | None, *, overwrite: bool, latents: Path | None = None
+) -> tuple[Prepared, str]:
     """Check the call against its model, and choose the output path."""
     from ascendit.pipeline import video
-    from ascendit.pipeline.job import prepare
 
     if output is not None:
         video.check_writable(output)
     if call.model_from is not None:
         _find_model(call, call.model_from)
-    prepared = prepare(call.options, call.prompt, **call.fields)
+    prepared = _prepare_request(call, latents)
     request = prepared.request
-    output = output or video.default_name(request.prompt, request.seed, datetime.now())
+    output = output or str(video.default_name(request.prompt, request.seed, datetime.now()))
     shape = (request.num_frames, request.height, request.width)
     sidecar = b"" if call.metadata else None
     video.check_output(output, shape, request.fps, sidecar=sidecar, overwrite=overwrite)
@@ -141,6 +166,24 @@ def _warn_about_size(prepared: Prepared, out: Output) -> None:
 
     if warning := size_warning(prepared, work_of(prepared)):
         out.note(warning)
+
+
+def _prepare_request(call: Call, latents: Path | None) -> Prepared:
+    """Check the request. Raises UsageError (E-USE-01) if it is not the one that `latents` were made for."""
+    from ascendit.pipeline.job import prepare, prepare_latents
+
+    if latents is None:
+        return prepare(call.options, call.prompt, **call.fields)
+    from ascendit.pipeline.latents import read_latents
+
+    kept = read_latents(latents)
+    values = vars(kept.request)
+    changed = [k for k, v in {**call.fields, "prompt": call.prompt}.items() if v != values.get(k)]
+    if others := sorted({*changed} - {"fps"}):
+        got = f"--latents {latents} with another {', '.join(others)}"
+        needs = "the request of the latents: only the decoding is repeated"
+        raise UsageError(got, needs=needs, fix=f"ascendit generate --latents {shell_line([str(latents)])}")
+    return prepare_latents(call.options, kept, fps=call.fields.get("fps"))
 
 
 def _find_model(call: Call, config: Path) -> None:
@@ -157,8 +200,11 @@ def _find_model(call: Call, config: Path) -> None:
         raise
 
 
-def _run(prepared: Prepared, out: Output) -> Video:
-    """Load the model and run the request. Ctrl-C stops loading immediately, and a run between two steps."""
+def _run(prepared: Prepared, out: Output, *, allow_flat: bool) -> Video:
+    """Load the model and run the request.
+
+    Ctrl-C stops loading immediately, and a run between two steps, or two frames of the VAE.
+    """
     from ascendit.cli.interruptions import Interrupt
     from ascendit.cli.progress import progress_view
     from ascendit.pipeline.job import run
@@ -172,17 +218,25 @@ def _run(prepared: Prepared, out: Output) -> Video:
                 stack.enter_context(interrupt)
             view(event)
 
-        video = run(prepared, show, interrupt.event)
-        interrupt.check()
+        video = run(prepared, show, interrupt.event, allow_flat=allow_flat)
+        try:
+            interrupt.check()
+        except Cancelled as error:
+            error.latents = video.latents
+            raise
     return video
 
 
-def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, seconds: float) -> None:
+def _print_result(
+    prepared: Prepared, out: Output, video: Video, path: Path, seconds: float, warnings: list[str]
+) -> None:
     n, height, width, _ = video.frames.shape
     out.line(str(path))
     out.detail(
         f"  {width}x{height}, {n} frames, {video.fps} fps, {n / video.fps:.2f} s of video; "
         f"took {seconds:.1f} s; seed {prepared.request.seed}"
     )
-    out.detail(f"  replay  {prepared.replay}")
-    out.emit({"output": str(path), **video.describe(), "seconds": round(seconds, 3)})
+    record = video.describe()
+    warnings = list(dict.fromkeys([*video.warnings, *warnings]))
+    out.detail(f"  replay  {record['replay'] or prepared.replay}")
+    out.emit({"output": str(path), **record, "warnings": warnings, "seconds": round(seconds, 3)})

@@ -75,13 +75,23 @@ class Call:
 
 
 def read_call(
-    args: list[str], *, demo: bool, flags: Mapping[str, Any], settings: Iterable[str], config: Path | None
+    args: list[str],
+    *,
+    demo: bool,
+    flags: Mapping[str, Any],
+    settings: Iterable[str],
+    config: Path | None,
+    latents: Path | None = None,
 ) -> Call:
     """Combine all sources of a call. Raises UsageError (E-USE-01, E-USE-02).
 
+    `latents`: kept latents, whose options replace a config.
     `args`: MODEL PROMPT, PROMPT, or empty if a config has both. `flags`: the parameters of `generate`;
     those that are neither keys nor in `SPLIT` are ignored.
     """
+    if config is not None and latents is not None:
+        needs = "one of the two: the file of the latents has the options of its run"
+        raise UsageError("--config and --latents", needs=needs, fix="omit --config")
     environment, notes = read_environment(VARIABLES)
     algo = environment.pop("attention", None)
     flag_values = {key: value for key, value in flags.items() if key in KEYS and value is not None}
@@ -89,7 +99,7 @@ def read_call(
         if flags.get(flag) is not None:
             flag_values |= split(flags[flag])
     layers = [
-        read_config(config) if config else {},
+        read_latents_config(latents) if latents else read_config(config) if config else {},
         environment,
         parse_settings(settings),
         typed_layer(flag_values, source="flags"),
@@ -205,6 +215,17 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         needs = "one table of keys and values"
         raise UsageError(f"--config {path}", needs=needs, fix="correct the file")
+    return _config_layer(data, path)
+
+
+def read_latents_config(path: Path) -> dict[str, Any]:
+    """Read the options of the run that kept its latents. Raises the errors of `latents.read_latents`."""
+    from ascendit.pipeline.latents import read_latents
+
+    return _config_layer(read_latents(path).record, path)
+
+
+def _config_layer(data: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(data.get("request"), dict):  # the JSON beside a video; other keys are ignored
         model, load = data.get("source") or data.get("model"), data.get("load")
         named = {"model": model} if isinstance(model, str) and model else {}

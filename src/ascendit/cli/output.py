@@ -6,8 +6,8 @@ Only this module and the views of `progress` print, so every text of a file pass
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,25 @@ class Output:
     def work(self) -> AbstractContextManager[object]:
         """Redirect output of libraries to stderr, so that stdout has only the result."""
         return redirect_stdout(sys.stderr)
+
+
+@contextmanager
+def log_warnings() -> Iterator[list[str]]:
+    """Collect the warnings that ascendit logs, for `--json`; the log prints them on stderr as before."""
+    import logging
+
+    texts: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    logger, collect = logging.getLogger("ascendit"), Collect(logging.WARNING)
+    logger.addHandler(collect)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(collect)
 
 
 def quiet_libraries() -> None:

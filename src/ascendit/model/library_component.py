@@ -26,6 +26,10 @@ from ascendit.checkpoint.part_check import (
 )
 from ascendit.checkpoint.reader import RowReader, Shards, common_dtype
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
+from ascendit.exclusive import Exclusive
+
+LOADING = Exclusive("the loading of a model")
+"""Held while a part loads: transformers changes PyTorch's default dtype and initializers of the process."""
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
         dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored.values()))
     values = library_config(part).model_dump()
     build = _from_diffusers if part.library == "diffusers" else _from_transformers
-    with _library_errors(part), quiet():
+    with LOADING.hold(), _library_errors(part), quiet():
         cls = library_class(part)
         with RowReader() as reader:
             weights = {name: reader.read_tensor(info) for name, info in stored.items()}
@@ -133,7 +137,7 @@ def load_processor(part: Part) -> Any:
 
     Raises CheckpointError (E-CKP-06) as `check_part` does, and for files that the library refuses.
     """
-    with _library_errors(part), quiet():
+    with LOADING.hold(), _library_errors(part), quiet():
         cls = library_class(part)
         if part.name == "image_processor":
             return cls(**processor_config(part).model_dump(exclude_none=True))

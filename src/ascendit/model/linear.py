@@ -14,6 +14,7 @@ parameters, each layer multiplies alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -34,6 +35,8 @@ from ascendit.quant.schemes import SCHEMES, scheme_of
 from ascendit.schedule import Precision
 from ascendit.weights.tensor_steps import CHECKS
 
+_FUSING = threading.RLock()
+"""Held while a group prepares its weight, which replaces parameters; a module may run in several threads."""
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 FUSED_ROLES = ("weight", "weight_scale", "weight_dual_scale", "bias")
 """Parameters of a layer that are rows of a tensor of its group."""
@@ -122,15 +125,19 @@ class FusedGroup:
 
         See `PreparedWeight`. Raises UsageError (E-QNT-03) if a parameter was cast.
         """
-        if self._copied:
-            self._copied = False
-            self.fuse()
-        if self.weight is not None and (self._unchanged() or self.packed):
-            return self.weight, self.layers
-        self.weight = None
-        layer.check_dtypes()
-        self._use_device(layer.device)
-        return self._prepare(map(layer._parameters.get, FUSED_ROLES), layer), (layer,)
+        weight = self.weight
+        if not self._copied and weight is not None and (self._unchanged() or self.packed):
+            return weight, self.layers
+        with _FUSING:
+            if self._copied:
+                self.fuse()
+                self._copied = False
+            if self.weight is not None and (self._unchanged() or self.packed):
+                return self.weight, self.layers
+            self.weight = None
+            layer.check_dtypes()
+            self._use_device(layer.device)
+            return self._prepare(map(layer._parameters.get, FUSED_ROLES), layer), (layer,)
 
     def fuse(self, schemes: Schemes | None = None) -> None:
         """Make the rows of all layers consecutive and prepare them for the kernel.

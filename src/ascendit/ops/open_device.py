@@ -23,6 +23,7 @@ from ascendit import environment, twin
 from ascendit.device import cpu_threads, npu_runtime
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem
+from ascendit.exclusive import Stop
 from ascendit.twin import STATE
 
 log = logging.getLogger("ascendit")
@@ -54,6 +55,20 @@ def activate(device: Device) -> None:
             twin.enable(str(device.chip))
     elif device.index is not None and (api := _api(device)):
         api.set_device(device.index)
+
+
+@contextlib.contextmanager
+def hold_chip(device: Device, cancel: Stop | None = None) -> Iterator[None]:
+    """Keep other threads from changing the chip of the twin; wait for their runs on another chip.
+
+    Raises Cancelled (E-CAN-01) while waiting, UsageError (E-USE-01) inside a run of this thread on another
+    chip.
+    """
+    if device.kind != "twin":
+        yield
+        return
+    with twin.IN_USE.hold(cancel, shared=device.chip):
+        yield
 
 
 def synchronize(device: Device) -> None:

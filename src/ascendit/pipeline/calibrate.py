@@ -142,7 +142,8 @@ class Calibrator:
                 generator = torch.Generator().manual_seed(i)
                 report = partial(self._report, i, len(requests))
                 recording = with_recording(pipe, inputs, generator)
-                denoise(recording, requests[i], first, report, None, last_image=last)
+                with pipe.exclusive():
+                    denoise(recording, requests[i], first, report, None, last_image=last)
                 _write(file, i + 1, inputs)
                 journal.add(file, file.stat().st_size)
         statistics: dict[str, dict[str, Statistics]] = {}

@@ -8,25 +8,27 @@ video.save("circle.mp4")
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.device import Device
-from ascendit.errors import Cancelled, QualityError
+from ascendit.errors import QualityError
+from ascendit.exclusive import Exclusive, Stop, stop_if
 from ascendit.kernels.reference import Spans
 from ascendit.model.state import DenoiseState, Shared, Timesteps
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.open_device import activate, memory_bytes
+from ascendit.ops.open_device import activate, hold_chip, memory_bytes
 from ascendit.ops.operators import Ops
 from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
-from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
+from ascendit.pipeline.frame_checks import Frames, check_visible, to_uint8
 from ascendit.pipeline.images import fitted_pictures, name_image, open_image, size_source
 from ascendit.pipeline.request import GenerateRequest, check, resolve
 from ascendit.pipeline.sigmas import TRAIN_STEPS
@@ -41,18 +43,12 @@ OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number and the latents after it, [1, z, F, h, w] float32."""
 
 
-class Stop(Protocol):
-    """A cancellation signal, for example threading.Event."""
-
-    def is_set(self) -> bool: ...
-
-
 @dataclass
 class Pipeline:
     """A loaded Wan model on one device: one or two experts, encoders and VAE.
 
-    Generates one video at a time: Diffusers' VAE caches state while it decodes. Two pipelines may run in
-    two threads, except twins of different chips: a process emulates one chip at a time.
+    Generates one video at a time: a call waits for those of other threads. Two pipelines run in two threads
+    at once, except twins of different chips: a process emulates one chip at a time, so one of them waits.
     """
 
     layout: Layout
@@ -73,6 +69,8 @@ class Pipeline:
     make_state: Callable[..., DenoiseState] = DenoiseState
     """Makes the state that the model calls; caches and attention policies are subclasses."""
     predict: Callable[..., Tensor] = field(default_factory=lambda: predict)
+    turn: Exclusive = field(default_factory=lambda: Exclusive("the pipeline"), repr=False, compare=False)
+    """Held by each run; shared by the copies that `dataclasses.replace` makes, which have the same parts."""
 
     @property
     def experts(self) -> dict[str, WanTransformer]:
@@ -108,6 +106,7 @@ class Pipeline:
         seed: int | None = None,
         on_progress: OnProgress | None = None,
         cancel: Stop | None = None,
+        allow_flat: bool = False,
         **more: Any,
     ) -> Video:
         """Generate one video. None means the model's default; names follow Diffusers.
@@ -135,7 +134,7 @@ class Pipeline:
             seed=seed,
             **more,
         )
-        return self.run(request, pixels=pixels, on_progress=on_progress, cancel=cancel)
+        return self.run(request, pixels=pixels, on_progress=on_progress, cancel=cancel, allow_flat=allow_flat)
 
     def run(
         self,
@@ -144,35 +143,48 @@ class Pipeline:
         pixels: Mapping[str, Any] | None = None,
         on_progress: OnProgress | None = None,
         cancel: Stop | None = None,
+        allow_flat: bool = False,
     ) -> Video:
         """Generate the video of a complete request. `pixels`: image name -> image, if passed as pixels.
 
-        Raises RequestError (E-REQ-04) if the pixels of an image are missing, Cancelled between two steps,
-        QualityError: E-OUT-01 if frames have NaN or infinite values, E-OUT-02 if they are black.
+        `allow_flat`: accept a black, single-coloured or noise video with a warning. Waits while another
+        thread uses this pipeline; inside a run of its own thread it raises UsageError (E-USE-01). Raises
+        RequestError (E-REQ-04) if the pixels of an image are missing, Cancelled between two steps or frames,
+        QualityError: E-OUT-01 if frames have NaN or infinite values, E-OUT-02 if they are black or a single
+        colour, E-OUT-04 if they are noise. An error after the last step has the latents as `error.latents`.
         """
         check(request, self.defaults)
         self.policy.check_steps(request.num_inference_steps)
-        activate(self.device)
-        start = time.perf_counter()
         report = on_progress or (lambda event: None)
         pictures = fitted_pictures(request, pixels or {})
         first, last = pictures.get("image"), pictures.get("last_image")
-        latents = denoise(self, request, first, report, cancel, last_image=last)
-        stop_if(cancel)
-        report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
-        frames = to_uint8(self.vae.decode(latents)[0])
-        check_not_flat(frames)
-        seconds = time.perf_counter() - start
-        report(Progress(stage="decode", step=1, total=1, memory_bytes=memory_bytes(self.device)))
+        with self.exclusive(cancel):
+            start = time.perf_counter()
+            latents = denoise(self, request, first, report, cancel, last_image=last)
+            with error_keeps(latents):
+                frames = decode(self.vae, self.device, latents, report, cancel)
+                warnings = check_visible(frames, latents.cpu().numpy(), allow=allow_flat)
         return Video(
             frames=frames,
             fps=request.fps,
             request=request,
             model=self.defaults.model,
-            seconds=seconds,
+            seconds=time.perf_counter() - start,
             source=self.source,
             loaded=dict(self.loaded),
+            latents=latents.cpu().numpy(),
+            warnings=warnings,
         )
+
+    @contextmanager
+    def exclusive(self, cancel: Stop | None = None) -> Iterator[None]:
+        """Hold the pipeline for one run and activate its device; waits for the runs of other threads.
+
+        Raises Cancelled (E-CAN-01) while waiting, UsageError (E-USE-01) inside a run of this thread.
+        """
+        with self.turn.hold(cancel), hold_chip(self.device, cancel):
+            activate(self.device)
+            yield
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:
         """Run one step at the request's size, so that the first video is not slowed by initialization.
@@ -185,10 +197,10 @@ class Pipeline:
             request = resolve(self.defaults, "", image=image, last_image=last_image)
         one = GenerateRequest(**{**vars(request), "num_inference_steps": 1, "timesteps": None})
         start = time.perf_counter()
-        activate(self.device)
         black = open_image(torch.zeros(3, one.height, one.width))
         first, last = (None if name is None else black for name in (one.image, one.last_image))
-        self.vae.decode(denoise(self, one, first, lambda event: None, None, last_image=last))
+        with self.exclusive():
+            self.vae.decode(denoise(self, one, first, lambda event: None, None, last_image=last))
         return time.perf_counter() - start
 
 
@@ -236,8 +248,10 @@ def denoise(
     """
     report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
     prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
-    texts = pipe.text.encode(prompts, request.max_sequence_length)
-    condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip, last_image)
+    stop = partial(stop_if, cancel)
+    texts = pipe.text.encode(prompts, request.max_sequence_length, stop)
+    with pipe.vae.between_frames(stop):
+        condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip, last_image)
     report(Progress(stage="encode", step=1, total=1, memory_bytes=memory_bytes(pipe.device)))
 
     latents = noise(pipe, request)
@@ -310,7 +324,37 @@ def check_finite(latents: Tensor) -> Tensor:
     return latents
 
 
-def stop_if(cancel: Stop | None) -> None:
-    """Raise Cancelled (E-CAN-01) if the caller has cancelled the run."""
-    if cancel is not None and cancel.is_set():
-        raise Cancelled("cancelled", needs="no cleanup: no file was written", fix="run the command again")
+def decode(
+    vae: VideoCoder, device: Device, latents: Tensor, report: OnProgress, cancel: Stop | None
+) -> Frames:
+    """Decode latents [1, z, F, h, w] into frames, uint8 [F, H, W, 3]; reports each latent frame.
+
+    Raises Cancelled (E-CAN-01) between two latent frames, QualityError (E-OUT-01).
+    """
+    total, started = latents.shape[2], [time.perf_counter()]
+
+    def progress(step: int, seconds: float = 0.0) -> None:
+        memory = memory_bytes(device)
+        report(Progress(stage="decode", step=step, total=total, seconds=seconds, memory_bytes=memory))
+
+    def next_frame() -> None:
+        stop_if(cancel)
+        started.append(time.perf_counter())
+        progress(min(len(started) - 2, total - 1), started[-1] - started[-2])
+
+    with vae.between_frames(next_frame):
+        decoded = vae.decode(latents)[0]
+    stop_if(cancel)
+    frames = to_uint8(decoded)
+    progress(total, time.perf_counter() - started[-1])
+    return frames
+
+
+@contextmanager
+def error_keeps(latents: Tensor) -> Iterator[None]:
+    """Attach the latents, float32 [1, z, F, h, w], to any exception, as an array on the host."""
+    try:
+        yield
+    except BaseException as error:
+        error.latents = latents.cpu().numpy()  # type: ignore[attr-defined]
+        raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ascendit.pipeline.fit import describe_fit
 from ascendit.pipeline.images import FIELDS, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, resolve
+from ascendit.pipeline.request import GenerateRequest, check, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 
@@ -37,7 +37,9 @@ log = logging.getLogger("ascendit")
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.transformer import Expert
-    from ascendit.pipeline.generate import Pipeline, Stop
+    from ascendit.exclusive import Stop
+    from ascendit.pipeline.generate import Pipeline
+    from ascendit.pipeline.latents import KeptLatents
     from ascendit.pipeline.video import Video
     from ascendit.weights.applied_recipe import AppliedRecipe
 
@@ -50,6 +52,8 @@ class Prepared:
     request: GenerateRequest
     pixels: Mapping[str, Any] = field(default_factory=dict)
     """Name in the request -> first or last image, opened."""
+    latents: KeptLatents | None = None
+    """Latents of an earlier run of the request, which only have to be decoded."""
 
     @property
     def replay(self) -> str:
@@ -167,6 +171,17 @@ def prepare(
     return Prepared(model=model, request=request, pixels=opened)
 
 
+def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None = None) -> Prepared:
+    """Check that kept latents can be decoded. `fps`: replaces that of the request.
+
+    Raises the errors of `prepare_model` and `request.check`.
+    """
+    model = prepare_model(options)
+    request = kept.request if fps is None else GenerateRequest(**vars(kept.request) | {"fps": fps})
+    check(request, model.defaults)
+    return Prepared(model=model, request=request, latents=replace(kept, request=request))
+
+
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
@@ -186,12 +201,20 @@ load.__dict__["__signature__"] = load_signature(
 load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for name, row in OPTIONS.items())
 
 
-def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | None = None) -> Video:
-    """Load the model and generate the video. `events` gets each Progress event; `cancel` stops between steps.
+def run(
+    prepared: Prepared,
+    events: OnProgress | None = None,
+    cancel: Stop | None = None,
+    *,
+    allow_flat: bool = False,
+) -> Video:
+    """Load the model and generate the video, or decode its latents.
 
+    `events` gets each Progress event; `cancel` stops between steps and frames; `allow_flat` accepts a black,
+    single-coloured or noise video.
     Raises the errors of `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
     """
-    from ascendit.pipeline.load import build
+    from ascendit.pipeline.load import build, decode_kept
 
     stage = ""
 
@@ -202,9 +225,20 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
             events(event)
 
     try:
-        pipe = build(prepared.model, on_progress)
-        return pipe.run(prepared.request, pixels=prepared.pixels, on_progress=on_progress, cancel=cancel)
+        model, kept = prepared.model, prepared.latents
+        if kept is not None:
+            return decode_kept(model, kept, on_progress, cancel, allow_flat=allow_flat)
+        pipe = build(model, on_progress)
+        return pipe.run(
+            prepared.request,
+            pixels=prepared.pixels,
+            on_progress=on_progress,
+            cancel=cancel,
+            allow_flat=allow_flat,
+        )
     except Exception as error:
         if is_out_of_memory(error):
-            raise out_of_memory(error, stage, prepared.model.options.device) from error
+            shortage = out_of_memory(error, stage, prepared.model.options.device)
+            shortage.latents = getattr(error, "latents", None)
+            raise shortage from error
         raise

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from ascendit.device.device import Device
+from ascendit.errors import UsageError
+from ascendit.exclusive import Stop
+from ascendit.model.library_component import LOADING
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import schemes_in
-from ascendit.ops.open_device import memory_bytes, open_device
+from ascendit.ops.open_device import hold_chip, memory_bytes, open_device
 from ascendit.ops.operators import Ops, bind
-from ascendit.pipeline.generate import Pipeline
+from ascendit.pipeline.frame_checks import check_visible
+from ascendit.pipeline.generate import Pipeline, decode, error_keeps
+from ascendit.pipeline.latents import KeptLatents
 from ascendit.pipeline.options import LoadOptions, PreparedModel
+from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
@@ -23,6 +31,11 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
     it; UsageError (E-USE-01) for an operator or scale rule that it lacks; CheckpointError for damaged
     weights.
     """
+    with hold_chip(model.device):
+        return _build(model, on_progress)
+
+
+def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
     options, layout, experts, schedule = model.options, model.layout, model.experts, model.schedule
     device = open_device(model.device)
     ops = bind_options(device, options)
@@ -49,7 +62,8 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
     floats = "bf16" in schedule.precisions
     models = []
     for expert, applied in experts:
-        models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
+        with LOADING.hold():
+            models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
         done(3 + len(models))
     for shards in model.shards.values():  # the libraries read their files themselves
         shards.check_unchanged()
@@ -88,3 +102,45 @@ def open_accelerator(device: Device, options: LoadOptions) -> Device:
     if device.kind == "npu":
         bind_options(device, options)
     return device
+
+
+def decode_kept(
+    model: PreparedModel,
+    kept: KeptLatents,
+    on_progress: OnProgress | None = None,
+    cancel: Stop | None = None,
+    *,
+    allow_flat: bool = False,
+) -> Video:
+    """Decode the latents of an earlier run; loads the VAE only.
+
+    Raises the errors of `build` and of the decoding part of `Pipeline.run`, UsageError (E-USE-01) for latents
+    of another shape than the request and this VAE make.
+    """
+    report, start, request = on_progress or (lambda event: None), time.perf_counter(), kept.request
+    with hold_chip(model.device):
+        device = open_device(model.device)
+        report(Progress(stage="load", total=1, memory_bytes=memory_bytes(device)))
+        vae = VideoCoder(
+            model.layout, device=device.torch_name, dtype=getattr(torch, model.part_dtypes["vae"])
+        )
+        report(Progress(stage="load", step=1, total=1, memory_bytes=memory_bytes(device)))
+    latents = torch.from_numpy(kept.latents)
+    shape = vae.latent_shape(request.num_frames, request.height, request.width)
+    if tuple(latents.shape) != shape:
+        got = f"latents {list(latents.shape)} for {request.width}x{request.height}x{request.num_frames}"
+        raise UsageError(got, needs=f"{list(shape)} from this model", fix="decode with the model of the run")
+    with error_keeps(latents):
+        frames = decode(vae, device, latents.to(device.torch_name), report, cancel)
+        warnings = check_visible(frames, latents.cpu().numpy(), allow=allow_flat)
+    return Video(
+        frames=frames,
+        fps=request.fps,
+        request=request,
+        model=model.defaults.model,
+        seconds=time.perf_counter() - start,
+        source=model.options.model,
+        loaded=model.options.record,
+        latents=kept.latents,
+        warnings=warnings,
+    )

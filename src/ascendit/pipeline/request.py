@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields as fields_of
 from typing import Annotated, Any, Self
@@ -123,16 +123,23 @@ class GenerateRequest(Checked):
         return self.guidance_scale_2
 
     def replay_line(
-        self, model: str, output: str | None = None, load: Mapping[str, Any] | None = None
+        self,
+        model: str,
+        output: str | None = None,
+        load: Mapping[str, Any] | None = None,
+        flags: Sequence[str] = (),
     ) -> str:
-        """The command that reproduces this video. `load`: the model's options, from `LoadOptions.record`."""
-        args = ["ascendit", "generate", *load_args(load or {})]
+        """The command that reproduces this video.
+
+        `load`: the model's options, from `LoadOptions.record`. `flags`: other flags of `generate`.
+        """
+        args = ["ascendit", "generate", *load_args(load or {}), *flags]
         positional = [self.prompt] if model == "demo" else [model, self.prompt]
         dashed = any(arg.startswith("-") for arg in positional)
         args += ["--demo"] if model == "demo" else []
         args += [] if dashed else positional
         guidance = [g for g in (self.guidance_scale, self.guidance_scale_2) if g is not None]
-        flags: list[tuple[str, object]] = [
+        values: list[tuple[str, object]] = [
             ("--seed", self.seed),
             ("--size", f"{self.width}x{self.height}"),
             ("--frames", self.num_frames),
@@ -147,12 +154,12 @@ class GenerateRequest(Checked):
             ("--fit", "" if self.fit == "crop" or self.image is None else self.fit),
         ]
         boundary, length = self.boundary_ratio, self.max_sequence_length
-        flags += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
-        flags += [("--set", f"solver={self.solver}")]
-        flags += [] if self.schedule == "diffusers" else [("--set", f"schedule={self.schedule}")]
-        flags += [] if length == 512 else [("--set", f"max_sequence_length={length}")]
-        flags += [("-o", output or "")]
-        stated = [(f, v) for f, v in flags if v != "" or f == "--negative"]  # the model may have a default
+        values += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
+        values += [("--set", f"solver={self.solver}")]
+        values += [] if self.schedule == "diffusers" else [("--set", f"schedule={self.schedule}")]
+        values += [] if length == 512 else [("--set", f"max_sequence_length={length}")]
+        values += [("-o", output or "")]
+        stated = [(f, v) for f, v in values if v != "" or f == "--negative"]  # the model may have a default
         args += [arg for flag, value in stated for arg in (flag, str(value))]
         args += ["--", *positional] if dashed else []
         return shell_line(args)

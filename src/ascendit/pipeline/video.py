@@ -11,13 +11,14 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import tempfile
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,10 @@ class Video:
     """The model as passed to `load`: demo, a folder or a hub name. Empty for pipelines not from `load`."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
     """The options of `load`, from `LoadOptions.record`."""
+    latents: Any = None
+    """The latents that were decoded, float32 [1, z, F, h, w], an array; not saved with the video."""
+    warnings: tuple[str, ...] = ()
+    """Faults that `allow_flat` accepted."""
 
     def __post_init__(self) -> None:
         x = self.frames
@@ -105,8 +110,14 @@ class Video:
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
-            "replay": r.replay_line(model, load=self.loaded) if r and model else None,
+            "warnings": list(self.warnings),
+            "replay": self._replay(model) if r and model else None,
         }
+
+    def _replay(self, model: str) -> str:
+        assert self.request is not None
+        flags = ["--allow-flat"] if self.warnings else []
+        return self.request.replay_line(model, load=self.loaded, flags=flags)
 
     def save(self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False) -> Path:
         """Write the video and `<name>.json` beside it; returns the path of the file or folder.
@@ -202,9 +213,9 @@ def _locate(path: AnyPath, num_frames: int) -> OutputTarget:
         return OutputTarget(file.with_suffix(""), "folder", file.with_suffix(".json"))
     if is_format:
         return OutputTarget(file, suffix[1:], file.with_suffix(".json"))
-    name = file.with_suffix(".mp4") if file.name else "out.mp4"
+    name = file.with_suffix(".mp4") if file.name.strip(".") else file / "out.mp4"
     rule = f"a name that ends in {EXTENSIONS}"
-    raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=f"-o {name}")
+    raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=_option(name))
 
 
 def _check_format(target: OutputTarget, shape: tuple[int, ...], fps: int) -> None:
@@ -212,11 +223,13 @@ def _check_format(target: OutputTarget, shape: tuple[int, ...], fps: int) -> Non
     _, height, width = shape
     if target.kind == "mp4" and (width % 2 or height % 2):
         rule = "even width and height (H.264 yuv420p); videos are never resized or cropped"
-        others = " or ".join(str(target.path.with_suffix(s)) for s in (".webm", ".gif", ".png"))
-        raise UsageError(f"{width}x{height} pixels in an mp4", needs=rule, fix=f"-o {others}")
+        others = [".webm", ".png"] if fps > 50 else [".webm", ".gif", ".png"]
+        fix = " or ".join(_option(target.path.with_suffix(s), shape[0]) for s in others)
+        raise UsageError(f"{width}x{height} pixels in an mp4", needs=rule, fix=fix)
     if target.kind == "gif" and fps > 50:
         rule = "at most 50 fps: gif delays are in 1/100 s, and players slow down faster files"
-        raise UsageError(f"{fps} fps in a gif", needs=rule, fix=f"-o {target.path.with_suffix('.mp4')}")
+        other = target.path.with_suffix(".webm" if width % 2 or height % 2 else ".mp4")
+        raise UsageError(f"{fps} fps in a gif", needs=rule, fix=_option(other, shape[0]))
     if target.kind not in ("mp4", "webm"):
         import_library("PIL", "pillow")
     if target.kind not in CODECS:
@@ -249,11 +262,22 @@ def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) ->
 
 
 def _taken(target: OutputTarget, reason: str) -> UsageError:
-    path, slash = target.path, "/" if target.kind == "folder" else ""
-    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
-    free = next(p for p in names if not (os.path.lexists(p) or os.path.lexists(p.with_suffix(".json"))))
+    slash = "/" if target.kind == "folder" else ""
     rule = "a new name; files are overwritten only with --overwrite (overwrite=True)"
-    return UsageError(f"{path}{slash} {reason}", needs=rule, fix=f"-o {free}{slash}", code="E-USE-03")
+    fix = _option(f"{target.path}{slash}", 1 if target.kind == "png" else 2)
+    return UsageError(f"{target.path}{slash} {reason}", needs=rule, fix=fix, code="E-USE-03")
+
+
+def _option(path: AnyPath, num_frames: int = 2) -> str:
+    """`-o` with this name, or the first of `out-2.mp4`, `out-3.mp4`, .. that does not exist."""
+    text = os.fspath(path)
+    slash, file = "/" if text.endswith("/") else "", Path(path)
+    stem, suffix = (file.name, "") if slash else (file.stem, file.suffix)
+    later = (f"{file.with_name(f'{stem}-{n}{suffix}')}{slash}" for n in count(2))
+    targets = ((name, _locate(name, num_frames)) for name in chain([f"{file}{slash}"], later))
+    exists = os.path.lexists
+    free = next(name for name, target in targets if not (exists(target.path) or exists(target.sidecar)))
+    return f"-o {shlex.quote(free)}"
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.part_check import library_config, library_refusal
 from ascendit.checkpoint.part_configs import TextEncoderConfig
 from ascendit.errors import CheckpointError
+from ascendit.exclusive import Exclusive
 from ascendit.model.library_component import load_library_part, load_processor
 
 log = logging.getLogger("ascendit")
@@ -51,25 +52,39 @@ class TextEncoder:
         self.tokenizer_path = layout.part("tokenizer").path
         self.model = None if text_on == "drop" else self._load()
         self._cache: dict[tuple[str, int], Tensor] = {}
+        self._turn = Exclusive("the text encoder")
 
     def _load(self) -> Any:
         return load_library_part(self.part, dtype=self.dtype).to(self.device)
 
     @torch.inference_mode()
-    def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
+    def encode(
+        self,
+        prompts: list[str],
+        max_sequence_length: int,
+        before_block: Callable[[], object] = lambda: None,
+    ) -> list[Tensor]:
         """Embeddings [1, max_sequence_length, text_dim] in the encoder's dtype and device, one per prompt.
 
-        The embeddings of the last eight prompts are cached.
+        The embeddings of the last eight prompts are cached. `before_block` is called before each block of
+        the model, and may raise.
         """
         keys = [(clean_prompt(p), max_sequence_length) for p in prompts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._cache]
-        if new:
-            model = self.model if self.model is not None else self._load()
-            for key in new:
-                self._cache[key] = self._encode_one(model, *key)
-        embeddings = [self._cache[key] for key in keys]
-        while len(self._cache) > 8:
-            self._cache.pop(next(iter(self._cache)))
+        with self._turn.hold():
+            new = [key for key in dict.fromkeys(keys) if key not in self._cache]
+            if new:
+                model = self.model if self.model is not None else self._load()
+                blocks = [m for m in model.modules() if type(m).__name__.endswith("Block")]
+                hooks = [m.register_forward_pre_hook(lambda *_: before_block() and None) for m in blocks]
+                try:
+                    for key in new:
+                        self._cache[key] = self._encode_one(model, *key)
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+            embeddings = [self._cache[key] for key in keys]
+            while len(self._cache) > 8:
+                self._cache.pop(next(iter(self._cache)))
         return embeddings
 
     def _encode_one(self, model: Any, prompt: str, length: int) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 from ascendit import environment
 from ascendit.device.chip import CHIPS
 from ascendit.errors import UsageError
+from ascendit.exclusive import Exclusive
 
 __all__ = ["allow_internal_format", "call", "chip", "disable", "enable", "launches", "reset", "use"]
 
@@ -37,6 +38,8 @@ class TwinState:
 
 
 STATE = TwinState()
+IN_USE = Exclusive("the twin")
+"""Held by runs and loads with their chip as `shared`: those of one chip may overlap, others wait."""
 
 
 def enable(chip: str, *, fake_module: bool = False) -> None:
@@ -44,9 +47,13 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
 
     `fake_module`: also provide a minimal `torch_npu`, for other code written for NPUs; see
     `ascendit.twin.install`. While the twin is enabled, `import torch_npu` fails. Raises UsageError (E-USE-01)
-    for an unknown chip, TwinImportError (E-TWN-02) if torch_npu is already loaded.
+    for an unknown chip and during a run on another one, TwinImportError (E-TWN-02) if torch_npu is already
+    loaded.
     """
     _check(chip)
+    if IN_USE.shared not in (None, chip):
+        got, needs = f"chip {chip} during a run on chip {IN_USE.shared}", "one chip at a time in a process"
+        raise UsageError(got, needs=needs, fix="wait for the end of the run, or use another process")
     _disable_torch_npu()
     _module("install").install(chip, with_module=fake_module)
 

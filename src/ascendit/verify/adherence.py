@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from ascendit.demo.adherence import Adherence, Counts, Reading, measure_adherence
 from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
+from ascendit.exclusive import Stop
 from ascendit.pipeline.frame_checks import Frames
-from ascendit.pipeline.generate import Pipeline, Stop
+from ascendit.pipeline.generate import Pipeline
 from ascendit.verify.quality import OnVideo
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}

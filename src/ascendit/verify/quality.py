@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from ascendit.demo.adherence import judge
 from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
+from ascendit.exclusive import Stop
 from ascendit.model.linear import QuantLinear
 from ascendit.names import is_block_linear
-from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import inputs_of, with_recording
 from ascendit.pipeline.frame_checks import Frames, to_uint8
-from ascendit.pipeline.generate import Pipeline, Stop, denoise
+from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.fusion import first_in_group
@@ -216,11 +216,11 @@ def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) 
     """
     steps: list[Tensor] = []
     try:
-        activate(pipe.device)
-        final = denoise(
-            pipe, request, None, lambda event: None, cancel, lambda i, x: steps.append(x[0].cpu())
-        )
-        frames = to_uint8(pipe.vae.decode(final)[0])
+        with pipe.exclusive(cancel):
+            final = denoise(
+                pipe, request, None, lambda event: None, cancel, lambda i, x: steps.append(x[0].cpu())
+            )
+            frames = to_uint8(pipe.vae.decode(final)[0])
     except QualityError:
         frames = np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
     return Trace(torch.stack(steps).nan_to_num(0, 0, 0), frames)
@@ -233,7 +233,8 @@ def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None =
     """`expert.layer` of an input's first reader -> rows [n, K], bf16, sampled over all steps."""
     inputs = inputs_of(pipe, LAYER_ROWS)
     generator = torch.Generator().manual_seed(0)
-    denoise(with_recording(pipe, inputs, generator), request, None, lambda event: None, cancel)
+    with pipe.exclusive(cancel):
+        denoise(with_recording(pipe, inputs, generator), request, None, lambda event: None, cancel)
     return {layer: recorded.statistics().rows for layer, recorded in inputs.items()}
 
 
