@@ -103,7 +103,8 @@ def work_of(prepared: Prepared) -> Work:
     """FLOPs of the denoiser, as `torch.utils.flop_counter` counts those of plain PyTorch."""
     model, request, tokens = prepared.model, prepared.request, prepared.video_tokens
     config = model_config(model.experts[0][0])
-    image_tokens = _clip_tokens(model) if request.image else 0
+    images = (request.image is not None) + (request.last_image is not None)
+    image_tokens = images * _clip_tokens(model)
     flops = geometry.transformer_flops(config, tokens, request.max_sequence_length, image_tokens)
     # TI2V: the frame of the image has a timestep of its own.
     rows = 2 if model.defaults.task == "ti2v" and request.image and prepared.latent_grid[0] > 1 else 1
