@@ -242,6 +242,7 @@ TOKENIZER: list[tuple[str, Any, str]] = [
     ("tokenizer_config.json", {"pad_token": None}, "pad_token is None"),
     ("tokenizer_config.json", {"pad_token": "no"}, "pad_token is 'no'"),
     ("special_tokens_map.json", {"pad_token": 3}, "pad_token is 3"),
+    ("special_tokens_map.json", {"pad_token": None}, "pad_token is None"),
     ("added_tokens.json", {"a": -1}, "a is -1"),
     ("other.json", [], "other.json is a JSON list"),
 ]

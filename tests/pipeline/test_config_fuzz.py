@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ascendit.convert.quantize import quantize
-from ascendit.errors import AscenditError
+from ascendit.errors import AscenditError, RequestError
 from ascendit.inspect.checkpoint import inspect
 from ascendit.pipeline.job import Prepared, prepare, run
 from ascendit.pipeline.options import LoadOptions
@@ -113,6 +113,8 @@ def try_model(folder: Path, name: str, generate: bool) -> str:
         first = report if isinstance(report, AscenditError) else report.problems[0]
         assert refused, str(first)
         return str(first.code)
+    if isinstance(prepared, RequestError):  # such as a boundary that the folder lacks: the caller sets it
+        return str(prepared.code)
     assert not refused, str(prepared)
     if not generate:
         return "prepared"

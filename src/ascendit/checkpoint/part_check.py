@@ -166,6 +166,8 @@ def _check_tokenizer(part: Part) -> None:
     names = ("tokenizer_config.json", "special_tokens_map.json")
     config = TokenizerConfig.read(part.folder / names[0], part.config)
     special = TokenMapConfig.read(part.folder / names[1], files.get(names[1], {}))
+    if files.get(names[1], {}).get("pad_token", "") is None:  # it replaces that of the config
+        raise bad_config_value(part.folder / names[1], "pad_token", None, "a token of tokenizer.json")
     for token, number in files.get("added_tokens.json", {}).items():
         if type(number) is not int or not 0 <= number < 2**31:
             raise bad_config_value(part.folder / "added_tokens.json", token, number, "the number of a token")
