@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.family import PRESETS
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from ascendit.pipeline.request import GenerateRequest
 
 
-def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
+def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> None:
     """Print the plan of the run: every value of the request, device, work, memory, output and replay."""
     request, options, model = prepared.request, prepared.model.options, prepared.model
     with out.work():
