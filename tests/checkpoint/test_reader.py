@@ -172,7 +172,7 @@ def test_the_error_of_a_broken_header(tmp_path: Path, name: str) -> None:
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     assert "missing" in refused(tmp_path / "none.safetensors")
-    assert "directory" in refused(tmp_path)
+    assert "a folder" in refused(tmp_path)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -105,7 +105,7 @@ def test_quantize_as_json() -> None:
     data = json.loads(json.dumps(QUANTIZED.as_dict()))
     assert list(data) == [
         *("path", "source", "recipe", "model_kind", "dry_run", "engine", "layers", "bytes_before"),
-        *("bytes_after", "bits_per_weight", "seconds", "gib_per_s", "experts", "linked", "loras"),
+        *("bytes_after", "bits_per_weight", "seconds", "gib_per_s", "experts", "linked", "omitted", "loras"),
         *("calibration", "warnings"),
     ]
     assert (data["path"], data["bits_per_weight"], data["gib_per_s"]) == ("out", 8.0, 0.003)

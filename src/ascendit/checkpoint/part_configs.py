@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ascendit.errors import CheckpointError
+from ascendit.family import VaeConfig, WanConfig
 from ascendit.names import MAX_LAYERS
 from ascendit.validation import problem
 
@@ -116,25 +117,30 @@ class SchedulerConfig(PartConfig):
 class TransformerConfig(PartConfig):
     """`config.json` of a WanTransformer3DModel: the values of `family.WanConfig`."""
 
-    patch_size: Annotated[list[Patch], Field(min_length=3, max_length=3)] = [1, 2, 2]
-    num_attention_heads: Count = 40
-    attention_head_dim: Annotated[int, Field(ge=6, lt=2**31, multiple_of=2)] = 128
-    in_channels: Count = 16
-    out_channels: Count | None = 16
-    text_dim: Count = 4096
-    freq_dim: Annotated[int, Field(gt=0, lt=2**31, multiple_of=2)] = 256
-    ffn_dim: Count = 13824
-    num_layers: Layers = 40
-    cross_attn_norm: bool = True
+    patch_size: Annotated[list[Patch], Field(min_length=3, max_length=3)] = list(WanConfig.patch_size)
+    num_attention_heads: Count | None = WanConfig.num_attention_heads
+    """None: unknown, as `repack` without a base model writes it; such a transformer does not run."""
+    attention_head_dim: Annotated[int, Field(ge=6, lt=2**31, multiple_of=2)] | None = (
+        WanConfig.attention_head_dim
+    )
+    in_channels: Count = WanConfig.in_channels
+    out_channels: Count | None = WanConfig.out_channels
+    text_dim: Count = WanConfig.text_dim
+    freq_dim: Annotated[int, Field(gt=0, lt=2**31, multiple_of=2)] = WanConfig.freq_dim
+    ffn_dim: Count = WanConfig.ffn_dim
+    num_layers: Layers = WanConfig.num_layers
+    cross_attn_norm: bool = WanConfig.cross_attn_norm
     qk_norm: Literal["rms_norm_across_heads"] = "rms_norm_across_heads"
-    eps: Epsilon = 1e-6
+    eps: Epsilon = WanConfig.eps
     image_dim: Count | None = None
     added_kv_proj_dim: Count | None = None
-    rope_max_seq_len: Annotated[int, Field(gt=0, le=2**20)] = 1024
+    rope_max_seq_len: Annotated[int, Field(gt=0, le=2**20)] = WanConfig.rope_max_seq_len
     pos_embed_seq_len: Count | None = None
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
+        if self.num_attention_heads is None or self.attention_head_dim is None:
+            return self
         width = self.num_attention_heads * self.attention_head_dim
         image = None if self.image_dim is None else width
         rule = (
@@ -174,8 +180,8 @@ class AutoencoderConfig(PartConfig):
     in_channels: Count = 3
     out_channels: Count = 3
     patch_size: Patch | None = None
-    scale_factor_temporal: Count = 4
-    scale_factor_spatial: Count = 8
+    scale_factor_temporal: Count = VaeConfig.scale_factor_temporal
+    scale_factor_spatial: Count = VaeConfig.scale_factor_spatial
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:

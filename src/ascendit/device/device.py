@@ -69,6 +69,11 @@ class Device:
         return self.backend.operators
 
     @property
+    def is_accelerator(self) -> bool:
+        """Whether its tensors are outside the host's memory, so that a driver has to open it."""
+        return self.backend.tensors != "cpu"
+
+    @property
     def exact_gelu(self) -> bool:
         """Whether F.gelu can be exact; a2 and a3 always compute the tanh approximation."""
         return self.chip not in ("a2", "a3")

@@ -18,12 +18,6 @@ NPU_DTYPES = ("bfloat16", "float16")
 W4A8_K = 8
 """K of w4a8 must be a multiple of this."""
 _BFLOAT16_ONLY = ("int8_block",)
-_NPU_RULES: Mapping[str, tuple[str, ...]] = {
-    "mxfp8": ("floor", "ceil"),
-    "mxfp4": ("floor", "max:"),
-    "mxfp4_dualscale": ("floor",),
-}
-"""Format of an activation -> scale rules that its quantizer on an NPU has; `amax` for the others."""
 
 
 class QuantizedLayer(NamedTuple):
@@ -123,7 +117,7 @@ def check_dtype(scheme: str, dtype: str) -> None:
 
 def check_rule(scheme: str, rule: str) -> None:
     """Raise UsageError (E-USE-01) for a scale rule that the quantizer of `scheme` does not have."""
-    supported = _NPU_RULES.get(scheme_of(scheme).activation, ("amax",))
+    supported = lookup(scheme_of(scheme).activation).npu_rules
     if rule.split(":")[0] not in [name.rstrip(":") for name in supported]:
         raise UsageError(
             f"scale rule {rule!r} for an activation in {scheme} on an NPU",

@@ -75,6 +75,8 @@ class Format:
     """Values per scale; 0: one scale per row. For `tile` the side of the tile."""
     coarse: int = 0
     """Values per `dual_scale`; 0 if the format has none."""
+    npu_rules: tuple[str, ...] = ("amax",)
+    """The scale rules of the NPU's quantizer of activations."""
 
     @property
     def default_rule(self) -> str:
@@ -124,6 +126,7 @@ FORMATS: dict[str, Format] = {
             kind="block",
             element=E4M3,
             qdata_dtype="float8_e4m3fn",
+            npu_rules=("floor", "ceil"),
             block=32,
             rules=("ceil", *_OCP, "msms:minmax", "msms:minmax_bf16", "msms:mse_round"),
         ),
@@ -140,6 +143,7 @@ FORMATS: dict[str, Format] = {
             kind="block",
             element=E2M1,
             qdata_dtype="uint8",
+            npu_rules=("floor", "max:"),
             block=32,
             rules=(
                 "max:7",
@@ -157,6 +161,7 @@ FORMATS: dict[str, Format] = {
             kind="dual",
             element=E2M1,
             qdata_dtype="uint8",
+            npu_rules=("floor",),
             block=32,
             coarse=512,
             rules=("floor", "msms:dualscale"),

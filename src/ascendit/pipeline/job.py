@@ -132,7 +132,7 @@ def _checked_device(
     rules = parse_rules(options.activation_rule)
     check_attention(device, options.attention, reference=options.ops is not None)
     check_rules(rules, schemes)
-    if device.kind in ("cuda", "npu"):
+    if device.is_accelerator:
         from ascendit.pipeline.load import open_accelerator
 
         device = open_accelerator(device, options)

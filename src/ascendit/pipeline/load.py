@@ -99,7 +99,7 @@ def bind_options(device: Device, options: LoadOptions) -> Ops:
 def open_accelerator(device: Device, options: LoadOptions) -> Device:
     """Open a CUDA device or an NPU. Raises the errors of `open_device`, and on an NPU those of `bind`."""
     device = open_device(device)
-    if device.kind == "npu":
+    if device.has_attention_kernels:
         bind_options(device, options)
     return device
 

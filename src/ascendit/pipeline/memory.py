@@ -14,9 +14,10 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.device.device import Device
 from ascendit.device.limits import QuantizedLayer
 from ascendit.device.memory import host_memory
+from ascendit.device.prepared_bytes import prepared_bytes
 from ascendit.model.quantize_on_load import quantized_layers
 from ascendit.names import FLOAT32_PARTS, expected_tensors
-from ascendit.pipeline.options import LoadOptions, PreparedModel
+from ascendit.pipeline.options import PreparedModel
 from ascendit.quant.fusion import first_in_group
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import AppliedRecipe
@@ -28,8 +29,6 @@ TIED = ("shared.weight", "encoder.embed_tokens.weight")
 """Two names of one tensor of UMT5."""
 FLOAT32_IN_FLOAT16 = ".DenseReluDense.wo."
 """Layers that transformers keeps in float32 in a float16 model."""
-_INT8_ON_CPU = ("int8", "int8_block", "mxfp4_dualscale")
-"""Schemes that a CPU multiplies without dequantizing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class Memory:
 def memory_of(model: PreparedModel) -> Memory:
     """Bytes of the weights of every part, and the free memory of their devices."""
     options, device = model.options, model.device
-    main = HOST if device.backend.tensors == HOST else str(device)
+    main = str(device) if device.is_accelerator else HOST
     parts: dict[str, PartMemory] = {}
     for name, dtype in model.part_dtypes.items():
         if name == "image_encoder" and not model.needs_image_encoder:
@@ -94,7 +93,8 @@ def memory_of(model: PreparedModel) -> Memory:
         dtype = model.dtype or stored_dtype(expert, applied)
         layers = tuple(quantized_layers(expert, applied))
         floats = applied is not None and "bf16" in model.schedule.precisions
-        prepared = sum(prepared_bytes(layer, device, options) for layer in layers)
+        plain, emulate = options.ops == "reference", options.emulate
+        prepared = sum(prepared_bytes(x, device, reference=plain, emulate=emulate) for x in layers)
         parts[expert.name] = PartMemory(
             bytes=expert_bytes(expert, layers, dtype, floats=floats) + prepared,
             dtype=dtype,
@@ -159,33 +159,3 @@ def expert_bytes(
     # Layers that share an input share its factors.
     factors = {first_in_group(name): expert.layers[name].shape[1] for name in expert.smoothed}
     return total + 4 * sum(factors.values())
-
-
-def prepared_bytes(layer: QuantizedLayer, device: Device, options: LoadOptions) -> int:
-    """Bytes that a kernel stores besides the parameters: decoded copies, scales in the layout of an NPU."""
-    _, scheme, (n, k) = layer
-    reference = options.ops == "reference"
-    if device.operators == "npu" and not reference and scheme in device.native_schemes:
-        return _npu_bytes(scheme, n, k, restricted=device.chip != "a5")
-    if options.emulate != "decode-once":
-        return 0
-    if reference or device.operators == "npu":
-        return 4 * n * k
-    if device.operators == "cpu":
-        return 0 if scheme in _INT8_ON_CPU else 2 * -(-n // 64) * 64 * k
-    return 2 * n * k
-
-
-def _npu_bytes(scheme: str, n: int, k: int, *, restricted: bool) -> int:
-    """Bytes that the layouts of an NPU add: scales in pairs, biases, int8_block padded on a2 and a3."""
-    blocks, groups = -(-k // 32), -(-k // 512)
-    total = n * (blocks + 1) if SCHEMES[scheme].block and blocks % 2 else 0
-    total += 4 * n * groups if scheme == "mxfp4_dualscale" and groups > 1 else 0
-    total += 2 * n if scheme == "mxfp4" else 0
-    if SCHEMES[scheme].tile:
-        rows, columns = (-(-n // 256) * 256, groups * 512) if restricted else (n, k)
-        padded = (rows, columns) != (n, k)
-        total += 4 * rows + (rows * columns - n * k if padded else 0)
-        tiles = -(-rows // 128) * -(-columns // 128)
-        total += 4 * tiles if tiles != -(-n // 128) * -(-k // 128) else 0
-    return total

@@ -45,6 +45,8 @@ class Scheme:
     """Whether vLLM-Omni reads a `mul_scale` in these layers."""
     not_in_engines: str = ""
     """Why none of `quant.engines` loads the scheme; "" if one does."""
+    multiplied_on_cpu: bool = False
+    """Whether the compiled matmul of a CPU takes the quantized weight; others are dequantized for it."""
     most_lost: int | None = None
     """Limit of the quality table: videos of 192 that fail and that BF16 gets right; None: no limit."""
     text: str = ""
@@ -104,6 +106,7 @@ _ROWS = (
         manifest="W8A8_DYNAMIC",
         vllm_omni_key="is_checkpoint_int8_serialized",
         most_lost=2,
+        multiplied_on_cpu=True,
         text="int8 values, one float scale per row",
     ),
     Scheme(
@@ -115,6 +118,7 @@ _ROWS = (
         manifest="W8A8_BLOCK128",
         not_in_engines="it does not read int8 with one scale per 128 x 128 values",
         most_lost=2,
+        multiplied_on_cpu=True,
         text="int8 values, one float scale per 128 x 128 tile",
     ),
     Scheme(
@@ -159,6 +163,7 @@ _ROWS = (
         manifest="W4A4_MXFP4_DUALSCALE",
         vllm_omni_key="is_checkpoint_serialized",
         vllm_omni_smooth=True,
+        multiplied_on_cpu=True,
         text="e2m1 values, E8M0 scale per 32 and float scale per 512 along K",
     ),
     Scheme(name="w4a8", weight="mxfp4", activation="mxfp8", rule="ceil"),
