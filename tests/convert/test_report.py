@@ -176,7 +176,7 @@ def test_repack_as_json() -> None:
     data = json.loads(json.dumps(REPACKED.as_dict()))
     assert list(data) == [
         *("path", "source", "layout", "to", "engine", "dry_run", "checked", "layers", "bytes"),
-        *("bits_per_weight", "seconds", "gib_per_s", "experts", "placed", "warnings"),
+        *("bits_per_weight", "seconds", "gib_per_s", "experts", "placed", "omitted", "warnings"),
     ]
     assert data["checked"] is True and data["bytes"] == (1 << 20) + (1 << 10)
     assert data["experts"][0] == {

@@ -212,10 +212,11 @@ def test_hashes_when_both_have_them(tmp_path: Path) -> None:
 
 
 def test_long_lists_are_cut_on_screen_but_complete_in_json(tmp_path: Path) -> None:
-    b = model(tmp_path / "b", {})
-    letters = [f"extra_{a}{b}.weight" for a in "abcdefgh" for b in "abcde"]
-    write_expert(b / "transformer", floats() | {name: ("BF16", (8,)) for name in letters}, CONFIG)
-    result = diff(model(tmp_path / "a", {}), b)
+    names = [f"extra_{a}{b}.weight" for a in "abcdefgh" for b in "abcde"]
+    for side in (0, 1):
+        extra = {name: ("BF16", (n + side,)) for n, name in enumerate(names, 1)}
+        write_expert(tmp_path / "ab"[side] / "transformer", floats() | extra, CONFIG)
+    result = diff(tmp_path / "a", tmp_path / "b")
     lines = [line for line in result.lines() if "extra_" in line and "Problem" not in line]
     assert len(lines) == 12
     assert any("and 28 more; --json has all" in line for line in result.lines())
