@@ -34,6 +34,9 @@ SCHEMES_AND_DEVICES = [
     ("int8_block", "twin:a2"),
 ]
 CLOSE_DB, LAYER_DB = 45.0, 50.0
+EMULATED_DB = 35.0
+"""PSNR of a video whose matmuls round to bfloat16 elsewhere: 39 to 47 dB over four seeds on a Xeon with
+AVX512-BF16, more on EPYC, whose oneDNN kernels differ."""
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +99,7 @@ def test_a_chip_without_the_matmul_refuses_or_emulates(scheme: str) -> None:
         ascendit.load("demo", device="twin:a2", scheme=scheme)
     assert e.value.code == "E-CAP-01" and "--emulate" in e.value.fix
     emulated = ascendit.load("demo", device="twin:a2", scheme=scheme, emulate="decode-on-use")
-    assert psnr(frames(emulated, **SHORT), short(scheme, "twin:a5")) > CLOSE_DB
+    assert psnr(frames(emulated, **SHORT), short(scheme, "twin:a5")) > EMULATED_DB
 
 
 # ---- the CPU and the twin -----------------------------------------------------------------------
