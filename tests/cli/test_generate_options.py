@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shell
 import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -122,7 +122,7 @@ def test_the_replay_line_makes_the_same_request(model, fake, flags, prompt):
     if "guidance_scale" not in flags:
         flags.pop("guidance_scale_2", None)
     prepared = prepare(read([str(model), prompt], flags=flags))
-    args = shlex.split(prepared.replay)
+    args = shell.split(prepared.replay)
     assert args[:2] == ["ascendit", "generate"]
     again = parse(args[2:])
     assert again.prompt == prompt and again.options == prepared.model.options

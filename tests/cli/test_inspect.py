@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from pipeline.headers import floats, write_expert
 
@@ -38,8 +40,10 @@ def test_it_prints_the_report(run, model, monkeypatch, ok):
     assert run("inspect", model, "--layers", "--json").json == {"ok": ok, "layers": True}
 
 
-def test_a_folder_without_weights_is_incomplete(run, model):
-    ended = run("inspect", model, "--json")
+def test_a_folder_without_weights_is_incomplete(run, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "m")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    ended = run("inspect", folder, "--json")
     assert ended.code == 1
     assert "transformer" in ended.out and ended.json
 

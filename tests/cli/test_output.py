@@ -71,6 +71,7 @@ def test_log_messages_of_libraries_are_escaped(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "stderr", stream)
     level = logging.getLogger("ascendit").level
     try:
+        logging.captureWarnings(False)  # an earlier test may have run the command line
         warnings.simplefilter("always")  # pytest restores the filters
         _set_up_log(Output())
         logging.getLogger("ascendit").warning("tensor %s", EVIL)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import subprocess
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import shell
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -471,10 +470,7 @@ def test_json_round_trip(case: tuple[Defaults, GenerateRequest]) -> None:
 
 def parse_replay(line: str) -> tuple[list[str], dict[str, Any]]:
     """Read a replay line the way bash and a command-line parser do: positional arguments, fields."""
-    command = ["bash", "-c", f"printf '%s\\0' {line}"]
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
-    output = subprocess.run(command, capture_output=True, check=True, env=environment).stdout
-    args = output.decode().split("\0")[:-1]
+    args = shell.split(line)
     assert args[:2] == ["ascendit", "generate"]
     remaining = args[2:]
     positional: list[str] = []
