@@ -63,7 +63,7 @@ FAMILY_FIELDS = (
 )
 LABELS = {"solver": "solver", "flow_shift": "shift", "boundary_ratio": "boundary"}
 """Values of a folder that can differ from those of its row -> label."""
-REST = "steps, guidance, negative prompt, size, frames, fps"
+ROW_VALUES = "steps, guidance, negative prompt, size, frames, fps"
 """Values that only a row has, as text."""
 MULTISTEP_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 """Defaults of both multistep classes, for settings that the file omits."""
@@ -164,7 +164,7 @@ def _of_row(spec: WanSpec, folder: Mapping[str, Any], source: Source) -> tuple[d
         note = f"{used}: the folder (--defaults folder)" + (f"; its authors: {authors}" if unlike else "")
         return values, [note, f"everything else: {spec.name} (family.py)"]
     own = [label for name, label in LABELS.items() if values[name] is not None]
-    notes = [f"{', '.join(own)}, {REST}: {spec.name} (family.py)"]
+    notes = [f"{', '.join(own)}, {ROW_VALUES}: {spec.name} (family.py)"]
     if unlike:
         theirs = ", ".join(_text(folder[name]) for name in unlike)
         use = f"--defaults folder uses {'these' if len(unlike) > 1 else 'this'}"
