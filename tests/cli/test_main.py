@@ -171,6 +171,7 @@ def test_help_lists_every_flag(run):
     for flag in FLAGS["generate"]:
         assert re.search(rf"(^|[\s,]){flag.split('/')[-1]}\b", text), flag
     assert "PROMPT" in text and "MODEL" in text
+    assert all(f"{flag}" in text.partition("More flags:")[2] for flag in HIDDEN["generate"])
 
 
 def test_version(run):

@@ -33,6 +33,21 @@ KEYS: dict[str, Any] = {
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
+MEANINGS = {
+    "prompt": "The text of the video.",
+    "width": "Width in pixels.",
+    "height": "Height in pixels.",
+    "timesteps": "Positions of the steps before the shift; replaces num_inference_steps.",
+    "guidance_scale": "Guidance of the only or the high-noise expert; at most 1: none.",
+    "guidance_scale_2": "Guidance of the low-noise expert; default: the model's, or guidance_scale if set.",
+    "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
+    "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
+    "max_sequence_length": "Tokens of the prompt, at most 512.",
+    "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
+    "seconds": "Length in seconds, instead of num_frames. Command line only.",
+}
+"""Key -> its meaning, for keys that differ from a flag or have none."""
+
 # A key removes these keys from sources of lower precedence.
 _REPLACES = {
     "preset": tuple(next(iter(PRESETS.values())).fields) + ("guidance_scale_2",),

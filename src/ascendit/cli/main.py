@@ -54,7 +54,9 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL)]
 Target = Annotated[Path, flag("-o, --output DST", "Folder to create.")]
 Engine = Annotated[str | None, flag("--for ENGINE", "Write the files for vllm-omni, sglang or mindie.")]
 Copy = Annotated[bool, flag("--copy", "Copy the other components instead of linking them.")]
-Resume = Annotated[bool, flag("--resume", "Continue an interrupted run of the same command.")]
+Resume = Annotated[
+    bool, flag("--resume", "Continue an interrupted run of the same command; a shard is checked by its size.")
+]
 DryRun = Annotated[bool, flag("--dry-run", "Show the plan; write nothing.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 
