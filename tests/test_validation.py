@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from ascendit.errors import UsageError
 from ascendit.pipeline.latents import read_latents
+from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.recipe import load_recipe
 from ascendit.validation import Model, described, parse, problem, read_settings, usage_error
 
@@ -103,3 +104,14 @@ def test_deep_nesting_in_the_metadata_of_latents(tmp_path: Path) -> None:
     save_file({"latents": np.zeros((1, 1, 1, 1, 1), np.float32)}, tmp_path / "x", {"ascendit": "[" * 100_000})
     with pytest.raises(UsageError, match="E-USE-01.*no latents of ascendit"):
         read_latents(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "end"), [("prompt", 5, "valid value"), ("seed", -1, "a random one")]
+)
+def test_the_fix_of_a_field_without_a_default_of_the_model(name: str, value: Any, end: str) -> None:
+    request: dict[str, Any] = {"prompt": "a", "width": 16, "height": 16, "num_frames": 1, "fps": 8}
+    request |= {"num_inference_steps": 1, "guidance_scale": 1.0, "flow_shift": 1.0, "seed": 1, name: value}
+    with pytest.raises(UsageError, match=f"{name} is") as e:
+        GenerateRequest(**request)
+    assert e.value.fix.endswith(end)

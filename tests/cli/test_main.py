@@ -211,6 +211,12 @@ def test_usage_errors_have_three_parts_and_exit_2(run, args, got):
     assert fix.startswith("  try    ascendit ") and fix.endswith("--help")
 
 
+def test_a_flag_without_its_value_names_the_command(run):
+    ended = run("inspect", "demo", "--diff")
+    assert ended.code == 2 and "'--diff' requires an argument" in ended.err
+    assert ended.err.endswith("  needs  ascendit inspect [OPTIONS]\n  try    ascendit inspect --help\n")
+
+
 def test_usage_errors_as_json(run):
     ended = run("inspect", "--json", "--bogus")
     assert ended.code == 2
