@@ -104,10 +104,11 @@ def timesteps_text(schedule: Schedule) -> str:
 def presets_table() -> str:
     def row(p: Preset) -> tuple[object, ...]:
         schedule = make_schedule(p.solver, len(p.timesteps), p.flow_shift, p.timesteps)
-        flags = f"`{p.solver}`, {p.flow_shift:g}", timesteps_text(schedule)
+        positions = ",".join(f"{t:g}" for t in p.timesteps)
+        flags = f"`{p.solver}`, {p.flow_shift:g}", f"`{positions}`", timesteps_text(schedule)
         return f"`{p.name}`", p.weights, ", ".join(p.models), *flags
 
-    head = ("preset", "weights", "models", "solver, shift", "timesteps")
+    head = ("preset", "weights", "models", "solver, shift", "`--timesteps`", "runs at, after the shift")
     return table(head, (row(p) for p in PRESETS.values()))
 
 
@@ -346,11 +347,15 @@ def escape(text: str) -> str:
 
 def settings_table() -> str:
     """The keys of `--set` and `--config`."""
-    from ascendit.cli.generate_options import KEYS
+    from ascendit.cli.generate_options import KEYS, MEANINGS
+    from ascendit.pipeline.options import OPTIONS
 
     values = {key: value_text(hint) for key, hint in KEYS.items()}
     values["max_memory"] = "a size, as 24GiB or 8e9"
-    return table(("key", "value"), ((f"`{key}`", text) for key, text in values.items()))
+    meanings = {p.name: p.help for p in command("generate").params if p.param_type_name == "option"}
+    meanings |= {name: row.help for name, row in OPTIONS.items()} | MEANINGS
+    rows = ((f"`{key}`", text, escape(meanings[key])) for key, text in values.items())
+    return table(("key", "value", "meaning"), rows)
 
 
 def value_text(hint: Any) -> str:

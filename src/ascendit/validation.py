@@ -14,7 +14,13 @@ AscenditErrors raised in a validator pass through pydantic unchanged.
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
+import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -40,6 +46,13 @@ TYPE_LABELS: dict[Any, tuple[str, str]] = {
     tuple[str, ...]: ("text", "some text"),
 }
 """Type -> label, example."""
+MAX_BYTES = 16 * 2**20
+"""Limit for a file of settings."""
+MAX_DEPTH = 64
+"""Limit for tables and lists inside one another."""
+
+_OMITTED = {"prompt": "", "seed": ", or omit it for a random one"}
+"""Field of a request without a default from the model -> the end of its fix."""
 
 
 class Model(BaseModel):
@@ -102,7 +115,7 @@ class Checked(Model):
         field = cls.model_fields[name]
         if field.description is None:
             return bad_value(name, value, field.annotation)
-        fix = f"set {name} to a valid value, or omit it for the model's default"
+        fix = f"set {name} to a valid value" + _OMITTED.get(name, ", or omit it for the model's default")
         return RequestError(f"{name} is {value!r}", needs=f"{name}: {field.description}", fix=fix)
 
 
@@ -141,19 +154,63 @@ def usage_error(error: ValueError, *, source: str, needs: str, fix: str, syntax:
     return UsageError(f"{source}: {text}", needs=needs, fix=fix)
 
 
-def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageError:
+def bad_value(name: str, value: object, hint: Any, source: str = "", flag: str = "") -> UsageError:
     """The error E-USE-01 for a value that is not of the type `hint`.
 
-    `source`: the file or flag it comes from.
+    `source`: the file, or `--set`, that it comes from. `flag`: the flag of `name` that it comes from.
     """
     value_type = non_optional(hint)
     choices = get_args(value_type) if get_origin(value_type) is Literal else ()
     label, example = (" or ".join(choices), choices[0]) if choices else TYPE_LABELS[value_type]
+    example = next(iter(get_close_matches(str(value), choices, n=1)), example)
     got = f"{name}={value}" if choices or source else f"{name} {value!r}"
-    return UsageError(f"{source} {got}".strip(), needs=f"{name}: {label}", fix=f"{name}={example}")
+    fix = f"{name}={example}"
+    if flag:
+        got, fix = f"{flag} {value}", f"{flag} {example}"
+    elif source:
+        got, fix = f"{source} {got}", f"--set {fix}" if source == "--set" else fix
+    return UsageError(got, needs=f"{name}: {label}", fix=fix)
 
 
 def non_optional(hint: Any) -> Any:
     """The type `hint` without None."""
     types = get_args(hint)
     return next(t for t in types if t is not NoneType) if NoneType in types else hint
+
+
+# ---- files of settings --------------------------------------------------------------------------
+
+
+Syntax = Literal["json", "toml"]
+_LONG_KEY = re.compile(rf"(?<![\w\"'-])(?:[\w\"'-]+[ \t]*\.[ \t]*){{{MAX_DEPTH + 1}}}")
+
+
+def read_settings(path: Path, syntax: Syntax = "toml") -> Any:
+    """The data of a TOML or JSON file.
+
+    Raises OSError if it cannot be read or is a pipe or a device, ValueError for any other content.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(None, "not a regular file")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+    return parse(data.decode("utf-8"), syntax)
+
+
+def parse(text: str, syntax: Syntax) -> Any:
+    """Parse JSON or TOML. Raises ValueError for bad syntax, and if it is nested too deep."""
+    if syntax == "toml" and _LONG_KEY.search(text):  # tomllib's time is quadratic in their length
+        raise ValueError(f"a key of more than {MAX_DEPTH} parts")
+    try:
+        data = json.loads(text) if syntax == "json" else tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    level = [data]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)]
+        level = [x for values in inner for x in values]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return data

@@ -44,6 +44,16 @@ def test_the_table(run, monkeypatch, ready):
     assert summary.startswith("ready to run" if ready else "not ready")
 
 
+def test_long_cells_are_wrapped(run, monkeypatch):
+    row = ProbeRow(
+        item="threads", detected="OMP_NUM_THREADS=1 (set by you), " * 5, needed="import it first " * 3
+    )
+    monkeypatch.setattr(machine, "PROBES", (lambda: [row],))
+    lines = run("doctor").out.splitlines()
+    assert len(lines) > 5 and max(map(len, lines)) <= 120
+    assert "".join(lines).count("OMP_NUM_THREADS=1") == 5 and "".join(lines).count("first") == 3
+
+
 def test_json(run, monkeypatch):
     monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", detected="2.13.0")))
     data = run("doctor", "--json").json

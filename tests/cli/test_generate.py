@@ -107,6 +107,23 @@ def test_dry_run_shows_the_timesteps_and_the_experts(run, model, tmp_path, monke
     assert ", .., " in line and "low-noise" in line
 
 
+def test_dry_run_names_the_origin_of_each_value(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "lightning", replace(PRESETS["lightning"], models=("ascendit-demo",)))
+    args = ["generate", model, "a cat", "--dry-run"]
+    shown = run(*args, "--guidance", "1", "--timesteps", "1000,500").out
+    assert re.search(r"guidance_scale_2 +1.0  \(from guidance_scale\)\n", shown)
+    assert re.search(r"num_inference_steps +2  \(from timesteps\)\n", shown)
+    assert "  solver, shift, boundary, steps, guidance, negative prompt" in shown
+    assert "  schedule: diffusers (of every model)\n" in shown
+    shown = run(*args, "--preset", "lightning").out
+    assert (
+        len(re.findall(r"\(preset lightning\)\n", shown)) == 7
+        and "guidance_scale_2     1.0  (preset" in shown
+    )
+    assert "defaults from\n  timesteps, num_inference_steps, flow_shift, solver," in shown
+
+
 def test_a_preset_sets_what_the_call_does_not(run, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "lightning", replace(PRESETS["lightning"], models=("ascendit-demo",)))
@@ -139,11 +156,12 @@ def test_a_preset_of_another_model_is_refused(run, model):
 def test_a_folder_with_another_shift_says_so_once(run, fake, model, tmp_path):
     scheduler = model / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("4.0", "3.0"))
-    note = "the folder has shift 3, the authors of ascendit-demo shift 4: the default is the authors'"
+    note = "shift 4 (authors of ascendit-demo); the folder has 3: --defaults folder uses this"
     ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
     assert ended.code == 0 and fake.requests[-1].flow_shift == 4.0 and "--shift 4" in ended.out
     dry = run("generate", model, "a cat", "--dry-run")
-    assert note in dry.out and "flow_shift           4.0  (default)" in dry.out
+    assert note not in dry.out and "flow_shift           4.0  (default)" in dry.out  # a warning has it
+    assert note in run("generate", model, "a cat", "--dry-run", "-q").out
     assert run("generate", model, "a cat", "--dry-run", "--json").json["difference"].startswith(note)
     assert note in run("inspect", model).out and run("inspect", model, "--json").json["limits"][
         "difference"
@@ -159,9 +177,9 @@ def test_the_log_has_one_line_about_the_difference(model, environ):
     scheduler = model / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("4.0", "3.0"))
     call = [sys.executable, "-m", "ascendit", "generate", str(model), "a cat", "--dry-run"]
-    for more, count in (([], 1), (["-q"], 0), (["--defaults", "folder"], 0)):
+    for more, count in (([], 1), (["-q"], 0), (["--defaults", "folder"], 0), (["--shift", "5"], 0)):
         done = subprocess.run([*call, *more], env=environ, capture_output=True, text=True, check=True)
-        assert done.stderr.count("the folder has shift 3") == count, done.stderr
+        assert done.stderr.count("the folder has 3") == count, done.stderr
 
 
 def test_metadata_false(run, fake, model, tmp_path):
@@ -391,12 +409,12 @@ def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [
-        (["--scheme", "mxfp6"], "E-USE-01", "scheme=mxfp6"),
+        (["--scheme", "mxfp6"], "E-USE-01", "--scheme mxfp6"),
         (["--recipe", "nope"], "E-USE-02", "nope"),
         (["--scheme", "mxfp8", "--step-policy", "0:w4a8"], "E-USE-01", "no layer is in mxfp4"),
         (["--scheme", "mxfp4", "--step-policy", "40:w4a8"], "E-REQ-03", "names step 40"),
         (["--scheme", "mxfp4", "--step-policy", "x"], "E-USE-01", "no precision"),
-        (["--scheme", "mxfp4", "--emulate", "often"], "E-USE-01", "emulate=often"),
+        (["--scheme", "mxfp4", "--emulate", "often"], "E-USE-01", "--emulate often"),
         (["--set", "keep=blocks.0.*"], "E-USE-01", "without a scheme"),
         (["--scheme", "mxfp8", "--set", "keep=blocks.99.*"], "E-USE-05", "blocks.99"),
     ],

@@ -72,7 +72,8 @@ def test_flags_win_over_set_over_environment_over_config(tmp_path, monkeypatch):
 def test_a_bad_flag_value_names_the_flag():
     with pytest.raises(UsageError) as e:
         read(["d", "p"], flags={"text_on": "gpu"})
-    assert "text_on=gpu" in e.value.got and e.value.needs == "text_on: cpu or device or drop"
+    assert e.value.got == "--text-on gpu" and e.value.fix == "--text-on cpu"
+    assert e.value.needs == "text_on: cpu or device or drop"
 
 
 def test_prepare_fills_in_defaults(model):
@@ -230,6 +231,22 @@ def test_settings_are_typed():
 
 
 @pytest.mark.parametrize(
+    ("flags", "settings", "fix"),
+    [
+        ({"solver": "dpm"}, [], "--solver dpm++"),
+        ({"solver": "foo"}, [], "--solver unipc"),
+        ({"num_inference_steps": "x"}, [], "--steps 16"),
+        ({}, ["solver=dpm"], "--set solver=dpm++"),
+        ({}, ["schedule=oficial"], "--set schedule=official"),
+    ],
+)
+def test_the_fix_of_a_bad_value_can_be_pasted(flags, settings, fix):
+    with pytest.raises(UsageError, match="E-USE-01") as e:
+        read(["d", "p"], flags=flags, settings=settings)
+    assert e.value.fix == fix
+
+
+@pytest.mark.parametrize(
     ("setting", "needs"),
     [
         ("solver=dpm", "solver: unipc or dpm++ or euler or renoise"),
@@ -253,7 +270,7 @@ def test_an_unknown_key_lists_the_known_ones():
     with pytest.raises(UsageError) as e:
         generate_options.parse_settings(["flow_shif=3"])
     assert "unknown key flow_shif" in e.value.got
-    assert "boundary_ratio" in e.value.needs and "metadata" in e.value.needs and "solver" in e.value.needs
+    assert e.value.needs.startswith("a key of --set, as flow_shift, ") and len(e.value.needs) < 120
     assert e.value.fix == "did you mean flow_shift?"
 
 

@@ -171,6 +171,7 @@ def test_help_lists_every_flag(run):
     for flag in FLAGS["generate"]:
         assert re.search(rf"(^|[\s,]){flag.split('/')[-1]}\b", text), flag
     assert "PROMPT" in text and "MODEL" in text
+    assert all(f"{flag}" in text.partition("More flags:")[2] for flag in HIDDEN["generate"])
 
 
 def test_version(run):
@@ -208,6 +209,12 @@ def test_usage_errors_have_three_parts_and_exit_2(run, args, got):
     assert first.startswith("error[E-USE-01]: ") and got in first
     assert needs.startswith("  needs  ascendit ")
     assert fix.startswith("  try    ascendit ") and fix.endswith("--help")
+
+
+def test_a_flag_without_its_value_names_the_command(run):
+    ended = run("inspect", "demo", "--diff")
+    assert ended.code == 2 and "'--diff' requires an argument" in ended.err
+    assert ended.err.endswith("  needs  ascendit inspect [OPTIONS]\n  try    ascendit inspect --help\n")
 
 
 def test_usage_errors_as_json(run):

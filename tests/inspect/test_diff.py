@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.headers import (
 
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.diff import NOT_COMPARED, Diff, diff
+from ascendit.inspect.values import ValueDiff
 from ascendit.names import block_linears, to_wan
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "msmodelslim"
@@ -60,7 +62,8 @@ def test_a_folder_and_its_copy(tmp_path: Path) -> None:
     result = diff(folder, shutil.copytree(folder, tmp_path / "b"))
     assert result.same and result.changes == ()
     assert result.lines()[-1] == "Result     same headers and configs"
-    assert f"Values     {NOT_COMPARED}" in result.lines()
+    assert f"Values     {NOT_COMPARED} (see --values)" in result.lines()
+    assert f"Hashes     {NOT_COMPARED}" in replace(result, values=ValueDiff(())).lines()
 
 
 def test_the_same_model_in_other_layouts(tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ def test_a_damaged_export_names_missing_tensors(tmp_path: Path) -> None:
     [part] = report.experts
     assert part.missing == ("blocks.1.norm3.bias",)  # the name in the files
     assert "E-CKP-04" in row(report, "Problem")[0]
+    assert row(report, "Problem")[1] == f"try  {report.problems[0].fix}"
 
 
 def test_a_process_imports_no_torch_and_is_fast(tmp_path: Path) -> None:

@@ -81,27 +81,34 @@ def test_a_folder_that_agrees_says_nothing(name: str, tmp_path: Path) -> None:
 
 # scheduler, index, folder's solver, shift and boundary, text of the difference
 CASES: list[tuple[str, dict[str, Any] | None, dict[str, Any], tuple[Any, ...], str]] = [
-    ("Wan2.2-T2V-A14B", {**UNIPC, "flow_shift": 3.0}, {}, ("unipc", 3.0, 0.875), "shift 3, the authors"),
-    ("Wan2.2-T2V-A14B", None, {"boundary_ratio": 0.9}, ("unipc", 12.0, 0.9), "boundary 0.9, the authors"),
-    ("Wan2.2-I2V-A14B", {**EULER, "shift": 5.0}, {}, ("euler", 5.0, 0.9), "solver euler, the authors"),
+    (
+        "Wan2.2-T2V-A14B",
+        {**UNIPC, "flow_shift": 3.0},
+        {},
+        ("unipc", 3.0, 0.875),
+        "shift 12 (authors of Wan2.2-T2V-A14B); the folder has 3: --defaults folder uses this",
+    ),
+    ("Wan2.2-T2V-A14B", None, {"boundary_ratio": 0.9}, ("unipc", 12.0, 0.9), "the folder has 0.9: "),
+    ("Wan2.2-I2V-A14B", {**EULER, "shift": 5.0}, {}, ("euler", 5.0, 0.9), "the folder has euler: "),
     (
         "Wan2.2-I2V-A14B",
         {**EULER, "shift": 7.0},
         {"boundary_ratio": 0.5},
         ("euler", 7.0, 0.5),
-        "shift 7, boundary 0.5, the authors of Wan2.2-I2V-A14B solver unipc, shift 5, boundary 0.9",
+        "solver unipc, shift 5, boundary 0.9 (authors of Wan2.2-I2V-A14B); the folder has euler, 7, 0.5: "
+        "--defaults folder uses these",
     ),
-    ("Wan2.1-T2V-14B", {**DPM, "flow_shift": 5.0}, {}, ("dpm++", 5.0, None), "solver dpm++, the authors"),
-    ("Wan2.1-T2V-1.3B", {**UNIPC, "flow_shift": 8.0}, {}, ("unipc", 8.0, None), "shift 8, the authors"),
-    ("Wan2.1-T2V-1.3B", UNIPC, {}, ("unipc", 1.0, None), "shift 1, the authors of Wan2.1-T2V-1.3B shift 5"),
+    ("Wan2.1-T2V-14B", {**DPM, "flow_shift": 5.0}, {}, ("dpm++", 5.0, None), "the folder has dpm++: "),
+    ("Wan2.1-T2V-1.3B", {**UNIPC, "flow_shift": 8.0}, {}, ("unipc", 8.0, None), "the folder has 8: "),
+    ("Wan2.1-T2V-1.3B", UNIPC, {}, ("unipc", 1.0, None), "shift 5 (authors of Wan2.1-T2V-1.3B); the folder"),
     (
         "Wan2.1-T2V-1.3B",
         {**EULER, "shift": 8.0, "stochastic_sampling": True},
         {},
         ("renoise", 8.0, None),
-        "solver renoise, shift 8, the authors",
+        "the folder has renoise, 8: ",
     ),
-    ("ascendit-demo", {**UNIPC, "flow_shift": 3.0}, {}, ("unipc", 3.0, 0.875), "shift 3, the authors"),
+    ("ascendit-demo", {**UNIPC, "flow_shift": 3.0}, {}, ("unipc", 3.0, 0.875), "the folder has 3: "),
 ]
 
 
@@ -121,7 +128,7 @@ def test_a_folder_that_differs_says_so_and_can_be_chosen(
     chosen = defaults(root, "folder")
     assert triple(chosen) == theirs and chosen.difference == ""
     assert (chosen.num_inference_steps, chosen.guidance_scale) == (s.num_inference_steps, s.guidance_scale)
-    assert any("--defaults folder" in note for note in chosen.sources)
+    assert "--defaults folder" in chosen.sources[0] and chosen.sources[1].startswith("everything else: ")
 
 
 def test_the_shift_of_a_folder_holds_for_every_size(tmp_path: Path) -> None:

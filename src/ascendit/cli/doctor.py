@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +13,7 @@ import typer
 
 from ascendit.cli.main import Json, flag
 from ascendit.cli.output import Output, check_report, write_report
-from ascendit.errors import UsageError
+from ascendit.errors import UsageError, escaped
 from ascendit.report import columns
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_DEVICE = "npu"
 """The default device of a self-check."""
+DETECTED_WIDTH, NEEDED_WIDTH = 50, 28
 SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
 
 
@@ -61,11 +65,25 @@ def _check_machine(out: Output) -> int:
     with out.work():
         report = examine()
     cells = [
-        (r.item, r.detected, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows
+        line
+        for r in report.rows
+        for line in _wrapped(
+            r.item, r.detected, r.needed, r.status, "" if r.status in NO_FIX else escaped(r.fix)
+        )
     ]
     rows = columns([("item", "detected", "needed", "status", "fix"), *cells])
     out.result(report.as_dict(), [*rows, "", *report.verdicts()])
     return 0 if report.ok else 3
+
+
+def _wrapped(
+    item: str, detected: str, needed: str, status: str, fix: str
+) -> Iterator[tuple[str, str, str, str, str]]:
+    """The lines of one row; a fix, which may be a command, stays on one line."""
+    wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
+    left, right = wrap(escaped(detected), DETECTED_WIDTH), wrap(escaped(needed), NEEDED_WIDTH)
+    for n, (text, rule) in enumerate(zip_longest(left or [""], right, fillvalue="")):
+        yield ("", text, rule, "", "") if n else (item, text, rule, status, fix)
 
 
 def _check_device(device: str, file: Path | None, out: Output) -> int:

@@ -58,7 +58,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         *(f"{field:<10} {text}" for field, text in prepared.images.items()),
         f"timesteps  {_timesteps(request, schedule.timesteps)}",
         "defaults from",
-        *(f"  {source}" for source in model.defaults.sources),
+        *(f"  {source}" for source in _sources(prepared, call, out)),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
@@ -72,16 +72,36 @@ def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
     explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
     preset = call.fields.get("preset")
     values = PRESETS[preset].fields if preset else {}
-    by_preset = {name for name, value in values.items() if getattr(request, name) == value}
+    by_preset = {name for name, value in values.items() if getattr(request, name) == value} - explicit
+    bases = {"guidance_scale_2": "guidance_scale", "num_inference_steps": "timesteps"}
 
     def origin(name: str) -> str:
-        text = "" if name in explicit else f"  (preset {preset})" if name in by_preset else "  (default)"
-        if name in ("width", "height") and request.image is not None and text:
+        base = bases.get(name, "")
+        text = "  (default)"
+        if name in explicit:
+            text = ""
+        elif name in ("width", "height") and request.image is not None:
             text = "  (from the image)"
+        elif name in by_preset or base in by_preset:
+            text = f"  (preset {preset})"
+        elif base in explicit:
+            text = f"  (from {base})"
         unused = name == "negative_prompt" and not request.do_classifier_free_guidance
         return text + ("  (not used: guidance is at most 1)" if unused and request.negative_prompt else "")
 
     return origin
+
+
+def _sources(prepared: Prepared, call: Call, out: Output) -> list[str]:
+    """The origin of the values that the call does not set; without the difference that a warning names."""
+    defaults, preset = prepared.model.defaults, call.fields.get("preset")
+    warned = not out.silent and bool(set(defaults.differing) - set(call.fields))
+    lines = [text for text in defaults.sources if not (warned and text == defaults.difference)]
+    if preset:
+        names = [name for name in PRESETS[preset].fields if name not in call.fields]
+        return [f"{', '.join(names)}: preset {preset}", *(f"without the preset: {text}" for text in lines)]
+    schedule = prepared.request.schedule
+    return lines if "schedule" in call.fields else [*lines, f"schedule: {schedule} (of every model)"]
 
 
 def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:

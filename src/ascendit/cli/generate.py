@@ -88,6 +88,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     Everything else gets the model's defaults.
 
     ascendit generate --demo "a red circle moves right on a black background"
+
+    More flags: --solver, --shift, --timesteps, --fps, --defaults, --text-on, --max-memory; see docs/cli.md.
     """
     _check_length(ctx, params)
     from ascendit.cli.generate_options import read_call

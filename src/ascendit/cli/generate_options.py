@@ -6,9 +6,7 @@ Precedence: flags > --set > environment > --config (`merge`).
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,10 +19,10 @@ from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
-from ascendit.pipeline.options import VARIABLES, LoadOptions
+from ascendit.pipeline.options import FLAGS, VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.report import shell_line
-from ascendit.validation import bad_value, non_optional
+from ascendit.validation import bad_value, non_optional, read_settings
 
 KEYS: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
@@ -35,6 +33,21 @@ KEYS: dict[str, Any] = {
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
+MEANINGS = {
+    "prompt": "The text of the video.",
+    "width": "Width in pixels.",
+    "height": "Height in pixels.",
+    "timesteps": "Positions of the steps before the shift; replaces num_inference_steps.",
+    "guidance_scale": "Guidance of the only or the high-noise expert; at most 1: none.",
+    "guidance_scale_2": "Guidance of the low-noise expert; default: the model's, or guidance_scale if set.",
+    "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
+    "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
+    "max_sequence_length": "Tokens of the prompt, at most 512.",
+    "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
+    "seconds": "Length in seconds, instead of num_frames. Command line only.",
+}
+"""Key -> its meaning, for keys that differ from a flag or have none."""
+
 # A key removes these keys from sources of lower precedence.
 _REPLACES = {
     "preset": tuple(next(iter(PRESETS.values())).fields) + ("guidance_scale_2",),
@@ -44,7 +57,15 @@ _REPLACES = {
     "seconds": ("num_frames",),
     "num_frames": ("seconds",),
 }
-
+_FLAGS = FLAGS | {
+    "num_inference_steps": "--steps",
+    "num_frames": "--frames",
+    "flow_shift": "--shift",
+    "negative_prompt": "--negative",
+}
+"""Key -> its flag, if that has another name."""
+SHOWN_KEYS = 6
+"""Keys in the error of an unknown one."""
 
 OTHER_NAMES = {
     "num_inference_steps": "steps sample_steps infer_steps",
@@ -204,8 +225,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises UsageError: E-USE-02 for a missing or unreadable file, E-USE-01 for bad syntax, keys or values.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        data = read_settings(path, "json" if path.suffix.lower() == ".json" else "toml")
     except OSError as e:
         got, needs = f"--config {path}: {e.strerror}", "a TOML file, or the .json beside a video"
         raise UsageError(got, needs=needs, fix="correct the path", code="E-USE-02") from e
@@ -241,8 +261,9 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
     if unknown := sorted(set(layer) - set(KEYS)):
         close = [key for key, others in OTHER_NAMES.items() if unknown[0] in others.split()]
         close = close or get_close_matches(unknown[0], KEYS, n=1)
-        fix = f"did you mean {close[0]}?" if close else "see ascendit generate --help"
-        needs = f"one of {', '.join(sorted(KEYS))}"
+        fix = f"did you mean {close[0]}?" if close else "ascendit generate --help; all keys: docs/cli.md"
+        near = get_close_matches(unknown[0], KEYS, n=SHOWN_KEYS, cutoff=0) if close else KEYS
+        needs = f"a key of --set, as {', '.join([*dict.fromkeys([*close, *near])][:SHOWN_KEYS])}, .."
         raise UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
     return {key: _typed(key, value, source) for key, value in layer.items()}
 
@@ -263,4 +284,5 @@ def _typed(key: str, value: Any, source: str) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
     except ValidationError:
-        raise bad_value(key, value, hint, source) from None
+        flag = _FLAGS.get(key, f"--{key.replace('_', '-')}") if source == "flags" else ""
+        raise bad_value(key, value, hint, source, flag) from None

@@ -21,11 +21,15 @@ def inspect(
         bool, flag("--check", "Read the files and compare them with their recorded sizes and sha256.")
     ] = False,
     other: Annotated[
-        str | None, flag("--diff OTHER", "Show the differences between PATH and OTHER; exit code 1 if any.")
+        str | None,
+        flag("--diff OTHER", "Show the differences between PATH and OTHER; exit code 1 if any."),
     ] = None,
     values: Annotated[
         bool,
-        flag("--values", "With --diff: decode both and compare the numbers: SQNR of every layer."),
+        flag(
+            "--values",
+            "With --diff: decode both and compare the numbers: SQNR of every layer; the exit code is theirs.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -54,7 +54,9 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL)]
 Target = Annotated[Path, flag("-o, --output DST", "Folder to create.")]
 Engine = Annotated[str | None, flag("--for ENGINE", "Write the files for vllm-omni, sglang or mindie.")]
 Copy = Annotated[bool, flag("--copy", "Copy the other components instead of linking them.")]
-Resume = Annotated[bool, flag("--resume", "Continue an interrupted run of the same command.")]
+Resume = Annotated[
+    bool, flag("--resume", "Continue an interrupted run of the same command; a shard is checked by its size.")
+]
 DryRun = Annotated[bool, flag("--dry-run", "Show the plan; write nothing.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = command.main(args, "ascendit", standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
-        return report_error(error, output)
+        return report_error(error, output, args)
     if code == 130:  # typer's exit code after Ctrl-C
         return report_error(KeyboardInterrupt(), output)
     return code or 0
@@ -139,14 +141,14 @@ def common_flags(args: list[str]) -> tuple[list[str], Output]:
     return flags + remaining, output
 
 
-def report_error(error: BaseException, output: Output) -> int:
-    """Print the error and return its exit code."""
+def report_error(error: BaseException, output: Output, args: Sequence[str] = ()) -> int:
+    """Print the error and return its exit code. `args`: the command line."""
     from ascendit.cli.interruptions import cancelled
 
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         error = cancelled()
     elif hasattr(error, "format_message"):  # a usage error of typer; its class differs between versions
-        error = _usage(error)
+        error = _usage(error, args)
     elif is_out_of_memory(error):
         error = out_of_memory(error)
     elif isinstance(error, ImportError) and not (error.name or "").startswith("ascendit"):
@@ -164,10 +166,13 @@ def report_error(error: BaseException, output: Output) -> int:
     return report_internal_error(error, output)
 
 
-def _usage(error: Any) -> UsageError:
-    ctx = getattr(error, "ctx", None)
-    command = ctx.command_path if ctx else "ascendit"
-    usage = " ".join(ctx.get_usage().removeprefix("Usage: ").split()) if ctx else "ascendit COMMAND"
+def _usage(error: Any, args: Sequence[str]) -> UsageError:
+    ctx = getattr(error, "ctx", None)  # None for a flag without its value
+    name = next((arg for arg in args if arg in COMMANDS), None)
+    command = ctx.command_path if ctx else f"ascendit {name}" if name else "ascendit"
+    usage = f"{command} [OPTIONS]" if name else "ascendit COMMAND"
+    if ctx:
+        usage = " ".join(ctx.get_usage().removeprefix("Usage: ").split())
     return UsageError(error.format_message(), needs=usage, fix=f"{command} --help")
 
 

@@ -105,7 +105,7 @@ def import_torch_npu() -> Any:
         raise EnvironmentProblem(
             "device npu: torch_npu is not installed",
             needs="torch_npu of the same minor version as torch, and CANN",
-            fix='pip install "ascendit[npu]"; or --device twin:a5, which runs the same calls without a card',
+            fix='pip install ".[npu]" in a clone of ascendit; or --device twin:a5, with the same calls',
             code="E-ENV-03",
         ) from e
     except (ImportError, OSError, RuntimeError) as e:

@@ -33,6 +33,7 @@ from ascendit.doctor.probe import (
 )
 from ascendit.native.build import cache_folder, native, temporary_folder
 from ascendit.native.cache import CacheError, open_folder
+from ascendit.report import counted
 from ascendit.version import installed
 
 PYTHON = "3.11"
@@ -141,7 +142,9 @@ def _torch_imports() -> list[ProbeRow]:
     answer = _torch()
     if "error" in answer:
         return [failed_row(row, answer, fix="pip install --force-reinstall torch")]
-    row = replace(row, detected=f"works, {answer['threads']} threads, CPU kernels {answer['capability']}")
+    row = replace(
+        row, detected=f"works, {counted(answer['threads'], 'thread')}, CPU kernels {answer['capability']}"
+    )
     if find_spec("torch_npu") is None:
         return [row]
     with_plugins = run_child("import json, torch; print(json.dumps({}))", plugins=True)
@@ -214,7 +217,7 @@ def _threads() -> list[ProbeRow]:
     if "error" in answer:
         return [failed_row(row, answer, fix="ascendit doctor --json")]
     runtimes = ", ".join(answer["runtimes"]) or "unknown"
-    detected = f"{answer['threads']} threads on {set_variables()}; OpenMP: {runtimes}"
+    detected = f"{counted(answer['threads'], 'thread')} on {set_variables()}; OpenMP: {runtimes}"
     return [replace(row, detected=detected, data=answer)]
 
 

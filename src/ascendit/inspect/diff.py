@@ -30,7 +30,7 @@ LAYER_KINDS = ("scheme", "smoothing", "attention")
 MAX_LINES = 12  # printed per kind of difference; --json has all
 MAX_WIDTH = 100
 TITLE_WIDTH = 9
-NOT_COMPARED = "not compared: headers only (both need the sha256 of the same files in ascendit.json)"
+NOT_COMPARED = "not compared: no sha256 of the same files recorded on both sides"
 HASHES = {"same": "recorded hashes are equal", "different": "recorded hashes differ"}
 SAME_HEADERS = "same headers and configs, different sha256"
 
@@ -79,7 +79,7 @@ class Diff:
 
     def _hash_text(self) -> str:
         if self.hashes not in HASHES:
-            return self.hashes
+            return self.hashes + (" (see --values)" if self.values is None else "")
         read = self.a.files is not None and self.b.files is not None
         files = "not read (see --check and --values)" if not read else "not as recorded"
         return f"{HASHES[self.hashes]}; files {'read, they agree with them' if self.checked else files}"

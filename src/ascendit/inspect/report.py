@@ -119,7 +119,9 @@ class ModelReport:
         ]
         if self.defaults is not None:
             blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", _defaults(self.defaults))]
-        blocks += [("Checks", self._checks()), *(("Problem", [text]) for text in self.problem_texts())]
+        blocks.append(("Checks", self._checks()))
+        for text, problem in zip(self.problem_texts(), self.problems, strict=True):
+            blocks.append(("Problem", [text, f"try  {problem.fix}"]))
         return columns(titled(blocks), first_width=9)
 
     def problem_texts(self) -> list[str]:

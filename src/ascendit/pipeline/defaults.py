@@ -63,6 +63,8 @@ FAMILY_FIELDS = (
 )
 LABELS = {"solver": "solver", "flow_shift": "shift", "boundary_ratio": "boundary"}
 """Values of a folder that can differ from those of its row -> label."""
+ROW_VALUES = "steps, guidance, negative prompt, size, frames, fps"
+"""Values that only a row has, as text."""
 MULTISTEP_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 """Defaults of both multistep classes, for settings that the file omits."""
 
@@ -95,6 +97,8 @@ class Defaults:
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
     difference: str = ""
     """Where the folder's solver, shift or boundary differ from those of the row, and which are used."""
+    differing: tuple[str, ...] = ()
+    """The fields of `difference`."""
     last_frame: LastFrame = "refused"
 
     def shift_for(self, width: int, height: int) -> float:
@@ -151,7 +155,6 @@ def _of_row(spec: WanSpec, folder: Mapping[str, Any], source: Source) -> tuple[d
     values |= {"solver": "unipc", "flow_shift_by_size": spec.flow_shift_by_size}
     values["width"], values["height"] = spec.sizes[0]
     unlike = [name for name in LABELS if name in folder and folder[name] != values[name]]
-    theirs = ", ".join(f"{LABELS[name]} {_text(folder[name])}" for name in unlike)
     authors = ", ".join(f"{LABELS[name]} {_text(values[name])}" for name in unlike)
     if source == "folder":
         values |= folder
@@ -159,13 +162,14 @@ def _of_row(spec: WanSpec, folder: Mapping[str, Any], source: Source) -> tuple[d
             values["flow_shift_by_size"] = {}
         used = ", ".join(LABELS[name] for name in LABELS if name in folder) or "no value"
         note = f"{used}: the folder (--defaults folder)" + (f"; its authors: {authors}" if unlike else "")
-        return values, [f"everything else: {spec.name} (family.py)", note]
-    notes = [f"steps, shift, guidance, negative prompt, size, frames, fps: {spec.name} (family.py)"]
+        return values, [note, f"everything else: {spec.name} (family.py)"]
+    own = [label for name, label in LABELS.items() if values[name] is not None]
+    notes = [f"{', '.join(own)}, {ROW_VALUES}: {spec.name} (family.py)"]
     if unlike:
-        difference = f"the folder has {theirs}, the authors of {spec.name} {authors}"
-        values["difference"] = (
-            f"{difference}: the default is the authors', with --defaults folder the folder's"
-        )
+        theirs = ", ".join(_text(folder[name]) for name in unlike)
+        use = f"--defaults folder uses {'these' if len(unlike) > 1 else 'this'}"
+        values["difference"] = f"{authors} (authors of {spec.name}); the folder has {theirs}: {use}"
+        values["differing"] = tuple(unlike)
         notes.append(values["difference"])
     return values, notes
 

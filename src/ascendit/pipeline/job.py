@@ -10,7 +10,7 @@ torch is imported only when a pipeline is built.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
@@ -84,9 +84,10 @@ class Prepared:
         return geometry.num_tokens(geometry.patch_grid(self.latent_grid, patch_size))
 
 
-def prepare_model(options: LoadOptions) -> PreparedModel:
+def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> PreparedModel:
     """Read configs and headers, and check that the model can be loaded with `options` on this machine.
 
+    `chosen`: fields of the request that do not get the model's default, so no warning is about them.
     torch is imported only to look for a CUDA device or an NPU. Raises UsageError for options that do not fit
     the model or each other, CheckpointError for a damaged folder, EnvironmentProblem: E-CAP-01 for a scheme
     without a matmul on the chip, E-ENV-03 for a device that this machine does not have.
@@ -97,7 +98,7 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
-    if defaults.difference:
+    if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)
     shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
     dtype, vae_dtype = device.dtype_name(options.dtype), device.dtype_name(options.vae_dtype or "float32")
@@ -158,7 +159,7 @@ def prepare(
     replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
     `prepare_model`, `request.resolve` and `images.pictures_of`.
     """
-    model = prepare_model(options)
+    model = prepare_model(options, [name for name, value in fields.items() if value is not None])
     defaults = model.defaults
     if seconds is not None:
         fps = fields.get("fps") or defaults.fps
@@ -176,7 +177,7 @@ def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None 
 
     Raises the errors of `prepare_model` and `request.check`.
     """
-    model = prepare_model(options)
+    model = prepare_model(options, chosen=GenerateRequest.model_fields)
     request = kept.request if fps is None else GenerateRequest(**vars(kept.request) | {"fps": fps})
     check(request, model.defaults)
     return Prepared(model=model, request=request, latents=replace(kept, request=request))

@@ -18,6 +18,7 @@ import numpy as np
 
 from ascendit.errors import UsageError
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.validation import parse
 
 NAME, RECORD = "latents", "ascendit"
 SUFFIX = ".latents.safetensors"
@@ -65,7 +66,7 @@ def read_latents(file: Path) -> KeptLatents:
         raise UsageError(f"no file {file}", needs=f"a {SUFFIX} file", fix=fix, code="E-USE-02")
     try:
         with safe_open(file, framework="np") as opened:
-            record = json.loads((opened.metadata() or {})[RECORD])
+            record = parse((opened.metadata() or {})[RECORD], "json")
             latents = opened.get_tensor(NAME)
         request = GenerateRequest(**record["request"])
         source, loaded = record["source"], record["load"]

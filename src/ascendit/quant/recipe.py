@@ -29,7 +29,6 @@ none, against embedders, `time_proj` and `proj_out`. A pattern that matches no l
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +53,7 @@ from ascendit.quant.layer_rules import (
 from ascendit.quant.schemes import QUANTIZED
 from ascendit.quant.vllm_omni_config import is_omni_config, read_omni_config
 from ascendit.schedule import StepSchedule
-from ascendit.validation import Model, described, problem, usage_error
+from ascendit.validation import Model, described, problem, read_settings, usage_error
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -176,12 +175,12 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
     is_path = path.suffix == ".toml" or len(path.parts) > 1
     file = path if is_path else FOLDER / f"{name_or_path}.toml"
     try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
+        data = read_settings(file)
         recipe = Recipe.model_validate({"name": path.stem} | data, context=file)
         return recipe.model_copy(update={"rules": _filled(recipe, scheme, scale_rule)})
     except OSError as e:
         raise UsageError(
-            f"no recipe {name_or_path!r}",
+            f"no recipe {name_or_path!r}" + (f": {e.strerror}" if is_path else ""),
             needs=f"one of {', '.join(recipe_names())}, or the path of a TOML file",
             fix="check the spelling; the name of a recipe file ends in .toml",
             code="E-USE-02",

@@ -9,7 +9,6 @@ vLLM-Omni ignores it. Writing: `quantization_config_for`, for config.json of a t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Self
 
@@ -20,7 +19,7 @@ from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule, Name
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.schedule import Step, StepSchedule
-from ascendit.validation import Model, described, problem, usage_error
+from ascendit.validation import Model, described, parse, problem, usage_error
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
 _ALIASES = {"quant_method": "method", "modules_to_not_convert": "ignored_layers"}
@@ -89,7 +88,7 @@ def is_omni_config(text: str) -> bool:
 def read_omni_config(text: str) -> OmniConfig:
     """Parse the JSON. Raises UsageError (E-USE-01) if it is invalid."""
     try:
-        config = json.loads(text)
+        config = parse(text, "json")
         renamed = {_ALIASES[key]: value for key, value in config.items() if key in _ALIASES}
         return OmniConfig.model_validate(renamed | {k: v for k, v in config.items() if k not in _ALIASES})
     except ValueError as e:
