@@ -14,6 +14,7 @@ import pytest
 from hub_server import COMMIT_1, FILES, WEIGHTS, StandIn
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from ascendit.checkpoint.download_list import TOP_FILES, matching, part_files, weight_files
 from ascendit.checkpoint.hub import fetch
@@ -220,6 +221,24 @@ def resumed(cache: Path, server: StandIn) -> Path:
     part.parent.mkdir(parents=True)
     part.write_bytes(FILES[WEIGHTS][:5000])
     return fetch("ms:org/model", cache=cache, endpoint=server.endpoint)
+
+
+@pytest.mark.parametrize("range", [None, ""])
+def test_the_bar_shows_the_bytes_in_the_file(
+    range: str | None, tmp_path: Path, server: StandIn, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a connection that broke off, and where the server then starts from the beginning."""
+    shown: list[float] = []
+
+    def close(bar: Any) -> None:
+        if "safetensors" in bar.desc:
+            shown.append(bar.n / bar.total)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", False)
+    monkeypatch.setattr(tqdm, "close", close)
+    server.break_off_at, server.range = 5000, range
+    fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
+    assert waits and shown == [1.0]
 
 
 def test_a_server_that_ignores_the_range(tmp_path: Path, server: StandIn) -> None:

@@ -135,7 +135,7 @@ def get(url: str, *, limit: int, seconds: float) -> bytes:
 def download(url: str, file: IO[bytes], *, size: int, progress: Callable[[int], object]) -> None:
     """Append the bytes of `url` to `file`, from its end; from its start if the server cannot resume.
 
-    `size`: bytes of the complete file. `progress` gets the number of each piece's bytes. Raises OSError for
+    `size`: bytes of the complete file. `progress` gets the number of bytes that `file` has. Raises OSError for
     another length than `size`, or another range than requested.
     """
     start = file.seek(0, 2)
@@ -161,7 +161,7 @@ def download(url: str, file: IO[bytes], *, size: int, progress: Callable[[int], 
                 _restart(file)
                 raise OSError(f"the server sends more than the {size:,} bytes that it listed")
             file.write(data)
-            progress(len(data))
+            progress(start)
     if start < size:
         raise ConnectionResetError(f"the server sent {start:,} of {size:,} bytes")
 

@@ -192,7 +192,9 @@ def _download(url: str, target: Path, file: RemoteFile, model: str) -> None:
             f.truncate(0)
         with tqdm(total=file.size, desc=file.path[-40:], unit="B", unit_scale=True) as bar:  # type: ignore[no-untyped-call]
             try:
-                piece = partial(download.download, url, f, size=file.size, progress=bar.update)
+                piece = partial(
+                    download.download, url, f, size=file.size, progress=lambda n: bar.update(n - bar.n)
+                )
                 download.patiently(file.path, piece)
             except OSError as e:
                 raise OSError(f"{file.path}: {e}") from e
