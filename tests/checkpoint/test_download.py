@@ -14,7 +14,6 @@ import pytest
 from hub_server import COMMIT_1, FILES, WEIGHTS, StandIn
 from hypothesis import given
 from hypothesis import strategies as st
-from tqdm import tqdm
 
 from ascendit.checkpoint.download_list import TOP_FILES, matching, part_files, weight_files
 from ascendit.checkpoint.hub import fetch
@@ -235,7 +234,7 @@ def test_the_bar_shows_the_bytes_in_the_file(
             shown.append(bar.n / bar.total)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", False)
-    monkeypatch.setattr(tqdm, "close", close)
+    monkeypatch.setattr("tqdm.tqdm.close", close)
     server.break_off_at, server.range = 5000, range
     fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
     assert waits and shown == [1.0]

@@ -135,8 +135,8 @@ def get(url: str, *, limit: int, seconds: float) -> bytes:
 def download(url: str, file: IO[bytes], *, size: int, progress: Callable[[int], object]) -> None:
     """Append the bytes of `url` to `file`, from its end; from its start if the server cannot resume.
 
-    `size`: bytes of the complete file. `progress` gets the number of bytes that `file` has. Raises OSError for
-    another length than `size`, or another range than requested.
+    `size`: bytes of the complete file. `progress` gets the number of bytes that `file` has. Raises OSError
+    for another length than `size`, or another range than requested.
     """
     start = file.seek(0, 2)
     if start > size:
