@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -233,7 +234,8 @@ def test_the_bar_shows_the_bytes_in_the_file(
         if "safetensors" in bar.desc:
             shown.append(bar.n / bar.total)
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", False)
+    bars = importlib.import_module("huggingface_hub.utils.tqdm")
+    monkeypatch.setattr(bars, "are_progress_bars_disabled", lambda name=None: False)
     monkeypatch.setattr("tqdm.tqdm.close", close)
     server.break_off_at, server.range = 5000, range
     fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)

@@ -6,7 +6,6 @@ Does not import torch. Problems of HTTP are OSErrors (urllib's URLError and HTTP
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import http.client
 import logging
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from ascendit.checkpoint.sources import sha256_of
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.version import __version__
 
@@ -184,9 +184,7 @@ def _restart(file: IO[bytes]) -> int:
 
 def check_sha256(model: str, name: str, file: Path, sha256: str, *links: Path) -> None:
     """Remove a damaged file and the links to it. Raises EnvironmentProblem (E-HUB-01)."""
-    with open(file, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if digest != sha256:
+    if (digest := sha256_of(file)) != sha256:
         for path in (*links, file):
             path.unlink()
         problem = f"{name} was damaged during the download (sha256 {digest[:12]}..., not {sha256})"

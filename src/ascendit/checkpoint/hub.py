@@ -30,6 +30,7 @@ from ascendit.checkpoint.download_list import (
     single_file,
     weight_files,
 )
+from ascendit.checkpoint.trust import blob_hash
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 
 logger = logging.getLogger("ascendit")
@@ -156,8 +157,6 @@ def _first_line(error: BaseException) -> str:
 
 # ---- Hugging Face -------------------------------------------------------------------------------
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
 
 def _huggingface(
     model: str, repo: str, revision: str | None, cache: Path | None, endpoint: str | None, experts: bool
@@ -188,7 +187,7 @@ def _huggingface(
     for link in path.rglob("*"):
         # A large file is named by its sha256 in the cache, and the library compares only sizes. Two seconds
         # allow for file systems with coarse timestamps.
-        blob = link.resolve()
-        if _SHA256.fullmatch(blob.name) and blob.stat().st_mtime > begun - 2:
-            check_sha256(model, str(link.relative_to(path)), blob, blob.name, link)
+        digest, blob = blob_hash(link), link.resolve()
+        if len(digest) == 64 and blob.stat().st_mtime > begun - 2:
+            check_sha256(model, str(link.relative_to(path)), blob, digest, link)
     return path
