@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ import kill
 import pytest
 from stored import stored_tensors
 
-from ascendit.checkpoint.output_folder import Journal, Staging, link_or_copy
+from ascendit.checkpoint.output_folder import Journal, Staging
 from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
 from ascendit.errors import AscenditError, Cancelled, EnvironmentProblem, UsageError
@@ -129,76 +128,6 @@ def test_resume_with_other_options_is_refused_and_changes_nothing(tmp_path: Path
     assert "--resume" in e.fix
     assert kill.contents(folder) == before
     stage(tmp_path / "out", fingerprint="other", resume=True).publish()
-
-
-def plant(path: Path, kind: str, target: Path) -> None:
-    """Replace a path by another kind of file."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "nested":
-        path.write_text("[" * 100_000)
-    else:
-        path.symlink_to(target)
-
-
-@pytest.mark.parametrize(
-    "kind", ["file", "link", "pipe", "folder link", "complete file", "complete pipe", "root"]
-)
-def test_resume_removes_everything_that_is_not_complete(
-    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    output, other = killed_run(tmp_path / "out") / "out", tmp_path / "other"
-    other.mkdir()
-    (other / "f").write_text("x")
-    if kind == "file":
-        (output / "deep").mkdir()
-        (output / "deep" / "evil.txt").write_text("evil")
-    elif kind == "root":
-        plant(output, "link", other)
-    else:
-        name = "f" if kind.startswith("complete") else "deep"
-        target = other / "f" if kind in ("link", "complete file") else other
-        plant(output / name, "pipe" if "pipe" in kind else "link", target)
-    with caplog.at_level(logging.INFO, "ascendit"), stage(tmp_path / "out", resume=True) as staging:
-        left = kill.contents(staging.path)
-        assert left == ({} if kind.startswith("complete") or kind == "root" else {"f": b"x"})
-        if left:
-            staging.publish()
-            assert os.listdir(tmp_path / "out") == ["f"]
-    assert ("not complete" in caplog.text) == (kind != "root")
-    assert kill.contents(other) == {"f": b"x"}
-
-
-@pytest.mark.parametrize("name", ["journal.json", "journal.json.new"])
-@pytest.mark.parametrize("kind", ["pipe", "nested", "link"])
-def test_a_journal_of_another_kind_of_file_starts_over(tmp_path: Path, name: str, kind: str) -> None:
-    other = tmp_path / "other"
-    other.write_text("x")
-    plant(killed_run(tmp_path / "out") / name, kind, other)
-    with stage(tmp_path / "out", resume=True) as staging:
-        assert staging.journal.count == (name == "journal.json.new")
-        staging.journal.write()
-        staging.publish()
-    assert other.read_text() == "x" and sorted(os.listdir(tmp_path)) == ["other", "out"]
-
-
-def test_large_copies_of_a_killed_run_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "large").write_bytes(bytes(1 << 20))
-    (tmp_path / "vae" / "small").write_text("x")
-    times = []
-    for i in range(2):
-        with suppress(KeyboardInterrupt), stage(tmp_path / "out", resume=True) as staging:
-            link_or_copy(tmp_path / "vae", staging.path / "vae", copy=True, journal=staging.journal)
-            times.append((staging.path / "vae" / "large").stat().st_mtime_ns)
-            if i == 0:
-                raise KeyboardInterrupt
-            staging.publish()
-    assert times[0] == times[1]
-    assert kill.contents(tmp_path / "out" / "vae") == {"large": bytes(1 << 20), "small": b"x"}
 
 
 @pytest.mark.parametrize("damage", ["boot", "not json", "list", "entry"])
