@@ -9,6 +9,7 @@ import email.utils
 import http.client
 import logging
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 from ascendit.checkpoint.sources import sha256_of
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.report import human_bytes
 from ascendit.version import __version__
 
 log = logging.getLogger("ascendit")
@@ -189,6 +191,13 @@ def check_sha256(model: str, name: str, file: Path, sha256: str, *links: Path) -
             path.unlink()
         problem = f"{name} was damaged during the download (sha256 {digest[:12]}..., not {sha256})"
         raise download_error(model, problem, "run it again: only this file is downloaded again")
+
+
+def check_space(model: str, folder: Path, needed: int) -> None:
+    """Raise EnvironmentProblem (E-HUB-01) unless `needed` bytes to download fit on the disk of `folder`."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        got = f"{human_bytes(needed)} to download, {human_bytes(free)} free"
+        raise download_error(model, got, "free disk space, or choose a cache folder on another disk")
 
 
 def unknown_model(model: str, reason: str, fix: str) -> UsageError:

@@ -75,6 +75,19 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     ]
 
 
+def absent(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Patterns of `weight_files` that match no name; of a part without an index, one match is enough."""
+    names, patterns = list(names), list(patterns)
+    complete = {pattern.rpartition("/")[0] for pattern in patterns if matching(names, [pattern])}
+    alternatives = {f"{stem}.safetensors" for stem in _STEMS}
+
+    def needless(pattern: str) -> bool:
+        folder, _, name = pattern.rpartition("/")
+        return name in alternatives and folder in complete
+
+    return [pattern for pattern in patterns if not matching(names, [pattern]) and not needless(pattern)]
+
+
 def single_file(model: str, names: Iterable[str]) -> list[str]:
     """The only weight file at the top, for a repository whose weights have a name of their own.
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ascendit.checkpoint import download
 from ascendit.checkpoint.component import stays_inside
-from ascendit.checkpoint.download import check_sha256, download_error, unknown_model
+from ascendit.checkpoint.download import check_sha256, check_space, download_error, unknown_model
 from ascendit.checkpoint.download_list import TOP_FILES, matching, part_files, single_file, weight_files
 from ascendit.errors import AscenditError
 
@@ -165,10 +164,7 @@ def _fill(snapshot: Path, files: Mapping[str, RemoteFile], base: str, model: str
     def fetch(patterns: Iterable[str]) -> list[str]:
         names = matching(files, patterns)
         missing = [files[name] for name in names if not (part / name).is_file()]
-        needed = sum(file.size for file in missing)
-        if (free := shutil.disk_usage(part).free) < needed:
-            got = f"{needed / 2**30:.1f} GiB to download, {free / 2**30:.1f} GiB free"
-            raise download_error(model, got, "free disk space")
+        check_space(model, part, sum(file.size for file in missing))
         for file in missing:
             query = urlencode({"Revision": revision, "FilePath": file.path})
             _download(f"{base}?{query}", part / file.path, file, model)
