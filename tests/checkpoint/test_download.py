@@ -117,6 +117,24 @@ def test_only_files_that_are_read_are_downloaded(
 
 
 @on_both_hubs
+@pytest.mark.parametrize("files", [DIFFUSERS, CASCADE], ids=["diffusers", "cascade"])
+def test_the_experts_are_downloaded_by_a_later_call(
+    name: str, files: dict[str, bytes], tmp_path: Path, server: StandIn
+) -> None:
+    server.files = {**files, "README.md": b"# card"}
+    experts = {file for file in files if "transformer/" in file or "_noise_" in file}
+    experts = {file for file in experts if file.endswith(".safetensors")}
+    options: dict[str, Any] = {"cache": tmp_path, "endpoint": server.endpoint}
+    for _ in range(2):
+        folder = fetch(name, experts=False, **options)
+        assert downloaded(folder) == set(server.files) - experts
+    assert fetch(name, **options) == folder and downloaded(folder) == set(server.files)
+    assert fetch(name, experts=False, **options) == folder
+    sent = [request for request in server.requests if "GET" in request]
+    assert all(len([request for request in sent if file in request]) <= 1 for file in experts)
+
+
+@on_both_hubs
 def test_a_repository_of_many_models_is_refused_before_the_download(
     name: str, tmp_path: Path, server: StandIn
 ) -> None:

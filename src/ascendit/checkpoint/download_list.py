@@ -49,7 +49,7 @@ def weight_files(folder: Path, *, experts: bool = True) -> list[str]:
 
     Raises CheckpointError (E-CKP-06) for an index that is not a JSON object.
     """
-    parts = [part for part in _parts(folder) if experts or part not in EXPERTS]
+    parts = [part for part in _parts(folder) if experts or part not in (*EXPERTS, *_ORIGINAL)]
     if experts and not (folder / INDEX_FILE).is_file():
         parts.append("")
     patterns: list[str] = []

@@ -93,7 +93,7 @@ def fetch(
 
     `revision`: branch, tag or commit, which may also be part of `name`. `cache`: folder; default: the cache
     of `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server with the same API.
-    `experts`: False skips the transformers' weights (Hugging Face only; ModelScope downloads all files).
+    `experts`: False skips the transformers' weights; a later call downloads them into the same folder.
     Without network, a complete cached copy is used. Raises UsageError (E-HUB-01) for an unknown name or
     revision, EnvironmentProblem (E-HUB-01) for network errors, missing access and damaged downloads.
     """
@@ -108,7 +108,7 @@ def fetch(
             from ascendit.checkpoint.modelscope import ENDPOINT, download_model
 
             cache = cache or Path.home() / ".cache" / "ascendit" / "modelscope"
-            path = download_model(model, repo, revision or "master", cache, endpoint or ENDPOINT)
+            path = download_model(model, repo, revision or "master", cache, endpoint or ENDPOINT, experts)
     except AscenditError:
         raise
     except errors.GatedRepoError as e:
