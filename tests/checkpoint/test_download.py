@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -116,6 +117,24 @@ def test_only_files_that_are_read_are_downloaded(
 
 
 @on_both_hubs
+@pytest.mark.parametrize("files", [DIFFUSERS, CASCADE], ids=["diffusers", "cascade"])
+def test_the_experts_are_downloaded_by_a_later_call(
+    name: str, files: dict[str, bytes], tmp_path: Path, server: StandIn
+) -> None:
+    server.files = {**files, "README.md": b"# card"}
+    experts = {file for file in files if "transformer/" in file or "_noise_" in file}
+    experts = {file for file in experts if file.endswith(".safetensors")}
+    options: dict[str, Any] = {"cache": tmp_path, "endpoint": server.endpoint}
+    for _ in range(2):
+        folder = fetch(name, experts=False, **options)
+        assert downloaded(folder) == set(server.files) - experts
+    assert fetch(name, **options) == folder and downloaded(folder) == set(server.files)
+    assert fetch(name, experts=False, **options) == folder
+    sent = [request for request in server.requests if "GET" in request]
+    assert all(len([request for request in sent if file in request]) <= 1 for file in experts)
+
+
+@on_both_hubs
 def test_a_repository_of_many_models_is_refused_before_the_download(
     name: str, tmp_path: Path, server: StandIn
 ) -> None:
@@ -220,6 +239,25 @@ def resumed(cache: Path, server: StandIn) -> Path:
     part.parent.mkdir(parents=True)
     part.write_bytes(FILES[WEIGHTS][:5000])
     return fetch("ms:org/model", cache=cache, endpoint=server.endpoint)
+
+
+@pytest.mark.parametrize("range", [None, ""])
+def test_the_bar_shows_the_bytes_in_the_file(
+    range: str | None, tmp_path: Path, server: StandIn, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a connection that broke off, and where the server then starts from the beginning."""
+    shown: list[float] = []
+
+    def close(bar: Any) -> None:
+        if "safetensors" in bar.desc:
+            shown.append(bar.n / bar.total)
+
+    bars = importlib.import_module("huggingface_hub.utils.tqdm")
+    monkeypatch.setattr(bars, "are_progress_bars_disabled", lambda name=None: False)
+    monkeypatch.setattr("tqdm.tqdm.close", close)
+    server.break_off_at, server.range = 5000, range
+    fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
+    assert waits and shown == [1.0]
 
 
 def test_a_server_that_ignores_the_range(tmp_path: Path, server: StandIn) -> None:

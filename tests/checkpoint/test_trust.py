@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.component import EXPERTS, Part
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.reader import PICKLED, Shards, convert_command, read_header
 from ascendit.checkpoint.trust import OTHER_CODE, PART_CLASSES, Home
@@ -271,7 +272,7 @@ def test_a_home_contains_the_checkpoint_and_hub_blobs(tmp_path: Path) -> None:
     targets = {
         "inside": (root / "own.txt", True),
         "blob": (tmp_path / "models--a--b/blobs" / ("0a" * 32), True),
-        "other blob": (tmp_path / "models--c--d/blobs" / ("0a" * 20), True),
+        "other blob": (tmp_path / "models--c--d/blobs" / ("0a" * 20), False),
         "named like a blob": (tmp_path / "blobs" / ("0a" * 32), False),
         "beside": (tmp_path / "models--a--b/blobs/config.json", False),
         "above": (tmp_path / "models--a--b", False),
@@ -283,6 +284,23 @@ def test_a_home_contains_the_checkpoint_and_hub_blobs(tmp_path: Path) -> None:
         (root / f"chain {name}").symlink_to(name)
         (root / f"relative {name}").symlink_to(os.path.relpath(target, root))
         assert [home.contains(root / f"{p}{name}") for p in ("", "chain ", "relative ")] == [inside] * 3
+
+
+def test_a_linked_part_of_a_snapshot_has_its_blobs(tmp_path: Path, wan: Path) -> None:
+    """`quantize` and `repack` link the other parts of a model in a hub cache."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    shutil.copytree(wan, snapshot)
+    blob = tmp_path / "models--a--b" / "blobs" / ("0a" * 20)
+    blob.parent.mkdir()
+    for name in ("vae", "transformer"):
+        shutil.rmtree(wan / name)
+        (wan / name).symlink_to(snapshot / name)
+        file = snapshot / name / "config.json"
+        file.replace(blob)
+        file.symlink_to(blob)
+        part = Part(name, wan / name)
+        assert Home.of(wan, part).contains(wan / name / "config.json")
+        assert not Home.of(wan).contains(wan / name / "config.json")
 
 
 def test_a_link_to_another_disk_may_lead_to_weights_only(tmp_path: Path) -> None:

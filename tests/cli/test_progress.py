@@ -12,7 +12,6 @@ from ascendit.cli.progress import (
     LineView,
     ProgressView,
     progress_view,
-    show_bytes,
     show_seconds,
 )
 from ascendit.progress import Progress
@@ -56,7 +55,7 @@ def test_the_pace_restarts_with_each_stage():
 
 
 def test_stages_without_steps():
-    assert text_of(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412 MiB"
+    assert text_of(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412.0 MiB"
     assert text_of(Progress(stage="load", step=2, total=5)) == "load 2/5"
 
 
@@ -71,10 +70,6 @@ def test_the_view_knows_the_stage():
 )
 def test_clock(seconds, text):
     assert show_seconds(seconds) == text
-
-
-def test_memory():
-    assert (show_bytes(2**30), show_bytes(2**20 * 3)) == ("1.0 GiB", "3 MiB")
 
 
 def test_lines_every_tenth():
@@ -143,7 +138,7 @@ def test_lines_of_bytes_every_tenth():
         view(moved(i))
     lines = file.getvalue().splitlines()
     assert len(lines) == 11
-    assert lines[0] == "transformer  0 %  0 MiB of 20.0 GiB"
+    assert lines[0] == "transformer  0 %  0 B of 20.0 GiB"
     assert lines[1] == "transformer  10 %  2.0 GiB of 20.0 GiB  2.00 GiB/s  eta 0:09"
     assert lines[-1] == "transformer  100 %  20.0 GiB of 20.0 GiB  1.90 GiB/s"
 

@@ -181,6 +181,12 @@ def test_pipelines(tmp_path: Path) -> None:
     assert named(result, "dtype") == {"quant_conv.bias": ("fp32", "bf16")}
     assert named(result, "config")["flow_shift"] == (4.0, 5.0)
     assert named(result, "config")["expand_timesteps"] == (None, True)
+    vocabulary = tmp_path / "b" / "tokenizer" / "tokenizer.json"
+    vocabulary.write_bytes(vocabulary.read_bytes() + b"\n")
+    result = diff(tmp_path / "a", tmp_path / "b")
+    (before, after) = named(result, "file")["tokenizer.json"]
+    assert before != after and before.startswith("sha256 ")
+    assert any(f"tokenizer.json  {before} -> {after}" in line for line in result.lines())
     alone = diff(tmp_path / "a", tmp_path / "a" / "transformer")
     assert {c.name for c in alone.changes} == {"scheduler", "text_encoder", "tokenizer", "vae"}
     assert "  only in A  scheduler, text_encoder, tokenizer, vae   (4)" in alone.lines()

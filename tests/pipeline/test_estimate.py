@@ -12,7 +12,6 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ascendit.cli.main import main
-from ascendit.device import memory as device_memory
 from ascendit.model.linear import QuantLinear
 from ascendit.pipeline.condition import make_condition
 from ascendit.pipeline.estimate import Work, estimate_run, human_flops, size_warning, work_of
@@ -110,32 +109,7 @@ def test_where_the_text_encoder_is() -> None:
     assert (dropped.device, dropped.until) == ("cpu", "the prompt is encoded")
 
 
-# ---- free memory --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_of_a_container(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    group = tmp_path / ("memory" if version == 1 else "") / "docker" / "a"
-    group.mkdir(parents=True)
-    names = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        if version == 1
-        else ("memory.max", "memory.current")
-    )
-    (group / names[0]).write_text("1000000\n")
-    (group / names[1]).write_text("700000\n")
-    (group / "memory.stat").write_text(f"anon 1\n{'total_' if version == 1 else ''}inactive_file 200000\n")
-    (group.parent / names[0]).write_text("max\n")
-    (tmp_path / "cgroup").write_text("4:memory:/docker/a\n1:cpu:/x\n" if version == 1 else "0::/docker/a\n")
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4096 kB\n")
-    monkeypatch.setattr(device_memory, "CGROUPS", tmp_path)
-    monkeypatch.setattr(device_memory, "SELF_CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(device_memory, "MEMINFO", tmp_path / "meminfo")
-    assert device_memory.host_memory() == 500_000
-    monkeypatch.setattr(device_memory, "SELF_CGROUP", tmp_path / "none")
-    assert device_memory.host_memory() == 4096 * 1024
-    monkeypatch.setattr(device_memory, "MEMINFO", tmp_path / "none")
-    assert device_memory.host_memory() is None
+# ---- warnings ----------------------------------------------------------------------------------
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *args: str) -> str:

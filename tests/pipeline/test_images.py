@@ -21,7 +21,6 @@ from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline import images
 from ascendit.pipeline.images import (
     fitted_pictures,
-    image_of,
     name_image,
     open_image,
     pictures_of,
@@ -294,18 +293,17 @@ def test_a_request_with_pixels_is_json_and_names_them() -> None:
     (name, pixels), (last_name, last_pixels) = name_image(first), name_image(last)
     request = resolve(I2V, "a", image=name, last_image=last_name)
     request = GenerateRequest.from_json(request.to_json())
-    assert np.array_equal(image_of(request, pixels), first)
     pictures = pictures_of(request, pixels | last_pixels)
     assert np.array_equal(pictures["image"], first) and np.array_equal(pictures["last_image"], last)
-    assert image_of(resolve(TI2V, "a"), pixels) is None and pictures_of(resolve(TI2V, "a"), {}) == {}
+    assert pictures_of(resolve(TI2V, "a"), {}) == {}
     with pytest.raises(RequestError, match="no pixels for image") as error:
-        image_of(request, {})
+        pictures_of(request, {})
     assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
     with pytest.raises(RequestError, match="no pixels for image") as error:
         pictures_of(request, pixels)
     assert error.value.code == "E-REQ-04" and "--last-image FILE" in error.value.fix
     with pytest.raises(RequestError, match="other pixels for image") as error:
-        image_of(request, {str(name): first + 1})
+        pictures_of(request, {str(name): first + 1})
     assert error.value.code == "E-REQ-04"
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ascendit.errors import RequestError
 from ascendit.family import Solver
-from ascendit.pipeline.sigmas import SCHEDULES, Schedule, float32, linspace, make_schedule
+from ascendit.pipeline.sigmas import SCHEDULES, Schedule, float32, is_high_noise, linspace, make_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of DPMSolverMultistepScheduler
 SHIFTS = (*range(1, 13), *(1 + 11 * i / 17 for i in range(1, 17)), 2.5, math.pi)  # 30 from 1 to 12
@@ -204,3 +204,9 @@ def test_schedules_need_no_torch() -> None:
         "import sys, ascendit.pipeline.sigmas; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_boundary_itself_is_high_noise() -> None:
+    at = [is_high_noise(t, 0.875) for t in (1000.0, 875.0, 874.999, 0.0)]
+    assert at == [True, True, False, False]
+    assert is_high_noise(0.0, None)

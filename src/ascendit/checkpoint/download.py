@@ -6,10 +6,10 @@ Does not import torch. Problems of HTTP are OSErrors (urllib's URLError and HTTP
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import http.client
 import logging
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from ascendit.checkpoint.sources import sha256_of
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.report import human_bytes
 from ascendit.version import __version__
 
 log = logging.getLogger("ascendit")
@@ -135,8 +137,8 @@ def get(url: str, *, limit: int, seconds: float) -> bytes:
 def download(url: str, file: IO[bytes], *, size: int, progress: Callable[[int], object]) -> None:
     """Append the bytes of `url` to `file`, from its end; from its start if the server cannot resume.
 
-    `size`: bytes of the complete file. `progress` gets the number of each piece's bytes. Raises OSError for
-    another length than `size`, or another range than requested.
+    `size`: bytes of the complete file. `progress` gets the number of bytes that `file` has. Raises OSError
+    for another length than `size`, or another range than requested.
     """
     start = file.seek(0, 2)
     if start > size:
@@ -161,7 +163,7 @@ def download(url: str, file: IO[bytes], *, size: int, progress: Callable[[int], 
                 _restart(file)
                 raise OSError(f"the server sends more than the {size:,} bytes that it listed")
             file.write(data)
-            progress(len(data))
+            progress(start)
     if start < size:
         raise ConnectionResetError(f"the server sent {start:,} of {size:,} bytes")
 
@@ -184,13 +186,18 @@ def _restart(file: IO[bytes]) -> int:
 
 def check_sha256(model: str, name: str, file: Path, sha256: str, *links: Path) -> None:
     """Remove a damaged file and the links to it. Raises EnvironmentProblem (E-HUB-01)."""
-    with open(file, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if digest != sha256:
+    if (digest := sha256_of(file)) != sha256:
         for path in (*links, file):
             path.unlink()
         problem = f"{name} was damaged during the download (sha256 {digest[:12]}..., not {sha256})"
         raise download_error(model, problem, "run it again: only this file is downloaded again")
+
+
+def check_space(model: str, folder: Path, needed: int) -> None:
+    """Raise EnvironmentProblem (E-HUB-01) unless `needed` bytes to download fit on the disk of `folder`."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        got = f"{human_bytes(needed)} to download, {human_bytes(free)} free"
+        raise download_error(model, got, "free disk space, or choose a cache folder on another disk")
 
 
 def unknown_model(model: str, reason: str, fix: str) -> UsageError:

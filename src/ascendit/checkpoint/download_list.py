@@ -49,7 +49,7 @@ def weight_files(folder: Path, *, experts: bool = True) -> list[str]:
 
     Raises CheckpointError (E-CKP-06) for an index that is not a JSON object.
     """
-    parts = [part for part in _parts(folder) if experts or part not in EXPERTS]
+    parts = [part for part in _parts(folder) if experts or part not in (*EXPERTS, *_ORIGINAL)]
     if experts and not (folder / INDEX_FILE).is_file():
         parts.append("")
     patterns: list[str] = []
@@ -73,6 +73,19 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
         for name in names
         if any(fnmatchcase(name, p) for p in wanted) and not any(fnmatchcase(name, p) for p in unwanted)
     ]
+
+
+def absent(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Patterns of `weight_files` that match no name; of a part without an index, one match is enough."""
+    names, patterns = list(names), list(patterns)
+    complete = {pattern.rpartition("/")[0] for pattern in patterns if matching(names, [pattern])}
+    alternatives = {f"{stem}.safetensors" for stem in _STEMS}
+
+    def needless(pattern: str) -> bool:
+        folder, _, name = pattern.rpartition("/")
+        return name in alternatives and folder in complete
+
+    return [pattern for pattern in patterns if not matching(names, [pattern]) and not needless(pattern)]
 
 
 def single_file(model: str, names: Iterable[str]) -> list[str]:

@@ -15,21 +15,23 @@ import glob
 import logging
 import re
 import time
-import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ascendit.checkpoint.download import check_sha256, download_error, patiently, unknown_model
+from ascendit.checkpoint.download import check_sha256, check_space, download_error, patiently, unknown_model
 from ascendit.checkpoint.download_list import (
     NESTED,
     SKIPPED,
     TOP_FILES,
+    absent,
     matching,
     part_files,
     single_file,
     weight_files,
 )
+from ascendit.checkpoint.trust import blob_hash
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 
 logger = logging.getLogger("ascendit")
@@ -91,7 +93,7 @@ def fetch(
 
     `revision`: branch, tag or commit, which may also be part of `name`. `cache`: folder; default: the cache
     of `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server with the same API.
-    `experts`: False skips the transformers' weights (Hugging Face only; ModelScope downloads all files).
+    `experts`: False skips the transformers' weights; a later call downloads them into the same folder.
     Without network, a complete cached copy is used. Raises UsageError (E-HUB-01) for an unknown name or
     revision, EnvironmentProblem (E-HUB-01) for network errors, missing access and damaged downloads.
     """
@@ -106,7 +108,7 @@ def fetch(
             from ascendit.checkpoint.modelscope import ENDPOINT, download_model
 
             cache = cache or Path.home() / ".cache" / "ascendit" / "modelscope"
-            path = download_model(model, repo, revision or "master", cache, endpoint or ENDPOINT)
+            path = download_model(model, repo, revision or "master", cache, endpoint or ENDPOINT, experts)
     except AscenditError:
         raise
     except errors.GatedRepoError as e:
@@ -156,13 +158,12 @@ def _first_line(error: BaseException) -> str:
 
 # ---- Hugging Face -------------------------------------------------------------------------------
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
 
 def _huggingface(
     model: str, repo: str, revision: str | None, cache: Path | None, endpoint: str | None, experts: bool
 ) -> Path:
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
 
     begun = time.time()
     options: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint}
@@ -170,25 +171,38 @@ def _huggingface(
 
     def fetch(patterns: Sequence[str], revision: str | None) -> Path:
         options["allow_patterns"] = patterns
-        with warnings.catch_warnings():  # the library only warns, and fills the disk
-            warnings.filterwarnings("error", "Not enough free disk space")
-            return Path(patiently(model, lambda: snapshot_download(repo, revision=revision, **options)))
+        return Path(patiently(model, lambda: snapshot_download(repo, revision=revision, **options)))
+
+    def sizes() -> dict[str, int]:
+        api = HfApi(endpoint=endpoint)
+        tree = patiently(model, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
+        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
     path = fetch(TOP_FILES, revision)
     commit = path.name
     if parts := part_files(path):
         fetch(parts, commit)
     weights = weight_files(path, experts=experts)
+    if missing := absent(_files(path), weights):  # the library only warns about a full disk, and fills it
+        listed: dict[str, int] = {}
+        with suppress(Exception):  # without network, a complete copy is used; else `fetch` has the same error
+            listed = sizes()
+        check_space(model, path, sum(listed[name] for name in matching(listed, missing)))
     if weights:
         fetch(weights, commit)
-    files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    if experts and not matching(files, weights):
-        names = patiently(model, lambda: HfApi(endpoint=endpoint).list_repo_files(repo, revision=commit))
-        fetch([glob.escape(name) for name in single_file(model, names)], commit)
+    if experts and not matching(_files(path), weights):
+        listed = sizes()
+        names = single_file(model, listed)
+        check_space(model, path, sum(listed[name] for name in names))
+        fetch([glob.escape(name) for name in names], commit)
     for link in path.rglob("*"):
         # A large file is named by its sha256 in the cache, and the library compares only sizes. Two seconds
         # allow for file systems with coarse timestamps.
-        blob = link.resolve()
-        if _SHA256.fullmatch(blob.name) and blob.stat().st_mtime > begun - 2:
-            check_sha256(model, str(link.relative_to(path)), blob, blob.name, link)
+        digest, blob = blob_hash(link), link.resolve()
+        if len(digest) == 64 and blob.stat().st_mtime > begun - 2:
+            check_sha256(model, str(link.relative_to(path)), blob, digest, link)
     return path
+
+
+def _files(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]

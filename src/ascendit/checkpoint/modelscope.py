@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,13 +23,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ascendit.checkpoint import download
 from ascendit.checkpoint.component import stays_inside
-from ascendit.checkpoint.download import check_sha256, download_error, unknown_model
+from ascendit.checkpoint.download import check_sha256, check_space, download_error, unknown_model
 from ascendit.checkpoint.download_list import TOP_FILES, matching, part_files, single_file, weight_files
 from ascendit.errors import AscenditError
 
 logger = logging.getLogger("ascendit")
 
 ENDPOINT = "https://modelscope.cn"
+WITHOUT_EXPERTS = "without_experts"
+"""Folder of empty files: names of the snapshots that lack the transformers' weights."""
 MAX_LISTING = 50_000_000
 """Bytes. The listing of 10,000 files has 5 MB."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -71,17 +72,25 @@ class _Data(BaseModel):
     latest: Annotated[_Committer | None, Field(alias="LatestCommitter")] = None
 
 
-def download_model(model: str, repo: str, revision: str, cache: Path, endpoint: str) -> Path:
+def download_model(
+    model: str, repo: str, revision: str, cache: Path, endpoint: str, experts: bool = True
+) -> Path:
     """Download into `<revision>.part`, check each file, and rename the folder when it is complete.
 
-    `model`: its name in messages. Raises UsageError and EnvironmentProblem (E-HUB-01), OSError, and
-    CheckpointError (E-CKP-06) for configs that are not JSON.
+    `model`: its name in messages. `experts`: False skips the transformers' weights, and a file in
+    `without_experts` says so until a later call adds them. Raises UsageError and EnvironmentProblem
+    (E-HUB-01), OSError, and CheckpointError (E-CKP-06) for configs that are not JSON.
     """
     from filelock import FileLock
 
     home = Path(os.path.abspath(cache)) / f"models--{repo.replace('/', '--')}"
     snapshots, ref = home / "snapshots", home / "refs" / quote(revision, safe="")
-    if _COMMIT.fullmatch(revision) and (snapshots / revision).is_dir():
+
+    def cached(name: str) -> bool:
+        complete = not experts or not (home / WITHOUT_EXPERTS / name).exists()
+        return complete and bool(_COMMIT.fullmatch(name)) and (snapshots / name).is_dir()
+
+    if cached(revision):
         return snapshots / revision
     base = f"{endpoint.rstrip('/')}/api/v1/models/{repo}/repo"
     try:
@@ -89,17 +98,25 @@ def download_model(model: str, repo: str, revision: str, cache: Path, endpoint: 
     except AscenditError:  # the hub answers, and refuses
         raise
     except Exception as e:
-        cached = ref.read_text() if ref.is_file() else ""
-        if _COMMIT.fullmatch(cached) and (snapshots / cached).is_dir():
+        last = ref.read_text() if ref.is_file() else ""
+        if cached(last):
             logger.warning("%s: hub not reachable (%s); using the cached copy", model, e)
-            return snapshots / cached
+            return snapshots / last
         raise
     content = sorted((file.path, file.size, file.sha256 or file.revision) for file in files.values())
     snapshot = snapshots / (commit or hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40])
     snapshots.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"):
-        if not snapshot.is_dir():
-            _fill(snapshot, files, base, model, commit or revision)
+        if not cached(snapshot.name):
+            part = snapshot if snapshot.is_dir() else snapshot.with_name(snapshot.name + ".part")
+            _fill(part, files, base, model, commit or revision, experts)
+            mark = home / WITHOUT_EXPERTS / snapshot.name
+            if experts:
+                mark.unlink(missing_ok=True)
+            else:
+                mark.parent.mkdir(exist_ok=True)
+                mark.touch()
+            part.replace(snapshot)
         ref.parent.mkdir(exist_ok=True)
         new = ref.with_name(ref.name + ".part")
         new.write_text(snapshot.name)
@@ -157,18 +174,16 @@ def _check_distinct(model: str, files: Iterable[RemoteFile]) -> None:
 # ---- downloads ----------------------------------------------------------------------------------
 
 
-def _fill(snapshot: Path, files: Mapping[str, RemoteFile], base: str, model: str, revision: str) -> None:
-    """Download the files that ascendit reads into `<snapshot>.part`, and rename it."""
-    part = snapshot.with_name(snapshot.name + ".part")
+def _fill(
+    part: Path, files: Mapping[str, RemoteFile], base: str, model: str, revision: str, experts: bool
+) -> None:
+    """Download the files that ascendit reads into the folder `part`, unless they are in it."""
     part.mkdir(exist_ok=True)
 
     def fetch(patterns: Iterable[str]) -> list[str]:
         names = matching(files, patterns)
         missing = [files[name] for name in names if not (part / name).is_file()]
-        needed = sum(file.size for file in missing)
-        if (free := shutil.disk_usage(part).free) < needed:
-            got = f"{needed / 2**30:.1f} GiB to download, {free / 2**30:.1f} GiB free"
-            raise download_error(model, got, "free disk space")
+        check_space(model, part, sum(file.size for file in missing))
         for file in missing:
             query = urlencode({"Revision": revision, "FilePath": file.path})
             _download(f"{base}?{query}", part / file.path, file, model)
@@ -176,9 +191,8 @@ def _fill(snapshot: Path, files: Mapping[str, RemoteFile], base: str, model: str
 
     fetch(TOP_FILES)
     fetch(part_files(part))
-    if not fetch(weight_files(part)):
+    if not fetch(weight_files(part, experts=experts)) and experts:
         fetch([glob.escape(name) for name in single_file(model, files)])
-    os.replace(part, snapshot)
 
 
 def _download(url: str, target: Path, file: RemoteFile, model: str) -> None:
@@ -192,7 +206,9 @@ def _download(url: str, target: Path, file: RemoteFile, model: str) -> None:
             f.truncate(0)
         with tqdm(total=file.size, desc=file.path[-40:], unit="B", unit_scale=True) as bar:  # type: ignore[no-untyped-call]
             try:
-                piece = partial(download.download, url, f, size=file.size, progress=bar.update)
+                piece = partial(
+                    download.download, url, f, size=file.size, progress=lambda n: bar.update(n - bar.n)
+                )
                 download.patiently(file.path, piece)
             except OSError as e:
                 raise OSError(f"{file.path}: {e}") from e

@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from ascendit.checkpoint.component import check_regular
 from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
 from ascendit.checkpoint.sources import check_sources
 from ascendit.checkpoint.trust import Home
@@ -56,11 +57,12 @@ class Journal:
         A power failure may have lost bytes that were still in the page cache.
         """
         try:
+            check_regular(path)
             data = json.loads(path.read_bytes())
             journal = cls(path, root, str(data["fingerprint"]))
             journal._done = {name: CompleteFile(*entry) for name, entry in data["files"].items()}
             return journal if data["boot"] == _boot() else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (CheckpointError, OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     @property
@@ -69,9 +71,11 @@ class Journal:
         return len(self._done)
 
     def complete(self, file: Path) -> CompleteFile | None:
-        """The entry of `file`, if it exists and its size on disk matches."""
+        """The entry of `file`, if it is a regular file, not a link, and its size on disk matches."""
         done = self._done.get(os.path.relpath(file, self.root))
-        return done if done and file.is_file() and file.stat().st_size == done.nbytes else None
+        if done is None or file.is_symlink() or not file.is_file():
+            return None
+        return done if file.stat().st_size == done.nbytes else None
 
     def missing(self) -> list[str]:
         """The complete files that have been removed or have another size."""
@@ -88,10 +92,25 @@ class Journal:
             self.write()
             file.unlink(missing_ok=True)
 
+    def remove_others(self) -> None:
+        """Remove everything below `root` that is not a complete file. Raises OSError."""
+        removed = []
+        for parent, folders, files in os.walk(self.root, topdown=False):
+            for path in (Path(parent, name) for name in sorted(folders + files)):
+                if path.is_dir() and not path.is_symlink():
+                    with suppress(OSError):  # it has complete files
+                        path.rmdir()
+                elif self.complete(path) is None:
+                    path.unlink()
+                    removed.append(str(path.relative_to(self.root)))
+        if removed:
+            logger.info("removed from %s: %s, not complete", self.root, listed(removed))
+
     def write(self) -> None:
         """Replace the journal file. Raises OSError."""
         data = {"fingerprint": self.fingerprint, "boot": _boot(), "files": self._done}
         new = self.path.with_name(f"{self.path.name}.new")
+        new.unlink(missing_ok=True)  # a link would be followed
         new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         os.replace(new, self.path)
 
@@ -164,7 +183,10 @@ class Staging:
                     fix="run it without --resume, which starts from the beginning, or with the same options",
                 )
             logger.info("resuming %s: %d files are complete", self._folder, old.count)
+            if os.path.lexists(self.path) and (self.path.is_symlink() or not self.path.is_dir()):
+                self.path.unlink()
             self.path.mkdir(exist_ok=True)
+            old.remove_others()
             return old
         if JOURNAL in names:
             reason = (
@@ -173,7 +195,9 @@ class Staging:
                 else "the resume option would have continued it"
             )
             logger.info("removing %s, the output of a killed run: %s", self._folder, reason)
-        if self.path.exists():
+        if self.path.is_symlink() or self.path.is_file():
+            self.path.unlink()
+        elif self.path.exists():
             shutil.rmtree(self.path)
         journal = Journal(file, self.path, fingerprint)
         journal.write()
@@ -359,19 +383,23 @@ def _name_taken(folder: Path) -> UsageError:
 
 MAX_FILES = 100_000
 """Limit for one copied folder; only nested links exceed it."""
+_LARGE = 1 << 20  # bytes; smaller files are copied again
 
 
-def link_or_copy(src: Path, dst: Path, *, copy: bool, home: Home | None = None) -> None:
+def link_or_copy(
+    src: Path, dst: Path, *, copy: bool, home: Home | None = None, journal: Journal | None = None
+) -> None:
     """Make `dst` a link to the resolved path of the file or folder `src`, or a copy of it.
 
     A copy follows every link (hub caches link to their blobs), so it is self-contained; `home`: except links
-    that lead out of it, which are omitted. Complete files of a killed run are not copied again. Raises
+    that lead out of it, which are omitted. Complete files of a killed run are not copied again: `journal`
+    gets the large ones, as `Staging` removes other files of that run. Raises
     CheckpointError (E-CKP-03) for cyclic and dangling links and for anything but files and folders; OSError
     if `dst` cannot be written.
     """
     real = _real(src)
     if copy:
-        _copy(real, dst, (), [0], home)
+        _copy(real, dst, (), [0], home, journal)
         return
     if dst.is_symlink() or dst.is_file():
         dst.unlink()
@@ -381,7 +409,12 @@ def link_or_copy(src: Path, dst: Path, *, copy: bool, home: Home | None = None) 
 
 
 def _copy(
-    real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list[int], home: Home | None
+    real: Path,
+    dst: Path,
+    above: tuple[tuple[int, int], ...],
+    count: list[int],
+    home: Home | None,
+    journal: Journal | None,
 ) -> None:
     """`above`: device and inode of the parent folders."""
     state = real.stat()
@@ -393,6 +426,8 @@ def _copy(
     if stat.S_ISREG(state.st_mode):
         if not dst.is_file() or dst.stat().st_size != state.st_size:
             copy_file(real, dst)
+            if journal and state.st_size >= _LARGE:
+                journal.add(dst, state.st_size)
     elif not stat.S_ISDIR(state.st_mode):
         raise _bad_link(real, "neither a file nor a folder")
     elif (own := (state.st_dev, state.st_ino)) in above:
@@ -401,7 +436,7 @@ def _copy(
         dst.mkdir(exist_ok=True)
         for name in sorted(os.listdir(real)):
             if home is None or home.copies(real / name):
-                _copy(_real(real / name), dst / name, (*above, own), count, home)
+                _copy(_real(real / name), dst / name, (*above, own), count, home, journal)
 
 
 def _real(path: Path) -> Path:

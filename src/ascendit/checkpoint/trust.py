@@ -179,8 +179,26 @@ _WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
 
 # ---- links --------------------------------------------------------------------------------------
 
-_BLOB = re.compile(r"/models--[^/]+/blobs/[0-9a-f]{40,64}$")
-"""A file in a hub cache; the folders of snapshots consist of links to them."""
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""Names in the cache of Hugging Face: git's sha1 of a small file, the sha256 of a large one."""
+
+
+def blob_hash(path: Path) -> str:
+    """The hash that names a blob of a hub cache, after all links; "" for another file.
+
+    The folders of snapshots consist of links to blobs.
+    """
+    blob = Path(os.path.realpath(path))
+    return blob.name if blob.parent.name == "blobs" and _HASH.fullmatch(blob.name) else ""
+
+
+def _blobs_of(folder: Path) -> Path | None:
+    """The folder of the blobs of a snapshot, or of a part of it; None for a folder outside of hub caches."""
+    for snapshot in (folder, folder.parent):
+        home = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and home.name.startswith("models--"):
+            return home / "blobs"
+    return None
 
 
 @dataclass(frozen=True)
@@ -207,9 +225,11 @@ class Home:
         return cls(tuple(folders))
 
     def contains(self, path: Path) -> bool:
-        """Whether `path`, with all links resolved, is in the checkpoint or a blob of a hub cache."""
-        real = os.path.realpath(path)
-        return bool(_BLOB.search(real)) or any(Path(real).is_relative_to(folder) for folder in self.folders)
+        """Whether `path`, with all links resolved, is in the checkpoint or a blob of it in a hub cache."""
+        real = Path(os.path.realpath(path))
+        if blob_hash(real) and real.parent in map(_blobs_of, self.folders):
+            return True
+        return any(real.is_relative_to(folder) for folder in self.folders)
 
     def copies(self, path: Path) -> bool:
         """Whether an output may get a copy of `path`: links to other disks may lead to weights only."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.options import FLAGS
-from ascendit.pipeline.sigmas import TRAIN_STEPS
+from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.report import columns, human_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
     text = ", ".join(texts if len(texts) <= 12 else [*texts[:6], "..", *texts[-3:]])
     if request.boundary_ratio is None:
         return text
-    high = sum(t >= TRAIN_STEPS * request.boundary_ratio for t in timesteps)
+    high = sum(is_high_noise(t, request.boundary_ratio) for t in timesteps)
     return f"{text} ({high} high-noise, {len(timesteps) - high} low-noise)"
 
 

@@ -20,7 +20,7 @@ from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
 from ascendit.pipeline.options import FLAGS, VARIABLES, LoadOptions
-from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
 from ascendit.validation import bad_value, non_optional, read_settings
 
@@ -52,8 +52,7 @@ MEANINGS = {
 _REPLACES = {
     "preset": tuple(next(iter(PRESETS.values())).fields) + ("guidance_scale_2",),
     "guidance_scale": ("guidance_scale_2",),
-    "timesteps": ("num_inference_steps",),
-    "num_inference_steps": ("timesteps",),
+    **{name: (other,) for name, other in REPLACES.items()},
     "seconds": ("num_frames",),
     "num_frames": ("seconds",),
 }

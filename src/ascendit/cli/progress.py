@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ascendit.errors import escaped
 from ascendit.progress import Progress
+from ascendit.report import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +68,7 @@ class ProgressView:
             shown = f"{pace:.1f}" if pace >= 1 else f"{pace:.2g}"
             texts += [f"{shown} s/step", f"eta {show_seconds(replace(event, seconds=pace).eta or 0)}"]
         if event.memory_bytes:
-            texts.append(show_bytes(event.memory_bytes))
+            texts.append(human_bytes(event.memory_bytes))
         return "  ".join(texts)
 
 
@@ -118,7 +119,7 @@ class BarView(ProgressView):
 def _bytes(event: Progress) -> str:
     """`transformer_2  61 %  34.1 GiB of 56.2 GiB  2.81 GiB/s  eta 0:08`."""
     share = 100 * event.step // max(event.total, 1)
-    texts = [event.stage, f"{share} %", f"{show_bytes(event.step)} of {show_bytes(event.total)}"]
+    texts = [event.stage, f"{share} %", f"{human_bytes(event.step)} of {human_bytes(event.total)}"]
     if event.speed:
         texts.append(f"{event.speed / 2**30:.2f} GiB/s")
     if event.eta:
@@ -131,8 +132,3 @@ def show_seconds(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def show_bytes(size: int) -> str:
-    """Bytes as text: `38.2 GiB`; below one GiB, `412 MiB`."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout
-from ascendit.checkpoint.output_folder import link_or_copy
+from ascendit.checkpoint.output_folder import Journal, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.sources import record_folder, record_source
 from ascendit.checkpoint.trust import Home, outside_links
@@ -87,13 +87,13 @@ class OtherFiles:
         for name in self.files:
             record_source(self.layout.root / name)
 
-    def write(self, folder: Path) -> None:
-        """Link or copy everything into `folder`. Raises the errors of `link_or_copy`."""
+    def write(self, folder: Path, journal: Journal | None = None) -> None:
+        """Link or copy everything into `folder`; `journal` is its `Staging`'s. Raises as `link_or_copy`."""
         for name in self.names:
             part = self.layout.parts.get(name)
             home = Home.of(self.layout.root, part)
             copy = self.copy or name in self.files
-            link_or_copy(self.layout.root / name, folder / name, copy=copy, home=home)
+            link_or_copy(self.layout.root / name, folder / name, copy=copy, home=home, journal=journal)
 
 
 def require_inside(layout: Layout) -> None:

@@ -257,7 +257,7 @@ class QuantizeJob:
             for expert in self.experts:
                 self._write(expert, staging, meter, statistics)
             if self.others:
-                self.others.write(staging.path)
+                self.others.write(staging.path, staging.journal)
             staging.journal.remove(staging.path / STATISTICS)
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name, hash=self.hash)
             staging.publish()

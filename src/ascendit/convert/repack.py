@@ -132,7 +132,7 @@ def repack(
             advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
         if others:
-            others.write(staging.path)
+            others.write(staging.path, staging.journal)
         if check:
             report = _check(report, outputs, staging.path, on_progress)
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]

@@ -13,11 +13,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ascendit import environment
+from ascendit.device import cgroup
 
 log = logging.getLogger("ascendit")
 
@@ -27,7 +28,6 @@ waking a thread takes longer than most waits of a small model."""
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users choose how long threads spin, if at all."""
 COUNT = "OMP_NUM_THREADS"
-ROOT = Path("/")
 
 
 @dataclass(frozen=True)
@@ -85,37 +85,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_quota(root: Path = ROOT) -> float | None:
+def cpu_quota(root: Path | None = None) -> float | None:
     """The smallest CPU quota of the control groups of this process, in cores; None without one.
 
-    Reads versions 1 and 2. `root`: the folder with `proc` and `sys`.
+    `root`: the folder with `proc` and `sys`.
     """
     quotas = []
-    for limit, period in _limits(root):
+    for texts in cgroup.group_values("cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us"), ("cpu.max",), root):
+        limit, _, period = " ".join(texts).partition(" ")  # microseconds, of a period of microseconds
         if limit.isdigit() and period.isdigit() and int(limit) > 0 and int(period) > 0:
             quotas.append(int(limit) / int(period))
     return min(quotas, default=None)
-
-
-def _limits(root: Path) -> Iterator[tuple[str, str]]:
-    """(microseconds, of a period of microseconds) of each group and the groups that contain it."""
-    mounts = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = (*line.split(":", 2), "", "")[:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = mounts / controllers if controllers else mounts
-        own = base / group.strip("/")
-        for folder in (own, *own.parents):
-            limit, _, period = _read(folder / "cpu.max").partition(" ")
-            yield limit, period.strip()
-            yield _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
-            if folder == base:
-                break
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""

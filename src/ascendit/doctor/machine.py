@@ -20,6 +20,7 @@ from typing import Any
 import ascendit
 from ascendit.checkpoint.hub import DEMO
 from ascendit.device.cpu_threads import set_variables
+from ascendit.device.memory import host_memory, total_memory
 from ascendit.doctor import npu
 from ascendit.doctor.probe import (
     DoctorReport,
@@ -84,13 +85,9 @@ def _cpu() -> list[ProbeRow]:
 
 
 def _memory() -> list[ProbeRow]:
-    sizes = {
-        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read_text(Path("/proc/meminfo")), re.M)
-    }
-    total = sizes.get("MemTotal", 0) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = read_text(Path("/sys/fs/cgroup/memory.max")).strip()
-    total = min(total, int(limit)) if limit.isdigit() else total
-    free = min(sizes.get("MemAvailable", total), total)
+    total = total_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = host_memory()
+    free = total if free is None else min(free, total)
     detected, needed = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", f"{MEMORY_GIB:g} GiB for the demo"
     status: Status = "ok" if free >= MEMORY_GIB * GIB else "too little"
     return [ProbeRow("memory", detected, needed=needed, status=status, fix="close other programs")]

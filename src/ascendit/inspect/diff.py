@@ -1,8 +1,9 @@
 """Compare two checkpoints of any layout, by the Diffusers names of their tensors.
 
-Reads only headers and configs. Equal headers do not imply equal numbers: the sha256 in `ascendit.json` are
-compared if both checkpoints have them (`Diff.hashes`), but the files may have changed since. `check` reads
-the files and compares them with their record, `values` decodes both and compares the numbers.
+Reads only headers, configs and tokenizers. Equal headers do not imply equal numbers: the sha256 in
+`ascendit.json` are compared if both checkpoints have them (`Diff.hashes`), but the files may have changed
+since. `check` reads the files and compares them with their record, `values` decodes both and compares the
+numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ascendit.checkpoint.component import CONFIG_FILES, Part, check_regular
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.sources import sha256_of
 from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES
+from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport, PartReport
@@ -24,7 +29,7 @@ from ascendit.names import grouped, sort_names
 from ascendit.progress import OnProgress
 from ascendit.report import columns, counted, group_by, human_bytes, json_data, titled
 
-ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
+ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config", "file"]
 LAYER_KINDS = ("scheme", "smoothing", "attention")
 """Changes of these kinds name a layer, the others a tensor."""
 MAX_LINES = 12  # printed per kind of difference; --json has all
@@ -176,10 +181,28 @@ def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
             configs = [_without_versions(report.layout.parts[name].config) for report in (a, b)]
         yield from (Change(name, *pair) for pair in pairs)
         yield from (Change(name, "config", *pair) for pair in _differing(*configs))
+        files = [_tokenizer_files(report.layout.parts[name]) for report in (a, b)]
+        yield from (Change(name, "file", *pair) for pair in _differing(*files))
     if a.is_pipeline and b.is_pipeline:
         indices = [{k: v for k, v in r.layout.index.items() if not isinstance(v, list)} for r in (a, b)]
         for pair in _differing(*map(_without_versions, indices)):
             yield Change("model_index.json", "config", *pair)
+
+
+def _tokenizer_files(part: Part) -> dict[str, str]:
+    """The other files of a tokenizer, with the first digits of their sha256."""
+    if part.name != "tokenizer":
+        return {}
+    compared = CONFIG_FILES.get(part.name, ())  # by their values, in `part.config`
+    digests = {}
+    for name in (*TOKENIZER_FILES, *(name for name in TOKENIZER_CONFIGS if name not in compared)):
+        file = part.folder / name
+        try:
+            check_regular(file)
+            digests[file.name] = f"sha256 {sha256_of(file)[:12]}..."
+        except (CheckpointError, OSError):  # a problem in the report of its side
+            continue
+    return digests
 
 
 def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
@@ -302,14 +325,14 @@ def _line_key(change: Change) -> tuple[str, ...]:
     """Changes with an equal key share a line; the first item is the title."""
     if change.kind in ("tensor", "part"):
         return (f"only in {'A' if change.b is None else 'B'}",)
-    alone = (change.name,) if change.kind == "config" else ()
+    alone = (change.name,) if change.kind in ("config", "file") else ()
     return (change.kind, _text(change.a), _text(change.b), *alone)
 
 
 def _alike_text(changes: list[Change], result: Diff) -> str:
     first, names = changes[0], [c.name for c in changes]
     step = f"{_text(first.a)} -> {_text(first.b)}"
-    if first.kind == "config":
+    if first.kind in ("config", "file"):
         return f"{first.name}  {step}"
     text = ", ".join(names if first.kind == "part" else _grouped_names(first, names, result))
     count = f"   ({len(names)})" if len(names) > 1 else ""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ascendit.checkpoint.component import irregular, read_json, stays_inside
 from ascendit.checkpoint.layout import RECORD_FILE, Layout
 from ascendit.checkpoint.sources import FileState
+from ascendit.checkpoint.trust import blob_hash
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.names import listed
 from ascendit.progress import Advance, Meter, OnProgress
@@ -26,8 +27,6 @@ from ascendit.report import counted, json_data
 Status = Literal["ok", "same size", "differs", "missing", "not recorded"]
 MAX_FILES = 100_000
 _BLOCK = 1 << 22  # bytes
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""Names in the cache of Hugging Face: git's sha1 of a small file, the sha256 of a large one."""
 _NOT_RECORDED = (RECORD_FILE, "README.md")
 
 
@@ -155,8 +154,8 @@ def _expected(path: Path, sha256: str | None) -> tuple[str, str]:
     """(hash, record) of a file; empty if there is none."""
     if sha256 is not None:
         return sha256, RECORD_FILE
-    blob = Path(os.path.realpath(path))
-    return (blob.name, "hub") if blob.parent.name == "blobs" and _HASH.fullmatch(blob.name) else ("", "")
+    digest = blob_hash(path)
+    return digest, "hub" if digest else ""
 
 
 def _compare(

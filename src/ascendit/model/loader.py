@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -20,10 +19,10 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.layer_format import check_positive
-from ascendit.checkpoint.reader import RowReader, ShardSpec, common_dtype
+from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.transformer import Expert, model_config
-from ascendit.checkpoint.writer import TensorSpec
 from ascendit.model.linear import QuantLinear
+from ascendit.model.quantize_on_load import stored_dtype
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
@@ -69,8 +68,8 @@ def load_expert(
         plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # already read
         steps = cut_steps(plan, expert, schemes, shards)
         layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in layers.items()}
-        unquantized = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
-        dtype = dtype or default_dtype(unquantized, device)
+        if dtype is None:
+            dtype = getattr(torch, stored_dtype(expert, applied)) if device == "cpu" else torch.bfloat16
         sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, float32=model.KEEP_FP32)
         run_steps(steps, reader, sink)
         if floats and applied:
@@ -81,13 +80,6 @@ def load_expert(
         expert.name, str(dtype)[6:], f" and {used} layers" if used else "", device, nbytes(model) / 2**30,
     )  # fmt: skip
     return model.eval()
-
-
-def default_dtype(specs: Iterable[TensorSpec], device: str) -> torch.dtype:
-    """On a CPU, the dtype of most bytes of `specs`; on other devices, bfloat16."""
-    name = common_dtype((spec.dtype, spec.nbytes) for spec in specs) if device == "cpu" else "bfloat16"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:

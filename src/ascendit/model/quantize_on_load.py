@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import stored_schedule
+from ascendit.checkpoint.reader import DTYPE_BITS, common_dtype
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError
@@ -106,3 +108,16 @@ def policy_for(
         policy.check_schemes(schemes_in(experts), floats=all(applied for _, applied in experts))
         log.info("step policy %s", policy)
     return policy
+
+
+def stored_dtype(expert: Expert, applied: AppliedRecipe | None) -> str:
+    """dtype of the denoiser on a CPU if none is chosen: that of most bytes of its unquantized tensors."""
+    smoothed = applied.smoothing if applied else expert.smoothed
+    others = {*smoothed, *(layer.name for layer in quantized_layers(expert, applied))}
+    sizes = []
+    for name, info in expert.tensors.items():
+        owner, _, role = name.rpartition(".")
+        if owner not in others and role != "weight_scale_inv":
+            dtype = applied.dtype(info) if applied else "BF16" if info.dtype == "F8_E4M3" else info.dtype
+            sizes.append((dtype, math.prod(info.shape) * DTYPE_BITS[dtype] // 8))
+    return common_dtype(sizes)

@@ -18,7 +18,7 @@ from ascendit.pipeline.job import Prepared
 from ascendit.pipeline.memory import Memory, memory_of
 from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.pipeline.sigmas import TRAIN_STEPS
+from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.report import human_bytes
 
 MAX_RATIO = 1.5
@@ -123,8 +123,7 @@ def work_of(prepared: Prepared) -> Work:
 
 def _high_noise(request: GenerateRequest) -> list[bool]:
     """Whether each step runs the first expert."""
-    boundary = TRAIN_STEPS * (request.boundary_ratio or 0)
-    return [t >= boundary for t in request.denoising_schedule.timesteps]
+    return [is_high_noise(t, request.boundary_ratio) for t in request.denoising_schedule.timesteps]
 
 
 def _clip_tokens(model: PreparedModel) -> int:

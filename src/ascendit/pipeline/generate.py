@@ -31,7 +31,7 @@ from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import Frames, check_visible, to_uint8
 from ascendit.pipeline.images import fitted_pictures, name_image, open_image, size_source
 from ascendit.pipeline.request import GenerateRequest, check, resolve
-from ascendit.pipeline.sigmas import TRAIN_STEPS
+from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.pipeline.solver import make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
@@ -258,7 +258,6 @@ def denoise(
     solver = make_solver(request)
     timesteps = solver.schedule.timesteps
     steps = pipe.policy.resolve(len(timesteps))
-    boundary = TRAIN_STEPS * request.boundary_ratio if request.boundary_ratio is not None else None
     # for both experts before the loop, so that the switch costs nothing
     shared = share(pipe.experts, latents, condition, timesteps)
 
@@ -268,7 +267,7 @@ def denoise(
         start = time.perf_counter()
 
         # high noise: the first expert; low noise: the second, with its own guidance
-        high = boundary is None or t >= boundary
+        high = is_high_noise(t, request.boundary_ratio)
         name = "transformer" if high else "transformer_2"
         guidance = request.guidance_for(high=high)
         if not states or states[0].expert != name:

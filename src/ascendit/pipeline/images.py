@@ -66,11 +66,6 @@ def name_image(image: Any) -> tuple[str | None, dict[str, Any]]:
     return name, {name: picture}
 
 
-def image_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
-    """The first frame of `request` as a PIL image in RGB, or None. Raises the errors of `pictures_of`."""
-    return None if request.image is None else _picture("image", request.image, pixels)
-
-
 def pictures_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> dict[str, Any]:
     """Field -> PIL image in RGB, for the pictures that `request` names. `pixels`: images by name.
 

@@ -9,24 +9,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards, common_dtype
+from ascendit.checkpoint.part_tensors import EMBEDDINGS
+from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.device import Device
 from ascendit.device.limits import QuantizedLayer
 from ascendit.device.memory import host_memory
 from ascendit.device.prepared_bytes import prepared_bytes
-from ascendit.model.quantize_on_load import quantized_layers
+from ascendit.model.quantize_on_load import quantized_layers, stored_dtype
 from ascendit.names import FLOAT32_PARTS, expected_tensors
 from ascendit.pipeline.options import PreparedModel
 from ascendit.quant.fusion import first_in_group
 from ascendit.quant.schemes import SCHEMES
-from ascendit.weights.applied_recipe import AppliedRecipe
 
 BYTES = {torch_name: DTYPE_BITS[name] // 8 for name, torch_name in TORCH_DTYPES.items()}
 """torch dtype -> bytes of an element."""
 HOST = "cpu"
-TIED = ("shared.weight", "encoder.embed_tokens.weight")
-"""Two names of one tensor of UMT5."""
 FLOAT32_IN_FLOAT16 = ".DenseReluDense.wo."
 """Layers that transformers keeps in float32 in a float16 model."""
 
@@ -115,25 +113,12 @@ def _free_bytes(name: str, device: Device) -> int | None:
 
 def library_bytes(shards: Shards, dtype: str) -> int:
     """Bytes of a VAE or encoder that its library loads in `dtype`."""
-    tied = all(name in shards.tensors for name in TIED)
+    tied = all(name in shards.tensors for name in EMBEDDINGS)
     return sum(
         math.prod(info.shape) * (4 if dtype == "float16" and FLOAT32_IN_FLOAT16 in name else BYTES[dtype])
         for name, info in shards.tensors.items()
-        if not (tied and name == TIED[1])
+        if not (tied and name == EMBEDDINGS[1])
     )
-
-
-def stored_dtype(expert: Expert, applied: AppliedRecipe | None) -> str:
-    """dtype of the denoiser on a CPU if none is chosen: that of most bytes of its unquantized tensors."""
-    smoothed = applied.smoothing if applied else expert.smoothed
-    others = {*smoothed, *(layer.name for layer in quantized_layers(expert, applied))}
-    sizes = []
-    for name, info in expert.tensors.items():
-        owner, _, role = name.rpartition(".")
-        if owner not in others and role != "weight_scale_inv":
-            dtype = applied.dtype(info) if applied else "BF16" if info.dtype == "F8_E4M3" else info.dtype
-            sizes.append((dtype, math.prod(info.shape) * DTYPE_BITS[dtype] // 8))
-    return common_dtype(sizes)
 
 
 def expert_bytes(

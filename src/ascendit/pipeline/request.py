@@ -231,10 +231,13 @@ def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:
     return preset.fields
 
 
+REPLACES = {"num_inference_steps": "timesteps", "timesteps": "num_inference_steps"}
+"""Field -> the one that it replaces: both are the steps of a run."""
+
+
 def override(base: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `fields`, and without its values that those make invalid."""
-    replaced = {"num_inference_steps": "timesteps", "timesteps": "num_inference_steps"}
-    dropped = {replaced.get(name) for name in fields}
+    dropped = {REPLACES.get(name) for name in fields}
     return {name: value for name, value in base.items() if name not in dropped} | dict(fields)
 
 

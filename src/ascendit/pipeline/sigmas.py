@@ -22,6 +22,11 @@ MARGIN = 1e-6
 """UniPC lowers a first noise level of 1 by this much, as Diffusers does: log(1 - sigma) has to be finite."""
 
 
+def is_high_noise(t: float, boundary_ratio: float | None) -> bool:
+    """Whether the first expert runs at timestep `t`; always without a boundary, which models of one lack."""
+    return boundary_ratio is None or t >= TRAIN_STEPS * boundary_ratio
+
+
 @dataclass(frozen=True)
 class Schedule:
     """`timesteps` [n], the inputs of the model; `sigmas` [n + 1], the last is 0."""
