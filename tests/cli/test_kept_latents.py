@@ -133,6 +133,47 @@ def test_latents_go_to_the_temporary_folder_if_the_output_cannot_be_written(
     assert kept.is_file() and kept.parent != folder / "full" and read_latents(kept).request.prompt == "a cat"
 
 
+def test_latents_that_cannot_be_kept_name_the_disk_and_the_video(
+    call: list[str], folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.latents.safetensors").mkdir()
+    before = run(*call, "-o", "a.mp4", "--keep-latents", "--overwrite", "--json")
+    assert before.code == 2 and before.json["error"]["code"] == "E-USE-03" and not (folder / "a.mp4").exists()
+    assert "mv a.latents.safetensors" in before.json["error"]["try"]
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    real = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda p, d: full(p, d) if "latents" in p.name else real(p, d))
+    after = run(*call, "-o", "b.mp4", "--keep-latents", "--json")
+    assert after.code == 3 and after.json["error"]["code"] == "E-ENV-04" and (folder / "b.mp4").exists()
+    assert "the video is in b.mp4" in after.json["error"]["got"]
+
+
+@pytest.mark.parametrize(("letters", "flags"), [(251, []), (235, ["--keep-latents"])])
+def test_a_name_that_is_too_long_is_refused_before_the_run(
+    call: list[str], folder: Path, run: Run, letters: int, flags: list[str]
+) -> None:
+    done = run(*call, "-o", f"new/{'c' * letters}.mp4", *flags, "--dry-run", "--json")
+    assert done.code == 3 and done.json["error"]["code"] == "E-ENV-02"
+    assert "a shorter name" in done.json["error"]["needs"] and names(folder) == set()
+
+
+def test_latents_get_a_short_name_if_that_of_the_video_is_long(
+    call: list[str], folder: Path, run: Run, black: None
+) -> None:
+    error = run(*call, "-o", f"{'c' * 240}.mp4", "--json").json["error"]
+    assert error["code"] == "E-OUT-02" and names(folder) == {"video.latents.safetensors"}
+
+
+def test_the_command_in_an_error_is_safe_to_paste(
+    call: list[str], folder: Path, run: Run, black: None
+) -> None:
+    error = run(*call, "-o", "a\x1bb.mp4", "--json").json["error"]
+    assert r"-o $'a\x1bb.mp4'" in error["try"]
+
+
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_stops_the_decoder_between_frames(
     call: list[str], folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, presses: int

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.kept_latents import check_latents_file, latents_file, latents_kept_on_failure, save_latents
+from ascendit.cli.kept_latents import check_latents_file, keep_latents, latents_kept_on_failure
 from ascendit.cli.output import Output, log_warnings, quiet_libraries
 from ascendit.errors import Cancelled, UsageError
 from ascendit.family import PRESETS
@@ -121,7 +121,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
         with out.work():
             path = _save(video, output, metadata=call.metadata, overwrite=params["overwrite"])
     if params["keep_latents"]:
-        save_latents(video.latents, prepared, latents_file(Path(output)))
+        with out.work():
+            keep_latents(video.latents, prepared, Path(output))
     _print_result(prepared, out, video, path, time.perf_counter() - start, warnings)
 
 

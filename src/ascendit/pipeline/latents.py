@@ -47,13 +47,18 @@ class KeptLatents:
 
         data = save({NAME: np.ascontiguousarray(self.latents)}, {RECORD: json.dumps(self.record)})
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.new")
+        new = new_file(file)
         try:
             new.write_bytes(data)
             new.replace(file)
         finally:
             new.unlink(missing_ok=True)
         return file
+
+
+def new_file(file: Path) -> Path:
+    """The name of a file of latents until it is complete."""
+    return file.with_name(f".{file.name}.new")
 
 
 def read_latents(file: Path) -> KeptLatents:
