@@ -26,10 +26,10 @@ from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
 from ascendit.pipeline.fit import describe_fit
-from ascendit.pipeline.images import FIELDS, pictures_of, size_source
+from ascendit.pipeline.images import FIELDS, Pictures, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, check, resolve
+from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 
@@ -158,17 +158,18 @@ def prepare(
     replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
     `prepare_model`, `request.resolve` and `images.pictures_of`.
     """
+    check_names(fields)
     model = prepare_model(options)
     defaults = model.defaults
     if seconds is not None:
         fps = fields.get("fps") or defaults.fps
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
-    picture = size_source(defaults, fields, pixels or {})
+    pictures = Pictures.of(pixels or {})
+    picture = size_source(defaults, fields, pictures)
     request = resolve(defaults, prompt, picture=picture, **fields)
     model.schedule.check_steps(request.num_inference_steps)
-    pictures = pictures_of(request, pixels or {})
-    opened = {getattr(request, name): picture for name, picture in pictures.items()}
-    return Prepared(model=model, request=request, pixels=opened)
+    pictures_of(request, pictures)
+    return Prepared(model=model, request=request, pixels=pictures)
 
 
 def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None = None) -> Prepared:
