@@ -23,7 +23,7 @@ class Stop(Protocol):
 def stop_if(cancel: Stop | None) -> None:
     """Raise Cancelled (E-CAN-01) if the caller has cancelled the run."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled("cancelled", needs="no cleanup: no file was written", fix="run the command again")
+        raise Cancelled("cancelled", needs="nothing: no file was written", fix="run it again")
 
 
 class Exclusive:

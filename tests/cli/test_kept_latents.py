@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,59 @@ def test_latents_of_another_request_and_other_files_are_refused(
     latents = [] if args[0] == "--latents" else ["--latents", "b.latents.safetensors"]
     done = run("generate", *latents, *args, "-o", "c.mp4", "--json")
     assert done.code == 2 and done.json["error"]["code"] == code and text in done.json["error"]["got"]
+
+
+def test_a_dry_run_of_latents_plans_the_vae_alone(call: list[str], folder: Path, run: Run) -> None:
+    run(*call, "-o", "b.png", "--keep-latents")
+    plan = ["generate", "--latents", "b.latents.safetensors", "-o", "c/", "--dry-run"]
+    data = run(*plan, "--json").json
+    assert data["latents"] == "b.latents.safetensors" and data["work"]["flops"] == 0
+    assert list(data["memory"]["parts"]) == ["vae"]
+    text = run(*plan).out
+    assert "latents    b.latents.safetensors" in text and "FLOP" not in text and "text_encoder" not in text
+
+
+def test_a_video_from_latents_has_the_record_of_the_run(call: list[str], folder: Path, run: Run) -> None:
+    run(*call, "--set", "dtype=float32", "-o", "b.png", "--keep-latents")
+    kept = read_latents(folder / "b.latents.safetensors")
+    assert kept.versions == json.loads((folder / "b.json").read_text())["versions"]
+    replace(kept, versions={"torch": "0"}).save(folder / "old.latents.safetensors")
+    again = [
+        "generate",
+        "--latents",
+        "old.latents.safetensors",
+        "--set",
+        "dtype=bfloat16",
+        "-o",
+        "c/",
+        "--json",
+    ]
+    data = run(*again).json
+    assert data["load"]["dtype"] == "float32" and data["versions"] == {"torch": "0"}
+    assert data["decoded"]["load"]["dtype"] == "bfloat16" and "torch" in data["decoded"]["versions"]
+    assert "dtype=float32" in data["replay"] or "--dtype float32" in data["replay"]
+
+
+def test_latents_of_another_shape_or_model_are_refused_before_loading(
+    call: list[str], folder: Path, run: Run, tiny_t2v_single: Path
+) -> None:
+    run(*call, "-o", "b.png", "--keep-latents")
+    kept = read_latents(folder / "b.latents.safetensors")
+    replace(kept, latents=kept.latents[:, :8]).save(folder / "8.latents.safetensors")
+    error = run("generate", "--latents", "8.latents.safetensors", "--dry-run", "--json").json["error"]
+    assert error["code"] == "E-USE-01" and "[1, 8, 3, 4, 4]" in error["got"]
+    other = ["generate", str(tiny_t2v_single), "a cat", "--latents", "b.latents.safetensors"]
+    error = run(*other, "--dry-run", "--json").json["error"]
+    assert error["code"] == "E-USE-01" and f"latents of {call[1]}" in error["got"]
+
+
+def test_the_record_and_the_replay_line_keep_allow_flat_and_metadata(
+    call: list[str], folder: Path, run: Run, black: None
+) -> None:
+    run(*call, "-o", "a/", "--allow-flat")
+    assert json.loads((folder / "a.json").read_text())["allow_flat"] is True
+    again = run("generate", "--config", "a.json", "--set", "metadata=false", "-o", "b/", "--json")
+    assert again.code == 0 and "--allow-flat --set metadata=false" in again.json["replay"]
 
 
 def test_an_interrupted_decode_leaves_nothing_in_the_cache(tiny_t2v_cascade: Path) -> None:

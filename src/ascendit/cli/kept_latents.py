@@ -67,9 +67,12 @@ def keep_latents(latents: Any, prepared: Prepared, output: Path) -> None:
 def save_latents(latents: Any, prepared: Prepared, file: Path) -> Path:
     """Write the latents of a run, float32 [1, z, F, h, w]. Raises OSError."""
     from ascendit.pipeline.latents import KeptLatents
+    from ascendit.pipeline.video import installed_versions
 
-    options, request = prepared.model.options, prepared.request
-    kept = KeptLatents(latents=latents, request=request, source=options.model, loaded=options.record)
+    options, kept = prepared.model.options, prepared.latents
+    if kept is None:
+        run = {"source": options.model, "loaded": options.record, "versions": installed_versions()}
+        kept = KeptLatents(latents=latents, request=prepared.request, **run)
     return kept.save(file)
 
 
@@ -104,7 +107,7 @@ def latents_kept_on_failure(prepared: Prepared, output: str, out: Output) -> Ite
 
 def _with_latents(error: AscenditError, file: Path, command: list[str]) -> AscenditError:
     if error.code == "E-CAN-01":
-        error.needs = "no cleanup: no video was written"
+        error.needs = "nothing: no video was written"
         error.fix = shell_line(command)
     else:
         error.fix += f"; to decode again: {shell_line(command)}"

@@ -77,6 +77,8 @@ class Video:
     """The latents that were decoded, float32 [1, z, F, h, w], an array; not saved with the video."""
     warnings: tuple[str, ...] = ()
     """Faults that `allow_flat` accepted."""
+    decoded: Mapping[str, Any] = field(default_factory=dict)
+    """`load` and `versions` of the decoding, if it was not done by the run that made the latents."""
 
     def __post_init__(self) -> None:
         x = self.frames
@@ -110,6 +112,8 @@ class Video:
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
             "warnings": list(self.warnings),
+            "allow_flat": bool(self.warnings),
+            **({"decoded": dict(self.decoded)} if self.decoded else {}),
             "replay": self._replay(model) if r and model else None,
         }
 
