@@ -358,7 +358,12 @@ def test_pictures_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path, opened = tmp_path / "a.png", []
     scene().save(path)
     real = images.open_image
-    monkeypatch.setattr(images, "open_image", lambda image: opened.append(image) or real(image))
+
+    def counted(image: Any) -> Any:
+        opened.append(image)
+        return real(image)
+
+    monkeypatch.setattr(images, "open_image", counted)
     pictures = Pictures()
     assert size_source(I2V, {"image": str(path)}, pictures) == (40, 24)
     pictures_of(resolve(I2V, "a", image=str(path)), pictures)

@@ -71,8 +71,13 @@ def save_latents(latents: Any, prepared: Prepared, file: Path) -> Path:
 
     options, kept = prepared.model.options, prepared.latents
     if kept is None:
-        run = {"source": options.model, "loaded": options.record, "versions": installed_versions()}
-        kept = KeptLatents(latents=latents, request=prepared.request, **run)
+        kept = KeptLatents(
+            latents=latents,
+            request=prepared.request,
+            source=options.model,
+            loaded=options.record,
+            versions=installed_versions(),
+        )
     return kept.save(file)
 
 

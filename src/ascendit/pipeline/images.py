@@ -193,7 +193,7 @@ def _file(name: str) -> Path:
 @contextmanager
 def _refused(name: str, source: Any = None) -> Iterator[None]:
     """Convert every error of a decoder to UsageError (E-USE-04) that names the kind of file."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         yield
@@ -203,7 +203,7 @@ def _refused(name: str, source: Any = None) -> Iterator[None]:
         raise _too_large(f"{name}: {str(e).partition(',')[0]}") from e
     except Exception as e:  # the decoders raise errors of almost every class
         kind, fix = _kind_of(source)
-        unknown = "" if isinstance(e, Image.UnidentifiedImageError) else " ".join(str(e).split())
+        unknown = "" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())
         reason = kind or unknown or "its format is unknown"
         raise _no_image(f"{name} is not a readable image: {reason}", **({"fix": fix} if fix else {})) from e
 
