@@ -66,6 +66,26 @@ def test_a_waiting_call_can_be_cancelled() -> None:
         stop_if(cancel)
 
 
+def test_a_waiting_call_runs_its_check() -> None:
+    lock, held, release = Exclusive("it"), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with lock.hold():
+            held.set()
+            release.wait(30)
+
+    def stop() -> None:
+        raise Cancelled("cancelled", needs="nothing", fix="again")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    held.wait(30)
+    with pytest.raises(Cancelled), lock.hold(check=stop):
+        pass
+    release.set()
+    thread.join(30)
+
+
 def test_an_exception_releases_the_lock() -> None:
     lock = Exclusive("it")
     for failure in (ValueError, KeyboardInterrupt, SystemExit):

@@ -8,7 +8,11 @@ Importing this package does not import torch; names are imported on first use. I
 that the user has not set (`device/cpu_threads.py`), so import it before torch.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    # `python -m ascendit`: the working directory comes first; it may be a checkpoint with a torch.py
+    del sys.path[0]
 
 import importlib
 import warnings

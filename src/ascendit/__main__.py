@@ -1,10 +1,6 @@
-"""`python -m ascendit`."""
+"""`python -m ascendit`. The package has removed the working directory from the path of modules."""
 
 import sys
-
-if __name__ == "__main__" and not sys.flags.safe_path:
-    # The working directory comes first; it may be a checkpoint with a torch.py
-    del sys.path[0]
 
 from ascendit.cli.main import main
 

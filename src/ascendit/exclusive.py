@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class Stop(Protocol):
 def stop_if(cancel: Stop | None) -> None:
     """Raise Cancelled (E-CAN-01) if the caller has cancelled the run."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled("cancelled", needs="no cleanup: no file was written", fix="run the command again")
+        raise Cancelled("cancelled", needs="nothing: no file was written", fix="run it again")
 
 
 class Exclusive:
@@ -46,11 +46,14 @@ class Exclusive:
         return Exclusive, (self._name,)
 
     @contextmanager
-    def hold(self, cancel: Stop | None = None, *, shared: object = None) -> Iterator[None]:
+    def hold(
+        self, cancel: Stop | None = None, *, shared: object = None, check: Callable[[], object] | None = None
+    ) -> Iterator[None]:
         """Wait for the calls of other threads to end, then hold the lock.
 
-        Calls with an equal `shared` may overlap. Raises Cancelled (E-CAN-01) if `cancel` is set while it
-        waits, UsageError (E-USE-01) if this thread holds the lock already and would wait for ever.
+        Calls with an equal `shared` may overlap. `check` is called while it waits, and may raise. Raises
+        Cancelled (E-CAN-01) if `cancel` is set while it waits, UsageError (E-USE-01) if this thread holds the
+        lock already and would wait for ever.
         """
         if self._process != os.getpid():  # after a fork, no other thread exists
             self._reset()
@@ -60,6 +63,8 @@ class Exclusive:
                 if thread in self._users:
                     raise self._nested()
                 stop_if(cancel)
+                if check is not None:
+                    check()
                 self._free.wait(POLL_SECONDS)
             self._users.append(thread)
             self.shared = value

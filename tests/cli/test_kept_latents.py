@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,47 @@ def test_latents_go_to_the_temporary_folder_if_the_output_cannot_be_written(
     assert kept.is_file() and kept.parent != folder / "full" and read_latents(kept).request.prompt == "a cat"
 
 
+def test_latents_that_cannot_be_kept_name_the_disk_and_the_video(
+    call: list[str], folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a.latents.safetensors").mkdir()
+    before = run(*call, "-o", "a.mp4", "--keep-latents", "--overwrite", "--json")
+    assert before.code == 2 and before.json["error"]["code"] == "E-USE-03" and not (folder / "a.mp4").exists()
+    assert "mv a.latents.safetensors" in before.json["error"]["try"]
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    real = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda p, d: full(p, d) if "latents" in p.name else real(p, d))
+    after = run(*call, "-o", "b.mp4", "--keep-latents", "--json")
+    assert after.code == 3 and after.json["error"]["code"] == "E-ENV-04" and (folder / "b.mp4").exists()
+    assert "the video is in b.mp4" in after.json["error"]["got"]
+
+
+@pytest.mark.parametrize(("letters", "flags"), [(251, []), (235, ["--keep-latents"])])
+def test_a_name_that_is_too_long_is_refused_before_the_run(
+    call: list[str], folder: Path, run: Run, letters: int, flags: list[str]
+) -> None:
+    done = run(*call, "-o", f"new/{'c' * letters}.mp4", *flags, "--dry-run", "--json")
+    assert done.code == 3 and done.json["error"]["code"] == "E-ENV-02"
+    assert "a shorter name" in done.json["error"]["needs"] and names(folder) == set()
+
+
+def test_latents_get_a_short_name_if_that_of_the_video_is_long(
+    call: list[str], folder: Path, run: Run, black: None
+) -> None:
+    error = run(*call, "-o", f"{'c' * 240}.mp4", "--json").json["error"]
+    assert error["code"] == "E-OUT-02" and names(folder) == {"video.latents.safetensors"}
+
+
+def test_the_command_in_an_error_is_safe_to_paste(
+    call: list[str], folder: Path, run: Run, black: None
+) -> None:
+    error = run(*call, "-o", "a\x1bb.mp4", "--json").json["error"]
+    assert r"-o $'a\x1bb.mp4'" in error["try"]
+
+
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_stops_the_decoder_between_frames(
     call: list[str], folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, presses: int
@@ -179,6 +221,59 @@ def test_latents_of_another_request_and_other_files_are_refused(
     latents = [] if args[0] == "--latents" else ["--latents", "b.latents.safetensors"]
     done = run("generate", *latents, *args, "-o", "c.mp4", "--json")
     assert done.code == 2 and done.json["error"]["code"] == code and text in done.json["error"]["got"]
+
+
+def test_a_dry_run_of_latents_plans_the_vae_alone(call: list[str], folder: Path, run: Run) -> None:
+    run(*call, "-o", "b.png", "--keep-latents")
+    plan = ["generate", "--latents", "b.latents.safetensors", "-o", "c/", "--dry-run"]
+    data = run(*plan, "--json").json
+    assert data["latents"] == "b.latents.safetensors" and data["work"]["flops"] == 0
+    assert list(data["memory"]["parts"]) == ["vae"]
+    text = run(*plan).out
+    assert "latents    b.latents.safetensors" in text and "FLOP" not in text and "text_encoder" not in text
+
+
+def test_a_video_from_latents_has_the_record_of_the_run(call: list[str], folder: Path, run: Run) -> None:
+    run(*call, "--set", "dtype=float32", "-o", "b.png", "--keep-latents")
+    kept = read_latents(folder / "b.latents.safetensors")
+    assert kept.versions == json.loads((folder / "b.json").read_text())["versions"]
+    replace(kept, versions={"torch": "0"}).save(folder / "old.latents.safetensors")
+    again = [
+        "generate",
+        "--latents",
+        "old.latents.safetensors",
+        "--set",
+        "dtype=bfloat16",
+        "-o",
+        "c/",
+        "--json",
+    ]
+    data = run(*again).json
+    assert data["load"]["dtype"] == "float32" and data["versions"] == {"torch": "0"}
+    assert data["decoded"]["load"]["dtype"] == "bfloat16" and "torch" in data["decoded"]["versions"]
+    assert "dtype=float32" in data["replay"] or "--dtype float32" in data["replay"]
+
+
+def test_latents_of_another_shape_or_model_are_refused_before_loading(
+    call: list[str], folder: Path, run: Run, tiny_t2v_single: Path
+) -> None:
+    run(*call, "-o", "b.png", "--keep-latents")
+    kept = read_latents(folder / "b.latents.safetensors")
+    replace(kept, latents=kept.latents[:, :8]).save(folder / "8.latents.safetensors")
+    error = run("generate", "--latents", "8.latents.safetensors", "--dry-run", "--json").json["error"]
+    assert error["code"] == "E-USE-01" and "[1, 8, 3, 4, 4]" in error["got"]
+    other = ["generate", str(tiny_t2v_single), "a cat", "--latents", "b.latents.safetensors"]
+    error = run(*other, "--dry-run", "--json").json["error"]
+    assert error["code"] == "E-USE-01" and f"latents of {call[1]}" in error["got"]
+
+
+def test_the_record_and_the_replay_line_keep_allow_flat_and_metadata(
+    call: list[str], folder: Path, run: Run, black: None
+) -> None:
+    run(*call, "-o", "a/", "--allow-flat")
+    assert json.loads((folder / "a.json").read_text())["allow_flat"] is True
+    again = run("generate", "--config", "a.json", "--set", "metadata=false", "-o", "b/", "--json")
+    assert again.code == 0 and "--allow-flat --set metadata=false" in again.json["replay"]
 
 
 def test_an_interrupted_decode_leaves_nothing_in_the_cache(tiny_t2v_cascade: Path) -> None:

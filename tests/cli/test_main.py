@@ -153,6 +153,29 @@ def test_help_imports_nothing_heavy(environ, args):
     assert not imported & {"torch", "numpy", "diffusers", "transformers", "av", "PIL", "rich", "safetensors"}
 
 
+def test_modules_of_the_working_directory_are_not_imported(environ, tmp_path):
+    for name in ("logging", "dataclasses", "torch", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    done = subprocess.run(
+        [sys.executable, "-m", "ascendit", "--version"],
+        capture_output=True,
+        text=True,
+        env=environ,
+        cwd=tmp_path,
+    )
+    assert done.stdout.startswith("ascendit ") and done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_after_the_error_is_ignored(environ):
+    code = (
+        "import atexit, signal, sys; from ascendit.cli import main as cli;"
+        "atexit.register(lambda: (signal.raise_signal(signal.SIGINT), print('end')));"
+        "sys.argv = ['ascendit', 'nosuch']; sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stdout == "end\n" and done.returncode == 2 and "Traceback" not in done.stderr
+
+
 def test_help_takes_under_300_ms(environ):
     best = float("inf")
     for _ in range(5):

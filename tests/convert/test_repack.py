@@ -52,6 +52,27 @@ def test_real_exports_become_canonical(source: Path, tmp_path: Path) -> None:
             assert torch.equal(tensor.float(), original[key].float()), key
 
 
+def test_the_space_for_copied_components_is_checked(
+    tiny_t2v_single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = []
+
+    class Stop(Exception):
+        pass
+
+    def staging(*args: Any, needs_bytes: int, **more: Any) -> None:
+        needed.append(needs_bytes)
+        raise Stop
+
+    monkeypatch.setattr("ascendit.convert.repack.Staging", staging)
+    for copy in (False, True):
+        with pytest.raises(Stop):
+            repack(tiny_t2v_single, tmp_path / "out", copy=copy)
+    others = ("text_encoder", "vae", "tokenizer")
+    files = (file for name in others for file in (tiny_t2v_single / name).rglob("*") if file.is_file())
+    assert needed[1] - needed[0] >= sum(file.stat().st_size for file in files)
+
+
 def decode(roles: dict[str, Tensor]) -> Tensor:
     """Decode with `mx.decode`; the dtypes give the scheme."""
     weight, scale = roles["weight"], roles.get("weight_scale")

@@ -409,6 +409,11 @@ def test_image_path_array_and_tensor_give_the_same_video(tiny_i2v_cascade: Path,
         (lambda f: ascendit.load(f, text_on=cast(Any, "moon")), "E-USE-01"),
         (lambda f: ascendit.load(f, ops="quick"), "E-USE-01"),
         (lambda f: ascendit.load(f).generate("x", strength=2), "E-USE-01"),
+        *(
+            (partial(lambda more, f: ascendit.load(f).generate("x", **more), {name: value}), "E-USE-01")
+            for name, value in (("defaults", "folder"), ("picture", 3), ("cancel", 3), ("on_progress", 3))
+        ),
+        (lambda f: ascendit.load(f).generate("x", pixels={}), "E-USE-01"),
     ],
 )
 def test_invalid_calls(tiny_t2v_single: Path, call: Any, code: str) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import re
+import threading
+import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from wan_defaults import CASCADE, I2V, TI2V, defaults_of
 from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline import images
 from ascendit.pipeline.images import (
+    Pictures,
     fitted_pictures,
     name_image,
     open_image,
@@ -125,11 +130,11 @@ def test_transparent_pixels_are_named(tmp_path: Path, caplog: pytest.LogCaptureF
         ("data:image/png;base64," + "A" * 500, "E-USE-04", "the URL data:image"),
         ("file:///tmp/a.png", "E-USE-04", "the URL file:"),
         ("nowhere.png", "E-USE-02", "no file nowhere.png"),
-        ("", "E-USE-02", "is a folder"),
+        ("", "E-USE-02", "no file with an empty name"),
         (".", "E-USE-02", r"\. is a folder"),
         ("a" * 5000, "E-USE-02", "no file"),
         ("a\0b", "E-USE-02", "no file"),
-        ("/dev/zero", "E-USE-02", "no file"),
+        ("/dev/zero", "E-USE-02", "is a device or pipe"),
     ],
 )
 def test_paths_that_are_refused(path: str, code: str, text: str) -> None:
@@ -275,6 +280,46 @@ def test_damaged_files_never_raise_anything_else(tmp_path: Path) -> None:
                 assert error.code == "E-USE-04"
 
 
+def test_fixes_name_the_file(tmp_path: Path) -> None:
+    clip = tmp_path / "a clip.mp4"
+    image_files.REFUSED["clip.mp4"][0](clip)
+    for image, command in (
+        (clip, f"ffmpeg -i '{clip}' "),
+        ("https://a.org/b.png", "curl -LO https://a.org/b.png"),
+    ):
+        with pytest.raises(UsageError) as error:
+            open_image(image)
+        assert command in error.value.fix
+
+
+def test_unknown_bytes_and_masked_arrays() -> None:
+    with pytest.raises(UsageError, match="3 bytes is not a readable image: its format is unknown"):
+        open_image(b"abc")
+    with pytest.raises(UsageError, match="masked") as error:
+        open_image(np.ma.masked_equal(RGB, RGB[0, 0, 0]))
+    assert "filled" in error.value.fix
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, filters, barrier = tmp_path / "a.png", list(warnings.filters), threading.Barrier(2)
+    scene().save(path)
+    rgb = images._rgb
+
+    def slow(image: Any, name: str) -> Any:
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(0.05)  # both threads inside at once, unless one waits for the other
+        return rgb(image, name)
+
+    monkeypatch.setattr(images, "_rgb", slow)
+    threads = [threading.Thread(target=open_image, args=(path,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == filters and barrier.broken
+
+
 # ---- names of pictures --------------------------------------------------------------------------
 
 
@@ -305,6 +350,27 @@ def test_a_request_with_pixels_is_json_and_names_them() -> None:
     with pytest.raises(RequestError, match="other pixels for image") as error:
         pictures_of(request, {str(name): first + 1})
     assert error.value.code == "E-REQ-04"
+
+
+def test_pictures_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = tmp_path / "a.png", []
+    scene().save(path)
+    real = images.open_image
+
+    def counted(image: Any) -> Any:
+        opened.append(image)
+        return real(image)
+
+    monkeypatch.setattr(images, "open_image", counted)
+    pictures = Pictures()
+    assert size_source(I2V, {"image": str(path)}, pictures) == (40, 24)
+    pictures_of(resolve(I2V, "a", image=str(path)), pictures)
+    assert opened == [str(path)]
+    name, pixels = name_image(scene())
+    checked = Pictures.of(pixels)
+    for _ in range(2):
+        pictures_of(resolve(I2V, "a", image=name), checked)
+    assert len(opened) == 4  # by name_image, from outside, and for its hash
 
 
 def test_the_size_follows_the_image_unless_it_is_explicit(tmp_path: Path) -> None:

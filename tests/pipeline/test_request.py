@@ -94,6 +94,15 @@ def test_an_unknown_argument_is_refused_with_the_known_ones() -> None:
     assert needs == "one of " + ", ".join(sorted(FIELDS - {"prompt"}))
 
 
+def test_an_option_of_the_model_and_a_fit_without_an_image_are_refused() -> None:
+    with pytest.raises(UsageError) as error:
+        resolve(CASCADE, "a", scheme="mxfp8")
+    assert "ascendit.load(model, scheme=...)" in text_of(error)[2]
+    with pytest.raises(UsageError, match="fit pad without an image"):
+        resolve(CASCADE, "a", fit="pad")
+    assert resolve(CASCADE, "a", fit="crop").fit == "crop"  # as in the JSON beside a video
+
+
 def test_a_request_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         resolve(CASCADE, "a").seed = 4

@@ -137,6 +137,13 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
     """The error E-ENV-04 for a full disk, with the bytes needed (0: unknown) and free; else E-ENV-02."""
+    if error.errno == errno.ENAMETOOLONG:
+        return EnvironmentProblem(
+            f"cannot write in {folder}: {error.strerror}",
+            needs="a shorter name: the longest file beside it has at most 255 bytes in most file systems",
+            fix="choose a shorter name with -o",
+            code="E-ENV-02",
+        )
     if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",

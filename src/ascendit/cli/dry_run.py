@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
+from ascendit.pipeline.memory import memory_of
 from ascendit.pipeline.options import FLAGS
 from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.report import columns, human_bytes
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
 def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> None:
     """Print the plan of the run: every value of the request, device, work, memory, output and replay."""
     request, options, model = prepared.request, prepared.model.options, prepared.model
+    replay = prepared.replay_line(call.replay_flags(allow_flat=call.allow_flat))
     with out.work():
         estimate = estimate_run(prepared)
     schedule = request.denoising_schedule
-    denoiser = estimate.memory.parts["transformer"]
-    schemes = sorted({x for part in estimate.memory.parts.values() for x in part.schemes}) or ["bf16"]
+    memory = estimate.memory if prepared.latents is None else memory_of(model)
+    denoiser = memory.parts["transformer"]
+    schemes = sorted({x for part in memory.parts.values() for x in part.schemes}) or ["bf16"]
     data = {
         "dry_run": True,
         "model": options.model,
         "folder": str(model.layout.root),
         "output": str(output),
+        "latents": str(call.latents) if call.latents else None,
         "request": request.model_dump(),
         "given": sorted({*call.fields} - {"seconds", "preset"}),
         "preset": call.fields.get("preset"),
@@ -45,12 +49,15 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         "dtype": denoiser.dtype,
         "schemes": schemes,
         **estimate.as_dict(),
-        "replay": prepared.replay,
+        "replay": replay,
     }
     shown, origin = request.model_dump(exclude_none=True), _origins(call, request)
     if request.image is None:
         del shown["fit"]
     quantized = ", ".join(schemes) if denoiser.schemes else "not quantized"
+    if prepared.latents is not None:
+        out.result(data, _decode_lines(prepared, estimate, call, output, replay))
+        return
     lines = [
         f"would run  {model.defaults.model} in {model.layout.root}",
         "request",
@@ -62,9 +69,25 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
-        f"replay     {prepared.replay}",
+        f"replay     {replay}",
     ]
     out.result(data, lines)
+
+
+def _decode_lines(prepared: Prepared, estimate: Estimate, call: Call, output: str, replay: str) -> list[str]:
+    """The plan of `--latents`: only the VAE runs."""
+    request, model = prepared.request, prepared.model
+    shape = f"{request.width}x{request.height}, {request.num_frames} frames, {request.fps} fps"
+    return [
+        f"would decode {shape}, with the VAE of {model.defaults.model} in {model.layout.root}",
+        f"latents    {call.latents}; no step is repeated",
+        f"prompt     {request.prompt}",
+        f"seed       {request.seed}",
+        f"device     {model.device}",
+        *_memory_lines(estimate),
+        f"output     {output}",
+        f"replay     {replay}",
+    ]
 
 
 def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
@@ -116,14 +139,18 @@ def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
 
 def _size_lines(estimate: Estimate, text_tokens: int, steps: int) -> list[str]:
     """Work, memory and warnings."""
-    work, memory = estimate.work, estimate.memory
+    work = estimate.work
     counts = {steps: "one pass per step", 2 * steps: "two passes per step"}
     passes = counts.get(work.passes, f"{work.passes} passes in {steps} steps")
     size = f"{human_flops(work.flops_per_step)} per step, {human_flops(work.flops)} in all"
-    lines = [
-        f"work       {work.tokens} video and {text_tokens} text tokens, {passes}: {size}",
-        f"memory     {human_bytes(memory.weights_bytes)} of weights; activations come on top",
-    ]
+    tokens = f"{work.tokens} video and {text_tokens} text tokens"
+    return [f"work       {tokens}, {passes}: {size}", *_memory_lines(estimate)]
+
+
+def _memory_lines(estimate: Estimate) -> list[str]:
+    """Memory and warnings."""
+    memory = estimate.memory
+    lines = [f"memory     {human_bytes(memory.weights_bytes)} of weights; activations come on top"]
     parts: list[tuple[Any, ...]] = [
         (
             name,

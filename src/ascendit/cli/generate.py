@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.kept_latents import check_latents_file, latents_file, latents_kept_on_failure, save_latents
+from ascendit.cli.kept_latents import check_latents_file, keep_latents, latents_kept_on_failure
 from ascendit.cli.output import Output, log_warnings, quiet_libraries
 from ascendit.errors import Cancelled, UsageError
 from ascendit.family import PRESETS
@@ -98,7 +98,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     call = read_call(
         params["args"] or [],
         demo=params["demo"],
-        flags=params,
+        flags=params | {"allow_flat": params["allow_flat"] or None},
         settings=params["settings"] or [],
         config=params["config"],
         latents=params["latents"],
@@ -119,12 +119,13 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     _warn_about_size(prepared, out)
     start = time.perf_counter()
     with latents_kept_on_failure(prepared, output, out), log_warnings() as warnings:
-        video = _run(prepared, out, allow_flat=params["allow_flat"])
+        video = _run(prepared, out, allow_flat=call.allow_flat)
         with out.work():
             path = _save(video, output, metadata=call.metadata, overwrite=params["overwrite"])
     if params["keep_latents"]:
-        save_latents(video.latents, prepared, latents_file(Path(output)))
-    _print_result(prepared, out, video, path, time.perf_counter() - start, warnings)
+        with out.work():
+            keep_latents(video.latents, prepared, Path(output))
+    _print_result(call, prepared, out, video, path, time.perf_counter() - start, warnings)
 
 
 generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
@@ -166,7 +167,7 @@ def _prepare(
 def _warn_about_size(prepared: Prepared, out: Output) -> None:
     from ascendit.pipeline.estimate import size_warning, work_of
 
-    if warning := size_warning(prepared, work_of(prepared)):
+    if prepared.latents is None and (warning := size_warning(prepared, work_of(prepared))):
         out.note(warning)
 
 
@@ -230,7 +231,13 @@ def _run(prepared: Prepared, out: Output, *, allow_flat: bool) -> Video:
 
 
 def _print_result(
-    prepared: Prepared, out: Output, video: Video, path: Path, seconds: float, warnings: list[str]
+    call: Call,
+    prepared: Prepared,
+    out: Output,
+    video: Video,
+    path: Path,
+    seconds: float,
+    warnings: list[str],
 ) -> None:
     n, height, width, _ = video.frames.shape
     out.line(str(path))
@@ -240,5 +247,6 @@ def _print_result(
     )
     record = video.describe()
     warnings = list(dict.fromkeys([*video.warnings, *warnings]))
-    out.detail(f"  replay  {record['replay'] or prepared.replay}")
+    record["replay"] = prepared.replay_line(call.replay_flags(allow_flat=bool(video.warnings)))
+    out.detail(f"  replay  {record['replay']}")
     out.emit({"output": str(path), **record, "warnings": warnings, "seconds": round(seconds, 3)})

@@ -30,6 +30,7 @@ KEYS: dict[str, Any] = {
     "seconds": float,
     "preset": str,
     "metadata": bool,
+    "allow_flat": bool,
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
@@ -88,10 +89,18 @@ class Call:
     fields: dict[str, Any]
     """The fields of GenerateRequest that were set, without the prompt; also `seconds` and `preset`."""
     metadata: bool = True
+    allow_flat: bool = False
+    latents: Path | None = None
+    """The file that `--latents` names."""
     model_from: Path | None = None
     """The config file that names the model; None if the command line does."""
     notes: tuple[str, ...] = ()
     """Effects of environment variables."""
+
+    def replay_flags(self, *, allow_flat: bool) -> list[str]:
+        """Flags of the replay line that are not in the request. `allow_flat`: whether the video needs it."""
+        flags = ["--allow-flat"] if allow_flat else []
+        return flags + ([] if self.metadata else ["--set", "metadata=false"])
 
 
 def read_call(
@@ -133,9 +142,11 @@ def read_call(
         options=LoadOptions(model=model, **load),
         prompt=prompt,
         metadata=values.pop("metadata", True),
+        allow_flat=values.pop("allow_flat", False),
         fields=values,
         model_from=config if model == layers[0].get("model") and not demo else None,
         notes=notes,
+        latents=latents,
     )
 
 
@@ -248,7 +259,8 @@ def _config_layer(data: dict[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(data.get("request"), dict):  # the JSON beside a video; other keys are ignored
         model, load = data.get("source") or data.get("model"), data.get("load")
         named = {"model": model} if isinstance(model, str) and model else {}
-        data = {**named, **(load if isinstance(load, dict) else {}), **data["request"]}
+        flat = {"allow_flat": True} if data.get("allow_flat") is True else {}
+        data = {**named, **(load if isinstance(load, dict) else {}), **flat, **data["request"]}
     return typed_layer(data, source=f"--config {path}")
 
 

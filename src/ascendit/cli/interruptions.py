@@ -15,9 +15,15 @@ def cancelled() -> Cancelled:
     """The error that ends a command after Ctrl-C."""
     return Cancelled(
         "cancelled",
-        needs="no cleanup: no file was written",
+        needs="nothing: no file was written",
         fix="run the same command again",
     )
+
+
+def ignore_ctrl_c() -> None:
+    """Ignore further Ctrl-C, which would break the end of the process in the middle of its clean-up."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Interrupt:
@@ -52,4 +58,4 @@ class Interrupt:
         self.event.set()
         if not self._silent:
             # not print(): the signal may interrupt another print()
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")
+            os.write(2, b"\nstopping after this step or frame; press Ctrl-C again to stop immediately\n")

@@ -124,11 +124,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(args, "ascendit", standalone_mode=False, obj=output)
-    except (Exception, KeyboardInterrupt) as error:
-        return report_error(error, output, args)
-    if code == 130:  # typer's exit code after Ctrl-C
-        return report_error(KeyboardInterrupt(), output)
-    return code or 0
+        error: BaseException | None = KeyboardInterrupt() if code == 130 else None  # typer's, after Ctrl-C
+    except (Exception, KeyboardInterrupt) as e:
+        error = e
+    if error is None:
+        return code or 0
+    if argv is None:  # the process ends
+        from ascendit.cli.interruptions import ignore_ctrl_c
+
+        ignore_ctrl_c()
+    return report_error(error, output, args)
 
 
 def common_flags(args: list[str]) -> tuple[list[str], Output]:

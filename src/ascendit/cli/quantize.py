@@ -137,7 +137,7 @@ def _ended_early(view: ProgressView) -> Iterator[None]:
     except KeyboardInterrupt as e:
         raise Cancelled(
             "cancelled",
-            needs="no cleanup: no output was written; completed files are stored for --resume",
+            needs="nothing: no output was written; completed files are stored for --resume",
             fix="run the same command with --resume to continue, without it to start over",
         ) from e
     except Exception as e:

@@ -124,7 +124,7 @@ def repack(
         sources=[layout.root for layout in (source, base_layout) if layout],
         fingerprint=fingerprint(outputs, (check, copy), others.copied if others else ()),
         resume=resume,
-        needs_bytes=report.bytes_after,
+        needs_bytes=report.bytes_after + (others.nbytes if others else 0),
     ) as staging:
         meter = Meter(sum(step.source_bytes() for output in outputs for step in output.steps), on_progress)
         files: dict[str, str] = {}

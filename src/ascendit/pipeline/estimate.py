@@ -9,7 +9,7 @@ Text encoder and VAE are not counted in the FLOPs. Does not import torch for a d
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ascendit import geometry
@@ -89,13 +89,18 @@ class Estimate:
 
 
 def estimate_run(prepared: Prepared) -> Estimate:
-    """Work and memory of one checked request."""
-    model, request, work = prepared.model, prepared.request, work_of(prepared)
+    """Work and memory of one checked request; of kept latents, those of the VAE alone."""
+    request, memory = prepared.request, memory_of(prepared.model)
+    if prepared.latents is None:
+        work = work_of(prepared)
+    else:
+        work = Work(tokens=prepared.video_tokens, passes=0, flops_per_step=0, flops=0, attention_flops=0)
+        memory = replace(memory, parts={"vae": memory.parts["vae"]})
     return Estimate(
         work=work,
-        memory=memory_of(model),
+        memory=memory,
         video_bytes=12 * request.num_frames * request.height * request.width,
-        size_warning=size_warning(prepared, work),
+        size_warning="" if prepared.latents else size_warning(prepared, work),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.device import Device
-from ascendit.errors import QualityError
+from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
 from ascendit.kernels.reference import Spans
 from ascendit.model.state import DenoiseState, Shared, Timesteps
@@ -29,8 +29,8 @@ from ascendit.ops.operators import Ops
 from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import Frames, check_visible, to_uint8
-from ascendit.pipeline.images import fitted_pictures, name_image, open_image, size_source
-from ascendit.pipeline.request import GenerateRequest, check, resolve
+from ascendit.pipeline.images import Pictures, fitted_pictures, name_image, open_image, size_source
+from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.pipeline.solver import make_solver
 from ascendit.pipeline.video import Video
@@ -86,6 +86,7 @@ class Pipeline:
         `pixels`: image name -> image, if passed as pixels. Raises the errors of `request.resolve` and
         `images.pictures_of`.
         """
+        check_names(fields)
         picture = size_source(self.defaults, fields, pixels or {})
         return resolve(self.defaults, prompt, picture=picture, **fields)
 
@@ -115,9 +116,11 @@ class Pipeline:
         `images.open_image`. Without `height` and `width` the video has the ratio of `image`. `more`: other
         fields of GenerateRequest, and `preset`. Raises the errors of `request` and `run`.
         """
-        name, pixels = name_image(image)
-        last_name, last_pixels = name_image(last_image)
-        pixels = {**pixels, **last_pixels}
+        check_names(more)
+        name, first = name_image(image)
+        last_name, last = name_image(last_image)
+        pixels = Pictures()
+        pixels |= {**first, **last}
         request = self.request(
             prompt,
             pixels=pixels,
@@ -148,11 +151,13 @@ class Pipeline:
         """Generate the video of a complete request. `pixels`: image name -> image, if passed as pixels.
 
         `allow_flat`: accept a black, single-coloured or noise video with a warning. Waits while another
-        thread uses this pipeline; inside a run of its own thread it raises UsageError (E-USE-01). Raises
+        thread uses this pipeline; inside a run of its own thread it raises UsageError (E-USE-01), as for an
+        `on_progress` that is not a function, and a `cancel` without `is_set`. Raises
         RequestError (E-REQ-04) if the pixels of an image are missing, Cancelled between two steps or frames,
         QualityError: E-OUT-01 if frames have NaN or infinite values, E-OUT-02 if they are black or a single
         colour, E-OUT-04 if they are noise. An error after the last step has the latents as `error.latents`.
         """
+        _check_callbacks(on_progress, cancel)
         check(request, self.defaults)
         self.policy.check_steps(request.num_inference_steps)
         report = on_progress or (lambda event: None)
@@ -202,6 +207,17 @@ class Pipeline:
         with self.exclusive():
             self.vae.decode(denoise(self, one, first, lambda event: None, None, last_image=last))
         return time.perf_counter() - start
+
+
+def _check_callbacks(on_progress: Any, cancel: Any) -> None:
+    """Raise UsageError (E-USE-01) for a callback or a signal of another type."""
+    if on_progress is not None and not callable(on_progress):
+        needs = "a function of one argument, a Progress event"
+        raise UsageError(f"on_progress={on_progress!r}", needs=needs, fix="on_progress=print")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise UsageError(
+            f"cancel={cancel!r}", needs="an object with is_set()", fix="cancel=threading.Event()"
+        )
 
 
 def predict(

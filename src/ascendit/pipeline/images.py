@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import describe_fit, fit_picture
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.report import shell_line
 
 log = logging.getLogger("ascendit")
 
@@ -47,6 +49,8 @@ _TURNS = {
 }
 _NOT_LOADED = {"EPS"}
 """Formats that Pillow decodes by running another program."""
+_FILTERS = threading.Lock()
+"""Held while the filters of Python's warnings are changed."""
 
 # ---- the pictures of a request ------------------------------------------------------------------
 
@@ -66,14 +70,36 @@ def name_image(image: Any) -> tuple[str | None, dict[str, Any]]:
     return name, {name: picture}
 
 
+class Pictures(dict[str, Any]):
+    """Name in a request -> image in RGB, each opened and hashed once.
+
+    `pixels`: name -> image, not yet checked. An entry of this dict has been checked.
+    """
+
+    def __init__(self, pixels: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.pixels = pixels or {}
+
+    @classmethod
+    def of(cls, pixels: Mapping[str, Any]) -> Pictures:
+        """`pixels` itself if it is one of these."""
+        return pixels if isinstance(pixels, Pictures) else cls(pixels)
+
+    def open(self, field: str, name: str) -> Any:
+        """The image that the request names in `field`. Raises the errors of `pictures_of`."""
+        if name not in self:
+            self[name] = _picture(field, name, self.pixels)
+        return self[name]
+
+
 def pictures_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> dict[str, Any]:
     """Field -> PIL image in RGB, for the pictures that `request` names. `pixels`: images by name.
 
     Raises RequestError (E-REQ-04) if the pixels of a picture are missing or different, and the errors of
     `open_image`.
     """
-    names = {field: getattr(request, field) for field in FIELDS}
-    return {field: _picture(field, name, pixels) for field, name in names.items() if name is not None}
+    names, pictures = {field: getattr(request, field) for field in FIELDS}, Pictures.of(pixels)
+    return {field: pictures.open(field, name) for field, name in names.items() if name is not None}
 
 
 def fitted_pictures(request: GenerateRequest, pixels: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +122,7 @@ def size_source(
     name, explicit = fields.get("image"), (fields.get("width"), fields.get("height"))
     if defaults.task == "t2v" or not isinstance(name, str) or explicit != (None, None):
         return None
-    size: tuple[int, int] = _picture("image", name, pixels).size
+    size: tuple[int, int] = Pictures.of(pixels).open("image", name).size
     return size
 
 
@@ -143,16 +169,18 @@ def _file(name: str) -> Path:
     """The path of an existing file. Raises UsageError: E-USE-02, or E-USE-04 for a URL."""
     if re.match(r"(?i)(?:https?|ftp|s3|gs|hf|file|data):", name):
         shown = name if len(name) < 80 else name[:60] + "..."
-        raise _no_image(f"the URL {shown}", fix="download it (curl -LO URL), and pass the file")
+        raise _no_image(f"the URL {shown}", fix=f"{shell_line(['curl', '-LO', shown])}, and pass the file")
     path = Path(name)
     try:
         path = path.expanduser()
-        is_file, reason = path.is_file(), "is a folder" if path.is_dir() else "no file"
+        is_file, reason = bool(name) and path.is_file(), "no file"
+        if name and not is_file and path.exists():
+            reason = "is a folder" if path.is_dir() else "is a device or pipe, not a file"
     except (OSError, RuntimeError, ValueError) as e:
         is_file, reason = False, f"no file ({getattr(e, 'strerror', None) or e})"
     if not is_file:
-        shown = name if len(name) < 300 else name[:100] + "..."
-        got = f"{shown} {reason}" if reason == "is a folder" else f"{reason} {shown}"
+        shown = (name if len(name) < 300 else name[:100] + "...") or "with an empty name"
+        got = f"{shown} {reason}" if reason.startswith("is") else f"{reason} {shown}"
         raise UsageError(got, needs="the path of an image", fix="correct the path", code="E-USE-02")
     return path
 
@@ -160,7 +188,7 @@ def _file(name: str) -> Path:
 @contextmanager
 def _refused(name: str, source: Any = None) -> Iterator[None]:
     """Convert every error of a decoder to UsageError (E-USE-04) that names the kind of file."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         yield
@@ -170,7 +198,8 @@ def _refused(name: str, source: Any = None) -> Iterator[None]:
         raise _too_large(f"{name}: {str(e).partition(',')[0]}") from e
     except Exception as e:  # the decoders raise errors of almost every class
         kind, fix = _kind_of(source)
-        reason = kind or " ".join(str(e).split()) or type(e).__name__
+        unknown = "" if isinstance(e, UnidentifiedImageError) else " ".join(str(e).split())
+        reason = kind or unknown or "its format is unknown"
         raise _no_image(f"{name} is not a readable image: {reason}", **({"fix": fix} if fix else {})) from e
 
 
@@ -178,8 +207,9 @@ def _decode(source: Any, name: str) -> Any:
     """The first frame of a path or binary file."""
     from PIL import Image
 
-    with _refused(name, source), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    # The filters belong to the process: without the lock, two threads would restore each other's.
+    with _refused(name, source), _FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.|ascendit\.pipeline\.images")
         with Image.open(source) as file:
             if file.format in _NOT_LOADED:
                 raise ValueError(f"{file.format} is not decoded")
@@ -255,6 +285,8 @@ def _from_array(image: Any) -> Any:
 
     is_tensor = hasattr(image, "is_floating_point")
     name = f"{'a tensor' if is_tensor else 'an array'} {list(image.shape)} {image.dtype}"
+    if isinstance(image, np.ma.MaskedArray) and image.mask.any():
+        raise _no_image(f"{name} with masked pixels", fix="image.filled(0), to make them black")
     with _refused(name):
         if is_tensor:
             image = image.detach().cpu()
@@ -313,26 +345,27 @@ def _outside(name: str, low: float, high: float) -> UsageError:
 
 # ---- other kinds of file ------------------------------------------------------------------------
 
-_CONVERT = "convert it to PNG, for example: magick {} image.png"
+_CONVERT = "magick {} image.png"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\Z", "the file is empty", "download or save it again"),
-    (rb"(?s).{4}ftyp(?:hei|hev|mif1|msf1)", "a HEIC file", _CONVERT.format("photo.heic")),
-    (rb"(?s).{4}ftypavi", "an AVIF file that this Pillow cannot decode", _CONVERT.format("photo.avif")),
+    (rb"(?s).{4}ftyp(?:hei|hev|mif1|msf1)", "a HEIC file", _CONVERT),
+    (rb"(?s).{4}ftypavi", "an AVIF file that this Pillow cannot decode", _CONVERT),
     (rb"(?s).{4}ftypcrx", "a raw file of a camera", "export it as JPEG or PNG"),
-    (rb"(?s).{4}ftyp|\x1aE\xdf\xa3", "a video", "ffmpeg -i video.mp4 -frames:v 1 image.png"),
-    (rb"(?is)\s*(?:<\?xml.*?|<!--.*?-->\s*)*<svg|\x1f\x8b", "an SVG drawing", _CONVERT.format("drawing.svg")),
-    (rb"%PDF", "a PDF file", "pdftoppm -png -singlefile file.pdf image"),
-    (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file", _CONVERT.format("drawing.eps")),
+    (rb"(?s).{4}ftyp|\x1aE\xdf\xa3", "a video", "ffmpeg -i {} -frames:v 1 image.png"),
+    (rb"(?is)\s*(?:<\?xml.*?|<!--.*?-->\s*)*<svg|\x1f\x8b", "an SVG drawing", _CONVERT),
+    (rb"%PDF", "a PDF file", "pdftoppm -png -singlefile {} image"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file", _CONVERT),
     (rb"version https://git-lfs", "a pointer of Git LFS", "git lfs pull"),
-    (rb"(?i)\s*<(?:!doctype )?html", "a web page", "download the image itself (curl -LO URL)"),
-    (rb"\xff\x0a|\0\0\0\x0cJXL", "a JPEG XL file", _CONVERT.format("photo.jxl")),
+    (rb"(?i)\s*<(?:!doctype )?html", "a web page", "download the image itself, not the page that shows it"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL", "a JPEG XL file", _CONVERT),
     (rb"PK\x03\x04", "a ZIP archive", "unpack it, and pass one image"),
 )
-"""Start of a file, the kind of file, and a fix."""
+"""Start of a file, the kind of file, and a fix; {} is the file."""
 
 
 def _kind_of(source: Any) -> tuple[str, str]:
     """(kind of file, fix), from the first bytes of a path or binary file; empty if unknown."""
+    shown = shell_line([str(source)]) if isinstance(source, Path) else "FILE"
     try:
         if isinstance(source, Path):
             with source.open("rb") as file:
@@ -345,7 +378,8 @@ def _kind_of(source: Any) -> tuple[str, str]:
             return "a file opened as text", "open(path, 'rb')"
     except (AttributeError, OSError, TypeError, ValueError):
         return "", ""
-    return next(((kind, fix) for start, kind, fix in _KINDS if re.match(start, text)), ("", ""))
+    kinds = ((kind, fix.format(shown)) for start, kind, fix in _KINDS if re.match(start, text))
+    return next(kinds, ("", ""))
 
 
 def _no_image(got: str, *, fix: str = "convert it to a PNG or JPEG file", needs: str = NEEDS) -> UsageError:

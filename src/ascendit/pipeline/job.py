@@ -19,17 +19,18 @@ from ascendit import geometry
 from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.part_check import library_config
 from ascendit.checkpoint.reader import common_dtype
 from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
-from ascendit.errors import is_out_of_memory, out_of_memory
+from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
 from ascendit.pipeline.fit import describe_fit
-from ascendit.pipeline.images import FIELDS, pictures_of, size_source
+from ascendit.pipeline.images import FIELDS, Pictures, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, check, resolve
+from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 
@@ -58,8 +59,13 @@ class Prepared:
     @property
     def replay(self) -> str:
         """The command that reproduces this video; also in the JSON beside the video."""
-        options = self.model.options
-        return self.request.replay_line(options.model, load=options.record)
+        return self.replay_line()
+
+    def replay_line(self, flags: Sequence[str] = ()) -> str:
+        """`replay` with other flags of `generate`."""
+        options, kept = self.model.options, self.latents
+        load = options.record if kept is None else kept.loaded
+        return self.request.replay_line(options.model, load=load, flags=flags)
 
     @property
     def images(self) -> dict[str, str]:
@@ -159,28 +165,47 @@ def prepare(
     replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
     `prepare_model`, `request.resolve` and `images.pictures_of`.
     """
+    check_names(fields)
     model = prepare_model(options, [name for name, value in fields.items() if value is not None])
     defaults = model.defaults
     if seconds is not None:
         fps = fields.get("fps") or defaults.fps
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
-    picture = size_source(defaults, fields, pixels or {})
+    pictures = Pictures.of(pixels or {})
+    picture = size_source(defaults, fields, pictures)
     request = resolve(defaults, prompt, picture=picture, **fields)
     model.schedule.check_steps(request.num_inference_steps)
-    pictures = pictures_of(request, pixels or {})
-    opened = {getattr(request, name): picture for name, picture in pictures.items()}
-    return Prepared(model=model, request=request, pixels=opened)
+    pictures_of(request, pictures)
+    return Prepared(model=model, request=request, pixels=pictures)
 
 
 def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None = None) -> Prepared:
     """Check that kept latents can be decoded. `fps`: replaces that of the request.
 
-    Raises the errors of `prepare_model` and `request.check`.
+    Raises the errors of `prepare_model` and `request.check`, and UsageError (E-USE-01) for latents of another
+    shape than this model makes, or of another model whose requests this one refuses.
     """
     model = prepare_model(options, chosen=GenerateRequest.model_fields)
     request = kept.request if fps is None else GenerateRequest(**vars(kept.request) | {"fps": fps})
-    check(request, model.defaults)
-    return Prepared(model=model, request=request, latents=replace(kept, request=request))
+    try:
+        check(request, model.defaults)
+    except RequestError as e:
+        if kept.source == options.model:
+            raise
+        raise _of_another_model(f"latents of {kept.source} with {options.model}: {e.got}", kept) from e
+    prepared = Prepared(model=model, request=request, latents=replace(kept, request=request))
+    vae = library_config(model.layout.part("vae")).model_dump()
+    shape = [1, vae["z_dim"], *prepared.latent_grid]
+    if list(kept.latents.shape) != shape:
+        size = f"{request.width}x{request.height}x{request.num_frames}"
+        got = f"latents {list(kept.latents.shape)} for {size}, which {options.model} makes as {shape}"
+        raise _of_another_model(got, kept)
+    return prepared
+
+
+def _of_another_model(got: str, kept: KeptLatents) -> UsageError:
+    model = "--demo" if kept.source == "demo" else kept.source
+    return UsageError(got, needs="the model of the run", fix=f"omit MODEL and --demo, or pass {model}")
 
 
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:

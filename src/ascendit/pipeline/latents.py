@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ class KeptLatents:
     """The model as passed to `load`."""
     loaded: Mapping[str, Any]
     """The options of `load`, from `LoadOptions.record`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """The versions of the run, as in the JSON beside a video; empty for files of older versions."""
 
     @property
     def record(self) -> dict[str, Any]:
         """The keys of the JSON beside a video that reproduce it."""
         request = json.loads(self.request.to_json())
-        return {"source": self.source, "load": dict(self.loaded), "request": request}
+        run = {"source": self.source, "load": dict(self.loaded), "versions": dict(self.versions)}
+        return {**run, "request": request}
 
     def save(self, file: Path) -> Path:
         """Write the file, complete or not at all. Raises OSError."""
@@ -48,13 +51,18 @@ class KeptLatents:
 
         data = save({NAME: np.ascontiguousarray(self.latents)}, {RECORD: json.dumps(self.record)})
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.new")
+        new = new_file(file)
         try:
             new.write_bytes(data)
             new.replace(file)
         finally:
             new.unlink(missing_ok=True)
         return file
+
+
+def new_file(file: Path) -> Path:
+    """The name of a file of latents until it is complete."""
+    return file.with_name(f".{file.name}.new")
 
 
 def read_latents(file: Path) -> KeptLatents:
@@ -69,13 +77,13 @@ def read_latents(file: Path) -> KeptLatents:
             record = parse((opened.metadata() or {})[RECORD], "json")
             latents = opened.get_tensor(NAME)
         request = GenerateRequest(**record["request"])
-        source, loaded = record["source"], record["load"]
-        if not isinstance(source, str) or not isinstance(loaded, dict):
-            raise TypeError("source or load has another type")
+        source, loaded, versions = record["source"], record["load"], record.get("versions", {})
+        if not isinstance(source, str) or not isinstance(loaded, dict) or not isinstance(versions, dict):
+            raise TypeError("source, load or versions has another type")
         if latents.ndim != 5 or latents.dtype != np.float32 or not np.isfinite(latents).all():
             raise ValueError(f"latents are {latents.dtype} {list(latents.shape)}, or not finite")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, UsageError) as e:
         got = f"{file} has no latents of ascendit: {getattr(e, 'got', e)}"
         needs = "a file that --keep-latents or a failed run has written"
         raise UsageError(got, needs=needs, fix="run the request again with --keep-latents") from e
-    return KeptLatents(latents=latents, request=request, source=source, loaded=loaded)
+    return KeptLatents(latents=latents, request=request, source=source, loaded=loaded, versions=versions)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
 from ascendit.device.device import Device
-from ascendit.errors import UsageError
 from ascendit.exclusive import Stop
 from ascendit.model.library_component import LOADING
 from ascendit.model.loader import load_expert
@@ -18,7 +18,7 @@ from ascendit.pipeline.frame_checks import check_visible
 from ascendit.pipeline.generate import Pipeline, decode, error_keeps
 from ascendit.pipeline.latents import KeptLatents
 from ascendit.pipeline.options import LoadOptions, PreparedModel
-from ascendit.pipeline.video import Video
+from ascendit.pipeline.video import Video, installed_versions
 from ascendit.progress import OnProgress, Progress
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
@@ -114,8 +114,8 @@ def decode_kept(
 ) -> Video:
     """Decode the latents of an earlier run; loads the VAE only.
 
-    Raises the errors of `build` and of the decoding part of `Pipeline.run`, UsageError (E-USE-01) for latents
-    of another shape than the request and this VAE make.
+    Raises the errors of `build` and of the decoding part of `Pipeline.run`. `job.prepare_latents` has checked
+    the shape of the latents.
     """
     report, start, request = on_progress or (lambda event: None), time.perf_counter(), kept.request
     with hold_chip(model.device):
@@ -126,13 +126,10 @@ def decode_kept(
         )
         report(Progress(stage="load", step=1, total=1, memory_bytes=memory_bytes(device)))
     latents = torch.from_numpy(kept.latents)
-    shape = vae.latent_shape(request.num_frames, request.height, request.width)
-    if tuple(latents.shape) != shape:
-        got = f"latents {list(latents.shape)} for {request.width}x{request.height}x{request.num_frames}"
-        raise UsageError(got, needs=f"{list(shape)} from this model", fix="decode with the model of the run")
     with error_keeps(latents):
         frames = decode(vae, device, latents.to(device.torch_name), report, cancel)
         warnings = check_visible(frames, latents.cpu().numpy(), allow=allow_flat)
+    decoded: dict[str, Any] = {"load": model.options.record, "versions": installed_versions()}
     return Video(
         frames=frames,
         fps=request.fps,
@@ -140,7 +137,9 @@ def decode_kept(
         model=model.defaults.model,
         seconds=time.perf_counter() - start,
         source=model.options.model,
-        loaded=model.options.record,
+        loaded=kept.loaded,
+        versions=dict(kept.versions) or decoded["versions"],
+        decoded=decoded,
         latents=kept.latents,
         warnings=warnings,
     )

@@ -18,7 +18,7 @@ from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import Fit, size_for
-from ascendit.pipeline.options import load_args
+from ascendit.pipeline.options import LoadOptions, load_args
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.report import shell_line
 from ascendit.validation import Checked
@@ -184,13 +184,15 @@ def resolve(
 
     `preset`: name of a row of `family.PRESETS`, whose values replace defaults; `fields` override them.
     `picture`: (width, height) of the first frame, whose ratio the video gets if both are omitted. Raises
-    UsageError (E-USE-01) for an unknown field, and the errors of `preset_fields`, `check` and `fit.size_for`.
+    UsageError (E-USE-01) for an unknown field or a `fit` without an image, and the errors of
+    `preset_fields`, `check` and `fit.size_for`.
     """
-    allowed = set(GenerateRequest.model_fields) - {"prompt"}
-    if unknown := sorted(set(fields) - allowed):
-        got, needs = f"unknown argument: {', '.join(unknown)}", f"one of {', '.join(sorted(allowed))}"
-        raise UsageError(got, needs=needs, fix="correct the name")
+    check_names(fields)
     fields = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in fields.items() if v is not None}
+    images = {"image", "last_image"} & set(fields)
+    if (fit := fields.get("fit")) in ("pad", "stretch") and not images:
+        needs = "an image: fit says how one of another ratio becomes a frame"
+        raise UsageError(f"fit {fit} without an image", needs=needs, fix="--image FILE, or omit --fit")
     if isinstance(fields.get("timesteps"), Iterator):
         fields["timesteps"] = tuple(fields["timesteps"])
     if preset is not None:
@@ -208,6 +210,17 @@ def resolve(
     request = GenerateRequest(prompt=prompt, **values)
     check(request, defaults)
     return request
+
+
+def check_names(fields: Mapping[str, Any]) -> None:
+    """Raise UsageError (E-USE-01) for a name that is neither a field of GenerateRequest nor `preset`."""
+    allowed = set(GenerateRequest.model_fields) - {"prompt"}
+    if not (unknown := sorted(set(fields) - allowed - {"preset"})):
+        return
+    needs, fix = f"one of {', '.join(sorted(allowed))}", "correct the name"
+    if options := [name for name in unknown if name in LoadOptions.model_fields]:
+        fix = f"{options[0]} is an option of the model: ascendit.load(model, {options[0]}=...)"
+    raise UsageError(f"unknown argument: {', '.join(unknown)}", needs=needs, fix=fix)
 
 
 def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:

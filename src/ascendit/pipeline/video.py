@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import tempfile
 import unicodedata
@@ -30,7 +29,7 @@ from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
-from ascendit.report import json_text
+from ascendit.report import json_text, shell_line
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
@@ -78,6 +77,8 @@ class Video:
     """The latents that were decoded, float32 [1, z, F, h, w], an array; not saved with the video."""
     warnings: tuple[str, ...] = ()
     """Faults that `allow_flat` accepted."""
+    decoded: Mapping[str, Any] = field(default_factory=dict)
+    """`load` and `versions` of the decoding, if it was not done by the run that made the latents."""
 
     def __post_init__(self) -> None:
         x = self.frames
@@ -111,6 +112,8 @@ class Video:
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
             "warnings": list(self.warnings),
+            "allow_flat": bool(self.warnings),
+            **({"decoded": dict(self.decoded)} if self.decoded else {}),
             "replay": self._replay(model) if r and model else None,
         }
 
@@ -186,7 +189,25 @@ def check_output(
     except OSError as e:
         raise write_error(Path(path).parent, e) from e
     check_writable(target.path)
+    for file in (target.path, *([] if sidecar is None else [target.sidecar])):
+        check_name(file)
     return target
+
+
+def check_name(file: Path) -> None:
+    """Raise EnvironmentProblem (E-ENV-02) if the file system refuses the name of `file`, as too long."""
+    try:
+        os.lstat(_nearest_folder(file.parent) / file.name)  # os.path.lexists hides the error
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise write_error(file.parent, e) from e
+
+
+def _nearest_folder(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def check_writable(path: AnyPath) -> None:
@@ -196,9 +217,7 @@ def check_writable(path: AnyPath) -> None:
     """
     folder = Path(path).parent
     try:
-        while not folder.exists():
-            folder = folder.parent
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=_nearest_folder(folder)):
             pass
     except OSError as e:
         raise write_error(folder, e) from e
@@ -277,7 +296,7 @@ def _option(path: AnyPath, num_frames: int = 2) -> str:
     targets = ((name, _locate(name, num_frames)) for name in chain([f"{file}{slash}"], later))
     exists = os.path.lexists
     free = next(name for name, target in targets if not (exists(target.path) or exists(target.sidecar)))
-    return f"-o {shlex.quote(free)}"
+    return shell_line(["-o", free])
 
 
 # ---- writing ------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ class TextEncoder:
         """Embeddings [1, max_sequence_length, text_dim] in the encoder's dtype and device, one per prompt.
 
         The embeddings of the last eight prompts are cached. `before_block` is called before each block of
-        the model, and may raise.
+        the model and while another thread encodes, and may raise.
         """
         keys = [(clean_prompt(p), max_sequence_length) for p in prompts]
-        with self._turn.hold():
+        with self._turn.hold(check=before_block):
             new = [key for key in dict.fromkeys(keys) if key not in self._cache]
             if new:
                 model = self.model if self.model is not None else self._load()
