@@ -242,7 +242,6 @@ TOKENIZER: list[tuple[str, Any, str]] = [
     ("special_tokens_map.json", {"pad_token": 3}, "pad_token is 3"),
     ("special_tokens_map.json", {"pad_token": None}, "pad_token is None"),
     ("added_tokens.json", {"a": -1}, "a is -1"),
-    ("other.json", [], "other.json is a JSON list"),
 ]
 
 
@@ -255,6 +254,11 @@ def test_files_of_a_tokenizer(copy: Path, name: str, values: Any, text: str) -> 
         file.write_text(json.dumps(values))
     error = problem(copy)
     assert error.code == "E-CKP-06" and text in error.got
+
+
+def test_other_files_beside_a_tokenizer_are_not_read(copy: Path) -> None:
+    (copy / "tokenizer/notes.json").write_text("{")
+    assert not check_layout(recognise(copy)).problems
 
 
 def test_a_tokenizer_without_a_vocabulary(copy: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import copy
 
 import ascendit
@@ -56,6 +57,9 @@ def test_position_embeddings_of_another_image_encoder(tiny_flf2v: Path, tmp_path
     folder = copy(tiny_flf2v, tmp_path / "m")
     config = folder / "image_encoder/config.json"
     config.write_text(config.read_text().replace('"image_size": 32', '"image_size": 64'))
+    weights = load_file(file := folder / "image_encoder/model.safetensors")
+    weights["embeddings.position_embedding.weight"] = torch.zeros(65, 32)
+    save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="pos_embed_seq_len = 34") as error:
         ascendit.load(folder)
     assert error.value.code == "E-CKP-06" and "130" in error.value.needs

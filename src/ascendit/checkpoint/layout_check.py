@@ -24,7 +24,7 @@ from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConf
 from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import Expert, model_config, read_expert
 from ascendit.errors import AscenditError, CheckpointError
-from ascendit.family import WanConfig
+from ascendit.family import WanConfig, out_channels
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.schedule import StepSchedule
 
@@ -184,6 +184,8 @@ def _around_the_transformer(
         case ImageEncoderConfig(hidden_size=width) if config["image_dim"] not in (None, width):
             image = f"image_dim {config['image_dim']}"
             yield _disagree(layout, name, image, "image_encoder", f"hidden_size {width}")
+        case ImageEncoderConfig(tokens=tokens) if config["pos_embed_seq_len"] not in (None, 2 * tokens):
+            yield _position_embeddings(config["pos_embed_seq_len"], tokens)
         case ImageEncoderConfig(image_size=edge) if "image_processor" in parts:
             size = processor_config(parts["image_processor"].part).output_size
             if size != (edge, edge):
@@ -191,12 +193,22 @@ def _around_the_transformer(
                 yield _disagree(layout, "image_processor", images, "image_encoder", f"image_size {edge}")
 
 
+def _position_embeddings(length: int, tokens: int) -> CheckpointError:
+    return CheckpointError(
+        f"pos_embed_seq_len = {length} in the transformer, and {tokens} tokens per image",
+        needs=f"{2 * tokens}: the image encoder's tokens of the first and the last image",
+        fix="use the image encoder and the config.json of the model's authors",
+        code="E-CKP-06",
+    )
+
+
 def _config_of(checked: CheckedPart) -> dict[str, Any]:
-    """The values of `EQUAL_KEYS` in the config of an expert, with defaults."""
+    """The values of `EQUAL_KEYS` and `pos_embed_seq_len` in the config of an expert, with defaults."""
     assert checked.expert is not None
     config = checked.expert.config
-    values = {key: config.get(key, getattr(WanConfig, key)) for key in EQUAL_KEYS}
-    values["out_channels"] = values["out_channels"] or values["in_channels"]
+    keys = (*EQUAL_KEYS, "pos_embed_seq_len")
+    values = {key: config.get(key, getattr(WanConfig, key)) for key in keys}
+    values["out_channels"] = out_channels(config)
     return values | {"patch_size": list(values["patch_size"])}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from ascendit.checkpoint.part_configs import (
     ImageProcessorConfig,
     IndexConfig,
     PartConfig,
-    SchedulerConfig,
     TextEncoderConfig,
     TokenizerConfig,
     TokenMapConfig,
@@ -32,7 +32,8 @@ from ascendit.checkpoint.part_tensors import (
     text_encoder_tensors,
 )
 from ascendit.checkpoint.reader import Shards, TensorInfo
-from ascendit.checkpoint.trust import TOKENIZER_FILES
+from ascendit.checkpoint.scheduler import scheduler_of
+from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES
 from ascendit.errors import AscenditError, CheckpointError, is_out_of_memory
 from ascendit.names import Shapes, listed
 
@@ -62,7 +63,7 @@ def check_part(part: Part) -> Shards | None:
             _check_tensors(part, _expected_tensors(part, config, stored), stored)
         return shards
     if part.name == "scheduler":
-        SchedulerConfig.read(_config_file(part), part.config)
+        scheduler_of(part)
     elif part.name == "image_processor":
         processor_config(part)
     elif part.name == "tokenizer":
@@ -87,6 +88,13 @@ def library_config(part: Part) -> PartConfig:
     if data.get("model_type") == "clip" and isinstance(vision, dict):  # the config of a complete CLIP
         data = vision
     return LIBRARY_CONFIGS[part.class_name].read(file, data)
+
+
+def image_tokens(part: Part) -> int:
+    """Tokens of one image from this image encoder. Raises the errors of `library_config`."""
+    config = library_config(part)
+    assert isinstance(config, ImageEncoderConfig)
+    return config.tokens
 
 
 def processor_config(part: Part) -> ImageProcessorConfig:
@@ -161,8 +169,9 @@ TOKENIZER_KEYS: dict[str, type[TokenMapConfig]] = {
 
 
 def _check_tokenizer(part: Part) -> None:
-    """Check every JSON file that transformers reads for a tokenizer; the library parses `tokenizer.json`."""
-    files = {file.name: read_json(file) for file in sorted(part.folder.glob("*.json"))}
+    """Check the JSON files that the library gets for a tokenizer; it parses `tokenizer.json` itself."""
+    names = (*TOKENIZER_CONFIGS, "tokenizer.json")
+    files = {name: read_json(part.folder / name) for name in names if os.path.lexists(part.folder / name)}
     names = ("tokenizer_config.json", "special_tokens_map.json")
     config = TokenizerConfig.read(part.folder / names[0], part.config)
     special = TokenMapConfig.read(part.folder / names[1], files.get(names[1], {}))
