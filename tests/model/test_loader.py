@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.reader import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
 from ascendit.model.weight_loader import ModelSink
@@ -96,7 +97,8 @@ def test_library_components_are_checked_too(
         weights[name] = weights[name][:-1].clone()
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError) as e:
-        load_library_part(recognise(folder).parts[part])
+        loaded = recognise(folder).parts[part]
+        load_library_part(loaded, Shards.from_part(loaded), torch.float32)
     assert e.value.code == "E-CKP-04" and ("no.such.weight" if how == "extra" else name) in str(e.value)
 
 

@@ -1,7 +1,7 @@
 """Check a complete model without reading its weights: each part, and whether the parts belong together.
 
 `inspect` lists all problems; loading and `--dry-run` raise the first one. So all of them refuse the same
-models, with the same error. `quantize` and `repack` check the transformers only. Headers are read once.
+models, with the same error. `quantize` and `repack` check the transformers only. Loading reuses the headers.
 """
 
 from __future__ import annotations

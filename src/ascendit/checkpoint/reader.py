@@ -4,8 +4,8 @@
 `RowReader` reads tensors, or one rank's shard of them, into a reused buffer. torch and numpy are imported by
 the functions that need them.
 
-Files are not memory-mapped: mapped pages would count as memory of this process, and a file that shrinks would
-kill it.
+`RowReader` does not map files: mapped pages would count as memory of this process, and a file that shrinks
+would kill it. Only `library_component` maps the parts that a library runs.
 """
 
 from __future__ import annotations
@@ -370,8 +370,8 @@ WHOLE = ShardSpec()
 class RowReader:
     """Read tensors, or one rank's shard of them, with a bounded number of open files.
 
-    Every method raises CheckpointError (E-CKP-02) if a file was written, replaced, truncated or removed after
-    its header was read; the end of a `with` block also does, for the files that are still open.
+    Raises CheckpointError (E-CKP-02) for a file that was written, replaced, truncated or removed after its
+    header was read: when it opens the file, closes it to open others, and at the end of a `with` block.
     """
 
     def __init__(self) -> None:
