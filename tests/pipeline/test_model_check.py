@@ -193,9 +193,9 @@ def test_a_vision_config_that_the_library_ignores(
     edit(IMAGE, vision_config=vision)(folder)
     assert inspected(folder) is None
     picture, names = Image.new("RGB", (64, 64)), ["image", "last_image"][: 2 if model == "flf2v" else 1]
-    size = {"width": 64, "height": 64, "num_frames": 5}
+    size: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5}
     prepared = prepare(
-        LoadOptions(model=str(folder)), "a", **size, **dict.fromkeys(names, "p"), pixels={"p": picture}
+        LoadOptions(model=str(folder)), "a", **(size | dict.fromkeys(names, "p")), pixels={"p": picture}
     )
     assert estimate_run(prepared).work.flops > 0
 

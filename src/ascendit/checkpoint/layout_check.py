@@ -22,6 +22,7 @@ from ascendit.checkpoint.part_check import (
 )
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
 from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.tokenizer_check import check_tokenizer
 from ascendit.checkpoint.transformer import Expert, model_config, read_expert
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanConfig, out_channels
@@ -177,6 +178,9 @@ def _around_the_transformer(
                 channels = f"{inputs} input and {outputs} output channels"
                 yield _disagree(layout, name, channels, "vae", f"latents of {z} channels")
     match configs.get("text_encoder"):
+        case TextEncoderConfig(vocab_size=count) if (largest := _largest_token(parts)) >= count:
+            token = f"a token of number {largest}"
+            yield _disagree(layout, "tokenizer", token, "text_encoder", f"{count} embeddings")
         case TextEncoderConfig(d_model=width) if width != config["text_dim"]:
             text = f"text_dim {config['text_dim']}"
             yield _disagree(layout, name, text, "text_encoder", f"d_model {width}")
@@ -191,6 +195,10 @@ def _around_the_transformer(
             if size != (edge, edge):
                 images = "images of " + ("any size" if size is None else f"{size[1]}x{size[0]}")
                 yield _disagree(layout, "image_processor", images, "image_encoder", f"image_size {edge}")
+
+
+def _largest_token(parts: Mapping[str, CheckedPart]) -> int:
+    return (check_tokenizer(parts["tokenizer"].part) or 0) if "tokenizer" in parts else 0
 
 
 def _position_embeddings(length: int, tokens: int) -> CheckpointError:

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.checkpoint.component import Part, read_json
+from ascendit.checkpoint.component import Part, library_refusal, read_json
 from ascendit.checkpoint.part_check import (
-    TOKENIZER_KEYS,
     check_part,
     library_config,
-    library_refusal,
     processor_config,
     tensor_mismatch,
 )
 from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards, TensorInfo
 from ascendit.checkpoint.sources import OpenFiles
+from ascendit.checkpoint.tokenizer_check import TOKENIZER_KEYS
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
 from ascendit.exclusive import Exclusive
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ascendit.checkpoint.component import library_refusal
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.part_check import library_config, library_refusal
+from ascendit.checkpoint.part_check import library_config
 from ascendit.checkpoint.part_configs import TextEncoderConfig
 from ascendit.checkpoint.reader import Shards
 from ascendit.errors import CheckpointError
