@@ -58,11 +58,15 @@ DTYPE_BITS = {name: 8 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) fo
 
 
 def common_dtype(sizes: Iterable[tuple[str, int]]) -> str:
-    """The torch dtype of most bytes. `sizes`: (safetensors dtype, bytes) of each tensor."""
+    """The torch dtype of most bytes; float32 for float64, in which no operator computes.
+
+    `sizes`: (safetensors dtype, bytes) of each tensor.
+    """
     count: Counter[str] = Counter()
     for dtype, nbytes in sizes:
         count[dtype] += nbytes
-    return TORCH_DTYPES[count.most_common(1)[0][0]] if count else "float32"
+    name = TORCH_DTYPES[count.most_common(1)[0][0]] if count else "float32"
+    return "float32" if name == "float64" else name
 
 
 # ---- headers ------------------------------------------------------------------------------------
