@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ascendit.family import SPECS, VaeConfig, WanConfig, match_spec
+from ascendit.family import SPECS, VaeConfig, WanConfig, match_spec, out_channels
 
 P480 = {(832, 480), (480, 832)}
 P720 = {(1280, 720), (720, 1280)}
@@ -149,6 +149,12 @@ def test_the_table_needs_no_torch() -> None:
 
 
 # ---- config.json --------------------------------------------------------------------------------
+
+
+def test_output_channels_that_are_absent_or_null() -> None:
+    """As in Diffusers: absent means its default, null the channels of the input."""
+    for config, count in (({"in_channels": 36}, 16), ({"in_channels": 36, "out_channels": None}, 36)):
+        assert WanConfig.from_dict(config).out_channels == out_channels(config) == count
 
 
 def test_defaults_equal_those_of_diffusers() -> None:

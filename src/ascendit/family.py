@@ -293,6 +293,12 @@ def match_spec(
 # ---- config.json of transformer and VAE ---------------------------------------------------------
 
 
+def out_channels(config: Mapping[str, Any]) -> int:
+    """Output channels in the config of a transformer: 16 if the key is absent, those of the input if null."""
+    value = config.get("out_channels", WanConfig.out_channels)
+    return int(config.get("in_channels", WanConfig.in_channels) if value is None else value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """`config.json` of a Diffusers WanTransformer3DModel; names and defaults are Diffusers'."""
@@ -342,7 +348,7 @@ class WanConfig:
                 code="E-CKP-06",
             )
         values["patch_size"] = tuple(values.get("patch_size", cls.patch_size))
-        values["out_channels"] = values.get("out_channels") or values.get("in_channels", cls.in_channels)
+        values["out_channels"] = out_channels(values)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from checkpoint.test_part_tensors import CLIP_H, UMT5_XXL, WAN21_VAE, WAN22_VAE
 from safetensors.torch import load_file, save_file
 
+from ascendit.checkpoint import tokenizer_check
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.layout_check import check_layout
 from ascendit.checkpoint.part_check import check_part
@@ -242,7 +243,6 @@ TOKENIZER: list[tuple[str, Any, str]] = [
     ("special_tokens_map.json", {"pad_token": 3}, "pad_token is 3"),
     ("special_tokens_map.json", {"pad_token": None}, "pad_token is None"),
     ("added_tokens.json", {"a": -1}, "a is -1"),
-    ("other.json", [], "other.json is a JSON list"),
 ]
 
 
@@ -257,20 +257,85 @@ def test_files_of_a_tokenizer(copy: Path, name: str, values: Any, text: str) -> 
     assert error.code == "E-CKP-06" and text in error.got
 
 
+def test_other_files_beside_a_tokenizer_are_not_read(copy: Path) -> None:
+    (copy / "tokenizer/notes.json").write_text("{")
+    assert not check_layout(recognise(copy)).problems
+
+
 def test_a_tokenizer_without_a_vocabulary(copy: Path) -> None:
     (copy / "tokenizer/tokenizer.json").unlink()
     assert problem(copy).code == "E-CKP-02"
 
 
-def test_a_token_without_an_embedding(copy: Path) -> None:
+def with_token(number: int, where: str) -> Callable[[dict[str, Any]], Any]:
+    def change(data: dict[str, Any]) -> None:
+        if where == "vocab":
+            data["model"]["vocab"]["q"] = number
+        elif where == "post_processor":
+            data["post_processor"]["special_tokens"]["</s>"]["ids"] = [number]
+        else:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            data["added_tokens"].append({"id": number, "content": "<new>", "special": True, **flags})
+
+    return change
+
+
+@pytest.mark.parametrize("where", ["vocab", "post_processor", "added_tokens"])
+@pytest.mark.parametrize("number", [5000, 2**32 - 1])
+def test_a_token_without_an_embedding(copy: Path, where: str, number: int) -> None:
     """A tokenizer of another model, with more tokens than the text encoder has embeddings."""
     file = copy / "tokenizer/tokenizer.json"
     tokenizer = json.loads(file.read_text())
-    tokenizer["model"]["vocab"]["q"] = 5000
+    with_token(number, where)(tokenizer)
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match="5000") as e:
-        load(str(copy)).text.encode(["quick"], 8)
-    assert e.value.code == "E-CKP-07"
+    error = problem(copy)
+    assert error.code == "E-CKP-07" and str(number) in error.got
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+BACKTRACKING = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+SLOW: list[tuple[str, Any]] = [
+    ("normalizer", {"type": "Sequence", "normalizers": [DOUBLE] * 26}),
+    ("normalizer", DOUBLE),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 9}),
+    ("normalizer", {"type": "ByteLevel"}),
+    ("pre_tokenizer", BACKTRACKING),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 2}),
+    ("post_processor", {"type": "Sequence", "processors": [TEMPLATE] * 2}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), SLOW)
+def test_a_tokenizer_that_would_not_end(
+    copy: Path, key: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the library sees it."""
+    monkeypatch.setattr(tokenizer_check, "_try_tokenizer", lambda file: pytest.fail("tokenized"))
+    change(copy / "tokenizer/tokenizer.json", **{key: value})
+    error = problem(copy)
+    assert error.code == "E-CKP-06" and f"tokenizer.json: {key} is" in error.got
+
+
+def test_faults_that_only_a_prompt_shows(copy: Path) -> None:
+    file = copy / "tokenizer/tokenizer.json"
+    content = file.read_text()
+    file.write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert "byte order mark" in problem(copy).got
+    data = json.loads(content)
+    truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 100}
+    file.write_text(json.dumps(data | {"truncation": truncation}))
+    assert "truncation.stride is 100" in problem(copy).got
+    file.write_text(json.dumps(data | {"model": data["model"] | {"unk_token": "<no>"}}))
+    assert "unk_token is '<no>'" in problem(copy).got
+
+
+def test_a_large_vocabulary_is_not_parsed_before_loading(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = copy / "tokenizer/tokenizer.json"
+    monkeypatch.setattr(tokenizer_check, "LARGE", 10)
+    monkeypatch.setattr(tokenizer_check, "_try_tokenizer", lambda file: pytest.fail("tokenized"))
+    assert not check_layout(recognise(copy)).problems
+    file.write_text(file.read_text().replace('"unk_token"', '"x"'))
+    assert problem(copy).code == "E-CKP-06"
 
 
 def test_an_unknown_class(copy: Path) -> None:

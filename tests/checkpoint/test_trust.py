@@ -22,9 +22,9 @@ from safetensors.numpy import save
 from ascendit.checkpoint.component import EXPERTS, Part
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.reader import PICKLED, Shards, convert_command, read_header
+from ascendit.checkpoint.scheduler import SOLVERS
 from ascendit.checkpoint.trust import OTHER_CODE, PART_CLASSES, Home
 from ascendit.errors import CheckpointError
-from ascendit.pipeline.defaults import SOLVERS
 
 INDEX: dict[str, Any] = {
     "_class_name": "WanImageToVideoPipeline",

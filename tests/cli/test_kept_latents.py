@@ -278,8 +278,10 @@ def test_the_record_and_the_replay_line_keep_allow_flat_and_metadata(
 
 def test_an_interrupted_decode_leaves_nothing_in_the_cache(tiny_t2v_cascade: Path) -> None:
     from ascendit.checkpoint.layout import recognise
+    from ascendit.checkpoint.reader import Shards
 
-    vae = VideoCoder(recognise(tiny_t2v_cascade), device="cpu")
+    layout = recognise(tiny_t2v_cascade)
+    vae = VideoCoder(layout, Shards.from_part(layout.part("vae")), device="cpu")
     z = torch.randn(vae.latent_shape(17, 32, 32), generator=torch.Generator().manual_seed(0))
     expected, steps = vae.decode(z), []
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.reader import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model import library_component
 from ascendit.model.library_component import load_library_part, load_processor
@@ -31,6 +32,10 @@ PROMPTS = ["A red circle <pad> moves", "", "é 猫 <extra_id_3>", "z" * 900]
 def reference(part: Part, **options: Any) -> Any:
     library = diffusers if part.library == "diffusers" else transformers
     return getattr(library, part.class_name).from_pretrained(part.path, **options)
+
+
+def load_part(part: Part, dtype: torch.dtype = torch.float32) -> Any:
+    return load_library_part(part, Shards.from_part(part), dtype)
 
 
 def tokens(tokenizer: Any) -> Any:
@@ -46,7 +51,7 @@ def test_models_are_bit_equal_to_from_pretrained(
     model: str, name: str, tiny_folder: Callable[[str], Path]
 ) -> None:
     part = recognise(tiny_folder(model)).part(name)
-    ours, theirs = load_library_part(part), reference(part)
+    ours, theirs = load_part(part), reference(part)
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert [x.tolist() for x in ours.buffers()] == [x.tolist() for x in theirs.buffers()]
@@ -60,7 +65,7 @@ def test_models_are_bit_equal_to_from_pretrained(
         *unused,
     }
     a = ours.state_dict()
-    half = load_library_part(part, dtype=torch.bfloat16).state_dict()
+    half = load_part(part, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(half[key], a[key].to(torch.bfloat16)) for key in a)
 
 
@@ -136,7 +141,7 @@ def test_keys_that_name_other_files_do_not_reach_the_library(
     assert args == () and not {"tokenizer_object", "chat_template"} & options.keys()
     assert options["vocab_file"] is None
     for name in ("text_encoder", "vae"):
-        a, b = (load_library_part(x.part(name)).state_dict() for x in (layout, expected))
+        a, b = (load_part(x.part(name)).state_dict() for x in (layout, expected))
         assert all(torch.equal(a[key], b[key]) for key in b)
 
 
@@ -144,14 +149,37 @@ def test_other_weights_in_the_folder_are_not_loaded(tiny_t2v_single: Path, tmp_p
     """transformers prefers files with this name to `model.safetensors`, and reads adapters with peft."""
     folder = tiny.copy(tiny_t2v_single, tmp_path / "m")
     part = recognise(folder).part("text_encoder")
-    expected = load_library_part(part).state_dict()
+    expected = load_part(part).state_dict()
     weights = {
         name: torch.zeros_like(tensor) for name, tensor in load_file(part.path / "model.safetensors").items()
     }
     save_file(weights, part.path / "shard-00001-model-00001-of-00001.safetensors", metadata={"format": "pt"})
     (part.path / "pytorch_model.bin").write_bytes(b"x")
-    loaded = load_library_part(part).state_dict()
+    loaded = load_part(part).state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_weights_stay_in_their_file(tiny_t2v_single: Path, tmp_path: Path) -> None:
+    """In the stored dtype, the parameters of the text encoder are pages of the file, not copies."""
+    folder = tiny.copy(tiny_t2v_single, tmp_path / "m")
+    part = recognise(folder).part("text_encoder")
+    model = load_part(part)
+    [file] = part.path.glob("*.safetensors")
+    header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+    with open(file, "r+b") as f:
+        f.seek(header)
+        f.write(bytes(file.stat().st_size - header))
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+def test_a_file_that_changed_since_its_header_was_read(tiny_t2v_single: Path, tmp_path: Path) -> None:
+    part = recognise(tiny.copy(tiny_t2v_single, tmp_path / "m")).part("text_encoder")
+    shards = Shards.from_part(part)
+    [file] = part.path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="changed since") as e:
+        load_library_part(part, shards, torch.float32)
+    assert e.value.code == "E-CKP-02"
 
 
 def test_nothing_but_the_table_is_imported(
@@ -168,7 +196,7 @@ def test_nothing_but_the_table_is_imported(
         assert e.value.code == "E-CKP-05"
         part = replace(layout.part("vae"), class_name=class_name)
         with pytest.raises(CheckpointError) as e:
-            load_library_part(part)
+            load_part(part)
         assert e.value.code == "E-CKP-05"
     assert "wan_evil" not in sys.modules
 
@@ -198,7 +226,7 @@ def test_every_error_of_a_library_has_a_code(
             raise error
 
         monkeypatch.setattr(library_component, "library_class", fail)
-        for load, name in ((load_processor, "tokenizer"), (load_library_part, "vae")):
+        for load, name in ((load_processor, "tokenizer"), (load_part, "vae")):
             with pytest.raises(CheckpointError) as e:
                 load(recognise(folder).part(name))
             assert e.value.code == "E-CKP-06" and type(error).__name__ in e.value.got

@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
+from ascendit.model.loader import load_expert
 from ascendit.model.weight_loader import ModelSink
 from ascendit.ops.operators import bind
 
@@ -96,7 +99,8 @@ def test_library_components_are_checked_too(
         weights[name] = weights[name][:-1].clone()
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError) as e:
-        load_library_part(recognise(folder).parts[part])
+        loaded = recognise(folder).parts[part]
+        load_library_part(loaded, Shards.from_part(loaded), torch.float32)
     assert e.value.code == "E-CKP-04" and ("no.such.weight" if how == "extra" else name) in str(e.value)
 
 
@@ -125,3 +129,12 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
     assert float(out.stdout) < 1.2
+
+
+def test_a_transformer_in_float64_runs_in_float32(tiny_t2v_single: Path, tmp_path: Path) -> None:
+    folder = tiny.copy(tiny_t2v_single, tmp_path / "m")
+    file = folder / "transformer" / tiny.WEIGHTS
+    weights = {name: tensor.double() for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    model = load_expert(read_expert(recognise(folder).experts[0]), None, bind("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

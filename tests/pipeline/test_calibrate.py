@@ -485,3 +485,19 @@ def test_a_model_that_computes_nan(bf16: Path, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, AscenditError), match="E-OUT-01"):
         quantize(broken, tmp_path / "out", scheme="mxfp4", calibrate=calibrator())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("vae/config.json", "scale_factor_temporal"), ("scheduler/scheduler_config.json", "flow_shift")],
+)
+def test_a_damaged_config_is_refused_before_the_prompts(
+    file: str, key: str, tiny_t2v_single: Path, tmp_path: Path
+) -> None:
+    folder = tiny.copy(tiny_t2v_single, tmp_path / "m")
+    for value in ("x", [1]):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        with pytest.raises(CheckpointError, match=key) as e:
+            Calibrator(prompts=["a"]).record(recognise(folder))
+        assert e.value.code == "E-CKP-06"

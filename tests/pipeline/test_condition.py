@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import copy
 
 import ascendit
@@ -54,8 +55,11 @@ def test_clip_tokens_of_both_images(tiny_flf2v: Path) -> None:
 
 def test_position_embeddings_of_another_image_encoder(tiny_flf2v: Path, tmp_path: Path) -> None:
     folder = copy(tiny_flf2v, tmp_path / "m")
-    config = folder / "transformer/config.json"
-    config.write_text(config.read_text().replace('"pos_embed_seq_len": 34', '"pos_embed_seq_len": 130'))
-    with pytest.raises(CheckpointError, match="130|pos_embed") as error:
+    config = folder / "image_encoder/config.json"
+    config.write_text(config.read_text().replace('"image_size": 32', '"image_size": 64'))
+    weights = load_file(file := folder / "image_encoder/model.safetensors")
+    weights["embeddings.position_embedding.weight"] = torch.zeros(65, 32)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="pos_embed_seq_len = 34") as error:
         ascendit.load(folder)
     assert error.value.code in ("E-CKP-04", "E-CKP-06")

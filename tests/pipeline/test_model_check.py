@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from PIL import Image
 from pipeline.headers import write_json
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from ascendit import twin
 from ascendit.cli.main import main
 from ascendit.errors import AscenditError
 from ascendit.inspect.checkpoint import inspect
+from ascendit.pipeline.estimate import estimate_run
 from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.options import LoadOptions
 
@@ -109,6 +111,8 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "no number of heads": ("E-CKP-06", edit(LOW, num_attention_heads=None)),
     "another scheduler": ("E-CKP-05", edit(SCHEDULER, _class_name="DDPMScheduler")),
     "a scheduler setting": ("E-CKP-06", edit(SCHEDULER, solver_order=3)),
+    "a shift that no request may have": ("E-CKP-06", edit(SCHEDULER, flow_shift=1e5)),
+    "a shift below those of requests": ("E-CKP-06", edit(SCHEDULER, flow_shift=1e-9)),
     "no scheduler config": ("E-CKP-06", remove(SCHEDULER)),
     "experts with other channels": ("E-CKP-07", narrow("transformer_2")),
     "both experts with other channels than the vae": (
@@ -174,6 +178,40 @@ def test_all_entry_points_refuse_a_damaged_folder_alike(
     for flags in (["--dry-run"], ["-o", str(tmp_path / "a.png")]):
         assert main(["generate", str(folder), "a", *flags]) in (1, 2)
         assert f"error[{code}]: {loaded[1]}" in capsys.readouterr().err
+
+
+IMAGE = "image_encoder/config.json"
+
+
+@pytest.mark.parametrize("vision", ["x", {"image_size": "a"}, None, [1], 5])
+@pytest.mark.parametrize("model", ["i2v_21", "flf2v"])
+def test_a_vision_config_that_the_library_ignores(
+    model: str, vision: Any, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The config of a CLIPVisionModel has its values at the top."""
+    folder = shutil.copytree(tiny_folder(model), tmp_path / "model")
+    edit(IMAGE, vision_config=vision)(folder)
+    assert inspected(folder) is None
+    picture, names = Image.new("RGB", (64, 64)), ["image", "last_image"][: 2 if model == "flf2v" else 1]
+    size: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5}
+    prepared = prepare(
+        LoadOptions(model=str(folder)), "a", **(size | dict.fromkeys(names, "p")), pixels={"p": picture}
+    )
+    assert estimate_run(prepared).work.flops > 0
+
+
+def test_inspect_lists_a_bad_scheduler_beside_other_problems(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    edit("vae/config.json", dropout="a")(folder)
+    edit(SCHEDULER, _class_name="DDIMScheduler")(folder)
+    assert [problem.code for problem in inspect(folder).problems] == ["E-CKP-05", "E-CKP-06"]
+
+
+def test_damaged_weights_and_a_damaged_config_of_one_expert(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    edit(HIGH, num_attention_heads=None)(folder)
+    truncate(WEIGHTS["high"])(folder)
+    assert (inspected(folder) or ("", ""))[0] == "E-CKP-02"
 
 
 # ---- options ------------------------------------------------------------------------------------

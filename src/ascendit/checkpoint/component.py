@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ascendit.checkpoint.sources import record_source
-from ascendit.errors import CheckpointError
+from ascendit.errors import AscenditError, CheckpointError, is_out_of_memory
 
 TRANSFORMER = "WanTransformer3DModel"
 EXPERTS = ("transformer", "transformer_2")
@@ -182,3 +182,25 @@ def _bad_json(path: Path, problem: str) -> CheckpointError:
         fix="download the file again, or restore it from the source of the model",
         code="E-CKP-06",
     )
+
+
+def library_refusal(path: Path, error: BaseException) -> BaseException:
+    """The error E-CKP-06 for a file or folder that a library refuses with `error`.
+
+    Errors of ascendit, a full memory and interruptions are returned unchanged. A panic of a library in Rust
+    is no Exception.
+    """
+    library = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    if isinstance(error, AscenditError) or is_out_of_memory(error) or not library:
+        return error
+    return CheckpointError(
+        f"{path}: {first_line(error)}",
+        needs="the files of the model's authors",
+        fix="download the component again",
+        code="E-CKP-06",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The class and first line of an error of a library."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,7 +1,7 @@
 """Check a complete model without reading its weights: each part, and whether the parts belong together.
 
 `inspect` lists all problems; loading and `--dry-run` raise the first one. So all of them refuse the same
-models, with the same error. `quantize` and `repack` check the transformers only. Headers are read once.
+models, with the same error. `quantize` and `repack` check the transformers only. Loading reuses the headers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from ascendit.checkpoint.part_check import (
 )
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
 from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.tokenizer_check import check_tokenizer
 from ascendit.checkpoint.transformer import Expert, model_config, read_expert
 from ascendit.errors import AscenditError, CheckpointError
-from ascendit.family import WanConfig
+from ascendit.family import WanConfig, out_channels
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.schedule import StepSchedule
 
@@ -177,6 +178,9 @@ def _around_the_transformer(
                 channels = f"{inputs} input and {outputs} output channels"
                 yield _disagree(layout, name, channels, "vae", f"latents of {z} channels")
     match configs.get("text_encoder"):
+        case TextEncoderConfig(vocab_size=count) if (largest := _largest_token(parts)) >= count:
+            token = f"a token of number {largest}"
+            yield _disagree(layout, "tokenizer", token, "text_encoder", f"{count} embeddings")
         case TextEncoderConfig(d_model=width) if width != config["text_dim"]:
             text = f"text_dim {config['text_dim']}"
             yield _disagree(layout, name, text, "text_encoder", f"d_model {width}")
@@ -184,6 +188,8 @@ def _around_the_transformer(
         case ImageEncoderConfig(hidden_size=width) if config["image_dim"] not in (None, width):
             image = f"image_dim {config['image_dim']}"
             yield _disagree(layout, name, image, "image_encoder", f"hidden_size {width}")
+        case ImageEncoderConfig(tokens=tokens) if config["pos_embed_seq_len"] not in (None, 2 * tokens):
+            yield _position_embeddings(config["pos_embed_seq_len"], tokens)
         case ImageEncoderConfig(image_size=edge) if "image_processor" in parts:
             size = processor_config(parts["image_processor"].part).output_size
             if size != (edge, edge):
@@ -191,12 +197,26 @@ def _around_the_transformer(
                 yield _disagree(layout, "image_processor", images, "image_encoder", f"image_size {edge}")
 
 
+def _largest_token(parts: Mapping[str, CheckedPart]) -> int:
+    return (check_tokenizer(parts["tokenizer"].part) or 0) if "tokenizer" in parts else 0
+
+
+def _position_embeddings(length: int, tokens: int) -> CheckpointError:
+    return CheckpointError(
+        f"pos_embed_seq_len = {length} in the transformer, and {tokens} tokens per image",
+        needs=f"{2 * tokens}: the image encoder's tokens of the first and the last image",
+        fix="use the image encoder and the config.json of the model's authors",
+        code="E-CKP-06",
+    )
+
+
 def _config_of(checked: CheckedPart) -> dict[str, Any]:
-    """The values of `EQUAL_KEYS` in the config of an expert, with defaults."""
+    """The values of `EQUAL_KEYS` and `pos_embed_seq_len` in the config of an expert, with defaults."""
     assert checked.expert is not None
     config = checked.expert.config
-    values = {key: config.get(key, getattr(WanConfig, key)) for key in EQUAL_KEYS}
-    values["out_channels"] = values["out_channels"] or values["in_channels"]
+    keys = (*EQUAL_KEYS, "pos_embed_seq_len")
+    values = {key: config.get(key, getattr(WanConfig, key)) for key in keys}
+    values["out_channels"] = out_channels(config)
     return values | {"patch_size": list(values["patch_size"])}
 
 

@@ -25,6 +25,8 @@ Patch = Annotated[int, Field(gt=0, le=64)]
 Multiple = Annotated[int, Field(gt=0, le=1024)]
 Pixels = Annotated[int, Field(gt=0, le=16384)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
+Shift = Annotated[float, Field(ge=1e-3, le=1e4)]
+"""As in a request."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 """A dropout."""
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
@@ -83,17 +85,20 @@ class IndexConfig(PartConfig):
 
 
 class SchedulerConfig(PartConfig):
-    """`scheduler_config.json`: types and ranges; `scheduler_of` requires the values of Wan models."""
+    """`scheduler_config.json`: types and ranges; `scheduler_of` requires the values of Wan models.
 
-    flow_shift: Positive | None = None
-    shift: Positive | None = None
-    num_train_timesteps: Count = 1000
-    solver_order: Count = 2
-    solver_type: str = "bh2"
-    prediction_type: str = "epsilon"
-    final_sigmas_type: str = "zero"
-    time_shift_type: str = "exponential"
-    timestep_spacing: str = "linspace"
+    None: absent. The defaults are those of the class, see `scheduler.MULTISTEP_DEFAULTS`.
+    """
+
+    flow_shift: Shift | None = None
+    shift: Shift | None = None
+    num_train_timesteps: Count | None = None
+    solver_order: Count | None = None
+    solver_type: str | None = None
+    prediction_type: str | None = None
+    final_sigmas_type: str | None = None
+    time_shift_type: str | None = None
+    timestep_spacing: str | None = None
     shift_terminal: Number | None = None
     disable_corrector: list[int] | None = None
     use_flow_sigmas: bool | None = None
@@ -106,7 +111,7 @@ class SchedulerConfig(PartConfig):
     thresholding: bool | None = None
     invert_sigmas: bool | None = None
     stochastic_sampling: bool | None = None
-    algorithm_type: str = "dpmsolver++"
+    algorithm_type: str | None = None
     use_lu_lambdas: bool | None = None
     variance_type: str | None = None
 
@@ -284,6 +289,11 @@ class ImageEncoderConfig(PartConfig):
     hidden_act: Annotated[str, Field(pattern=f"^{_ACTIVATIONS}$")] = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
     attention_dropout: Fraction = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image: its patches and one for the class."""
+        return (self.image_size // self.patch_size) ** 2 + 1
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:

@@ -50,7 +50,7 @@ def image_encoder_tensors(config: ImageEncoderConfig) -> Shapes:
     shapes: Shapes = {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, config.num_channels, patch, patch),
-        "embeddings.position_embedding.weight": ((config.image_size // patch) ** 2 + 1, width),
+        "embeddings.position_embedding.weight": (config.tokens, width),
     }
     shapes |= dict([*_norm("pre_layrnorm", width), *_norm("post_layernorm", width)])
     for i in range(config.num_hidden_layers):

@@ -4,8 +4,8 @@
 `RowReader` reads tensors, or one rank's shard of them, into a reused buffer. torch and numpy are imported by
 the functions that need them.
 
-Files are not memory-mapped: mapped pages would count as memory of this process, and a file that shrinks would
-kill it.
+`RowReader` does not map files: mapped pages would count as memory of this process, and a file that shrinks
+would kill it. Only `library_component` maps the parts that a library runs.
 """
 
 from __future__ import annotations
@@ -58,11 +58,15 @@ DTYPE_BITS = {name: 8 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) fo
 
 
 def common_dtype(sizes: Iterable[tuple[str, int]]) -> str:
-    """The torch dtype of most bytes. `sizes`: (safetensors dtype, bytes) of each tensor."""
+    """The torch dtype of most bytes; float32 for float64, in which no operator computes.
+
+    `sizes`: (safetensors dtype, bytes) of each tensor.
+    """
     count: Counter[str] = Counter()
     for dtype, nbytes in sizes:
         count[dtype] += nbytes
-    return TORCH_DTYPES[count.most_common(1)[0][0]] if count else "float32"
+    name = TORCH_DTYPES[count.most_common(1)[0][0]] if count else "float32"
+    return "float32" if name == "float64" else name
 
 
 # ---- headers ------------------------------------------------------------------------------------
@@ -370,8 +374,8 @@ WHOLE = ShardSpec()
 class RowReader:
     """Read tensors, or one rank's shard of them, with a bounded number of open files.
 
-    Every method raises CheckpointError (E-CKP-02) if a file was written, replaced, truncated or removed after
-    its header was read; the end of a `with` block also does, for the files that are still open.
+    Raises CheckpointError (E-CKP-02) for a file that was written, replaced, truncated or removed after its
+    header was read: when it opens the file, closes it to open others, and at the end of a `with` block.
     """
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.checkpoint.component import Part, read_json
+from ascendit.checkpoint.component import Part, library_refusal, read_json
 from ascendit.checkpoint.part_check import (
-    TOKENIZER_KEYS,
     check_part,
     library_config,
-    library_refusal,
     processor_config,
     tensor_mismatch,
 )
-from ascendit.checkpoint.reader import RowReader, Shards, common_dtype
+from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards, TensorInfo
+from ascendit.checkpoint.sources import OpenFiles
+from ascendit.checkpoint.tokenizer_check import TOKENIZER_KEYS
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
 from ascendit.exclusive import Exclusive
 
@@ -68,27 +69,46 @@ def _library_errors(part: Part) -> Iterator[None]:
         raise library_refusal(part.path, e) from e
 
 
-def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
+def load_library_part(part: Part, shards: Shards, dtype: torch.dtype) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the dtype of most stored bytes. The library gets tensors and the checked values of
-    config.json, no folder. Raises CheckpointError: the errors of `library_config`, E-CKP-06 for files
+    `shards`: its headers, checked by `check_part`. The library gets tensors over memory maps of their files,
+    and the checked values of config.json, no folder. A model in the stored dtype keeps the maps. Raises
+    CheckpointError: the errors of `library_config`, E-CKP-02 for a file that has changed, E-CKP-06 for files
     that the library refuses, E-CKP-04 for tensors that it misses: it initializes missing weights randomly and
     only logs it.
     """
-    stored = Shards.from_part(part).tensors
-    if dtype is None:
-        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored.values()))
     values = library_config(part).model_dump()
     build = _from_diffusers if part.library == "diffusers" else _from_transformers
     with LOADING.hold(), _library_errors(part), quiet():
         cls = library_class(part)
-        with RowReader() as reader:
-            weights = {name: reader.read_tensor(info) for name, info in stored.items()}
-        model, problems = build(cls, values, weights, dtype)
+        model, problems = build(cls, values, mapped_tensors(shards.tensors), dtype)
     if any(problems.values()):
         raise tensor_mismatch(part, problems)
     return model.eval().requires_grad_(False)
+
+
+def mapped_tensors(stored: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Tensors over private memory maps of their files; pages are read when they are used.
+
+    Raises CheckpointError (E-CKP-02) for a file that is not the one whose header was read.
+    """
+    files, maps, tensors = OpenFiles(), dict[Path, mmap.mmap](), dict[str, Tensor]()
+    try:
+        for name, info in stored.items():
+            descriptor = files.open(info.file, info.state)
+            if info.file not in maps:
+                maps[info.file] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            view = memoryview(maps[info.file])[info.start : info.end]
+            if info.start % max(DTYPE_BITS[info.dtype] // 8, 1):  # PyTorch needs aligned numbers
+                view = memoryview(bytearray(view))
+            dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+            empty = torch.empty(0, dtype=dtype)
+            tensors[name] = (torch.frombuffer(view, dtype=dtype) if len(view) else empty).view(info.shape)
+        files.check()
+    finally:
+        files.close()
+    return tensors
 
 
 Problems = dict[str, list[str]]
@@ -128,7 +148,7 @@ def _from_diffusers(
         "mismatched keys": [n for n, shape in shapes.items() if n in weights and weights[n].shape != shape],
     }
     if not any(problems.values()):
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+        model.load_state_dict({name: weights.pop(name).to(dtype) for name in shapes}, assign=True)
     return model, problems
 
 

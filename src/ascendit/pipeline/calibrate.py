@@ -33,10 +33,11 @@ from ascendit.model.linear import LinearInput
 from ascendit.model.state import DenoiseState
 from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
-from ascendit.pipeline.defaults import Defaults, defaults_for
+from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.images import FIELDS, fitted_pictures, pictures_of, size_source
 from ascendit.pipeline.job import load
+from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import first_in_group
@@ -107,11 +108,10 @@ class Calibrator:
     def requests(self, layout: Layout) -> list[GenerateRequest]:
         """One request per prompt, with the model's defaults; the seed is the number of the prompt.
 
-        Raises CheckpointError (E-CKP-01) if the folder holds only transformers, UsageError (E-REQ-04) for a
-        missing or unexpected image, and the errors of `read_prompts`.
+        Raises UsageError (E-REQ-04) for a missing or unexpected image, and the errors of `require_model` and
+        `read_prompts`.
         """
-        layout.require_pipeline()
-        defaults = defaults_for(layout)
+        defaults = require_model(layout)[1]
         requests = []
         for i, (prompt, images) in enumerate(read_prompts(self.prompts, defaults)):
             if defaults.task == "i2v" and not images:

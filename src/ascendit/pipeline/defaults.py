@@ -13,8 +13,18 @@ from typing import Any, Literal
 
 from ascendit import geometry
 from ascendit.checkpoint.layout import Layout
-from ascendit.errors import CheckpointError
-from ascendit.family import LastFrame, Size, Solver, Task, VaeConfig, WanConfig, WanSpec, match_spec
+from ascendit.checkpoint.scheduler import scheduler_class, scheduler_of
+from ascendit.family import (
+    LastFrame,
+    Size,
+    Solver,
+    Task,
+    VaeConfig,
+    WanConfig,
+    WanSpec,
+    match_spec,
+    out_channels,
+)
 
 log = logging.getLogger("ascendit")
 
@@ -23,40 +33,6 @@ Source = Literal["model", "folder"]
 
 # Defaults of Diffusers' WanPipeline.__call__, for a model without a row in `family.py`.
 GENERIC = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
-SOLVERS: dict[str, Solver] = {
-    "UniPCMultistepScheduler": "unipc",
-    "DPMSolverMultistepScheduler": "dpm++",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-}
-# Scheduler settings that change the numbers, with the only values that these solvers implement.
-_OFF = "use_dynamic_shifting use_karras_sigmas use_exponential_sigmas use_beta_sigmas".split()
-_SUPPORTED = dict.fromkeys(_OFF, False) | {"shift_terminal": None, "num_train_timesteps": 1000}
-_MULTISTEP: dict[str, Any] = {
-    "solver_order": 2,
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-    "final_sigmas_type": "zero",
-    **_SUPPORTED,
-    "thresholding": False,
-}
-SUPPORTED: dict[Solver, dict[str, Any]] = {
-    "unipc": {
-        **_MULTISTEP,
-        "solver_type": "bh2",
-        "predict_x0": True,
-        "lower_order_final": True,
-        "disable_corrector": [],
-        "solver_p": None,
-    },
-    "dpm++": {
-        **_MULTISTEP,
-        "solver_type": "midpoint",
-        "algorithm_type": "dpmsolver++",
-        "use_lu_lambdas": False,
-        "variance_type": None,
-    },
-    "euler": _SUPPORTED | {"invert_sigmas": False},
-}
 FAMILY_FIELDS = (
     *("num_frames", "fps", "num_inference_steps", "flow_shift"),
     *("guidance_scale", "guidance_scale_2", "boundary_ratio", "negative_prompt"),
@@ -65,8 +41,6 @@ LABELS = {"solver": "solver", "flow_shift": "shift", "boundary_ratio": "boundary
 """Values of a folder that can differ from those of its row -> label."""
 ROW_VALUES = "steps, guidance, negative prompt, size, frames, fps"
 """Values that only a row has, as text."""
-MULTISTEP_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}
-"""Defaults of both multistep classes, for settings that the file omits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +88,7 @@ def defaults_for(layout: Layout, source: Source = "model") -> Defaults:
     config = layout.experts[0].config
     experts, vae = len(layout.experts), VaeConfig.from_dict(layout.part("vae").config)
     channels = config.get("in_channels", WanConfig.in_channels)
-    task: Task = "i2v" if channels != (config.get("out_channels") or WanConfig.out_channels) else "t2v"
+    task: Task = "i2v" if channels != out_channels(config) else "t2v"
     if layout.index.get("expand_timesteps"):  # with or without a first image
         task = "ti2v"
     spec = spec_of(config, experts, layout.name)
@@ -185,7 +159,7 @@ def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSp
         * config.get("attention_head_dim", WanConfig.attention_head_dim),
         num_layers=config.get("num_layers", WanConfig.num_layers),
         in_channels=config.get("in_channels", WanConfig.in_channels),
-        out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
+        out_channels=out_channels(config),
         num_experts=num_experts,
         image_cross_attention=config.get("image_dim") is not None,
         first_last_frame=has_position_embeddings(config),
@@ -201,7 +175,9 @@ def folder_values(layout: Layout) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     notes: list[str] = []
     if "scheduler" in layout.parts:
-        values["solver"], values["flow_shift"], notes = scheduler_of(layout)
+        part = layout.parts["scheduler"]
+        values["solver"], values["flow_shift"] = _, shift = scheduler_of(part)
+        notes = [f"solver, shift: {scheduler_class(part)}, {shift:g} (the folder's scheduler_config.json)"]
     if len(layout.experts) == 2 and layout.index.get("boundary_ratio") is not None:
         values["boundary_ratio"] = layout.index["boundary_ratio"]
     return values, notes
@@ -213,57 +189,10 @@ def has_position_embeddings(config: dict[str, Any]) -> bool:
 
 
 def last_frame_of(layout: Layout, task: Task) -> LastFrame:
-    """Whether this model takes a last image, from the configs of transformer and image encoder.
-
-    Raises CheckpointError (E-CKP-06) if the transformer's position embeddings are not those of two images.
-    """
+    """Whether this model takes a last image, from the config of the transformer."""
     config = layout.experts[0].config
     if task != "i2v":
         return "refused"
     if not has_position_embeddings(config):
         return "optional" if config.get("image_dim") is None else "refused"
-    clip = layout.part("image_encoder").config
-    sizes = [clip.get("vision_config", clip).get(key) for key in ("image_size", "patch_size")]
-    length = config["pos_embed_seq_len"]
-    if all(type(size) is int and size > 0 for size in sizes):
-        tokens = (sizes[0] // sizes[1]) ** 2 + 1
-        if length != 2 * tokens:
-            raise CheckpointError(
-                f"pos_embed_seq_len = {length} in the transformer, and {tokens} tokens per image",
-                needs=f"{2 * tokens}: the image encoder's tokens of the first and the last image",
-                fix="use the image encoder and the config.json of the model's authors",
-                code="E-CKP-06",
-            )
     return "required"
-
-
-def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:
-    """(solver, shift, notes for the log) from the folder's scheduler.
-
-    Raises CheckpointError: E-CKP-05 for an unsupported scheduler class, E-CKP-06 for an unsupported setting.
-    """
-    part = layout.parts["scheduler"]
-    name = str(part.config.get("_class_name", part.class_name))
-    if name not in SOLVERS:
-        raise CheckpointError(
-            f"{part.path} is a {name}",
-            needs=f"{' or '.join(SOLVERS)}",
-            fix="restore the scheduler_config.json of the model's authors",
-            code="E-CKP-05",
-        )
-    solver = SOLVERS[name]
-    supported = SUPPORTED[solver]
-    config = {**({} if solver == "euler" else MULTISTEP_DEFAULTS), **part.config}
-    wrong = [k for k, v in supported.items() if k in config and (config[k] or None) != (v or None)]
-    if wrong:
-        raise CheckpointError(
-            f"{part.path} sets {', '.join(f'{k}={config[k]!r}' for k in wrong)}",
-            needs="the flow-matching settings of Wan models: "
-            + ", ".join(f"{k}={supported[k]!r}" for k in wrong),
-            fix="restore the scheduler_config.json of the model's authors",
-            code="E-CKP-06",
-        )
-    if solver == "euler" and config.get("stochastic_sampling"):
-        solver = "renoise"
-    shift = float(config.get("flow_shift", config.get("shift", 1.0)) or 1.0)
-    return solver, shift, [f"solver, shift: {name}, {shift:g} (the folder's scheduler_config.json)"]

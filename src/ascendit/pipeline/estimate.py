@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ascendit import geometry
+from ascendit.checkpoint.part_check import image_tokens
 from ascendit.checkpoint.transformer import model_config
 from ascendit.pipeline.job import Prepared
 from ascendit.pipeline.memory import Memory, memory_of
@@ -132,12 +133,8 @@ def _high_noise(request: GenerateRequest) -> list[bool]:
 
 
 def _clip_tokens(model: PreparedModel) -> int:
-    """Tokens of CLIP's image encoder: its patches and one for the class."""
-    if not model.needs_image_encoder:
-        return 0
-    config = model.layout.part("image_encoder").config
-    config = config.get("vision_config") or config
-    return (int(config.get("image_size", 224)) // int(config.get("patch_size", 32))) ** 2 + 1
+    """Tokens of CLIP's image encoder."""
+    return image_tokens(model.layout.part("image_encoder")) if model.needs_image_encoder else 0
 
 
 def size_warning(prepared: Prepared, work: Work) -> str:

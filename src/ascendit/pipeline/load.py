@@ -49,14 +49,21 @@ def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
 
     done(0)
     dtypes = {name: getattr(torch, dtype) for name, dtype in model.part_dtypes.items()}
-    text = TextEncoder(layout, device=torch_name, text_on=options.text_on, dtype=dtypes["text_encoder"])
+    text = TextEncoder(
+        layout,
+        model.shards["text_encoder"],
+        device=torch_name,
+        text_on=options.text_on,
+        dtype=dtypes["text_encoder"],
+    )
     done(1)
-    vae = VideoCoder(layout, device=torch_name, dtype=dtypes["vae"])
+    vae = VideoCoder(layout, model.shards["vae"], device=torch_name, dtype=dtypes["vae"])
     done(2)
     clip = None
     if model.needs_image_encoder:
         gelu = None if device.exact_gelu else ops.gelu
-        clip = ImageEncoder(layout, device=torch_name, gelu=gelu, dtype=dtypes["image_encoder"])
+        shards, dtype = model.shards["image_encoder"], dtypes["image_encoder"]
+        clip = ImageEncoder(layout, shards, device=torch_name, gelu=gelu, dtype=dtype)
     done(3)
     dtype = None if model.dtype is None else getattr(torch, model.dtype)
     floats = "bf16" in schedule.precisions
@@ -65,7 +72,7 @@ def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
         with LOADING.hold():
             models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
         done(3 + len(models))
-    for shards in model.shards.values():  # the libraries read their files themselves
+    for shards in model.shards.values():  # weights may be mapped, or read before another file changed
         shards.check_unchanged()
     return Pipeline(
         layout=layout,
@@ -122,7 +129,10 @@ def decode_kept(
         device = open_device(model.device)
         report(Progress(stage="load", total=1, memory_bytes=memory_bytes(device)))
         vae = VideoCoder(
-            model.layout, device=device.torch_name, dtype=getattr(torch, model.part_dtypes["vae"])
+            model.layout,
+            model.shards["vae"],
+            device=device.torch_name,
+            dtype=getattr(torch, model.part_dtypes["vae"]),
         )
         report(Progress(stage="load", step=1, total=1, memory_bytes=memory_bytes(device)))
     latents = torch.from_numpy(kept.latents)

@@ -1,7 +1,6 @@
 """Judge a model before its weights are read: one function for `inspect`, `--dry-run`, `load` and `generate`.
 
-`checkpoint/layout_check.py` checks the parts; this adds the scheduler and the folder's defaults. Does not
-import torch.
+`checkpoint/layout_check.py` lists the problems; this adds the model's defaults. Does not import torch.
 """
 
 from __future__ import annotations
@@ -25,13 +24,15 @@ class CheckedModel:
 
 
 def check_model(layout: Layout, source: Source = "model") -> CheckedModel:
-    """Check a recognised model: every part, whether the parts fit each other, scheduler and defaults.
+    """Check a recognised model: every part, whether the parts fit each other, and defaults.
 
     `source`: see `defaults_for`.
     """
     checked = check_layout(layout)
     defaults, problems = None, list(checked.problems)
-    valid = not any(problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems)
+    valid = len(checked.experts) == len(layout.experts) and not any(
+        problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems
+    )
     if layout.kind == "diffusers" and "vae" in layout.parts and valid:
         try:
             defaults = defaults_for(layout, source)

@@ -217,7 +217,7 @@ class PreparedModel:
     layout: Layout
     defaults: Defaults
     device: Device
-    """Parsed from its name, not opened."""
+    """Parsed from its name; open if it is a CUDA device or an NPU."""
     dtype: str | None
     """dtype of the denoiser; None: as stored."""
     part_dtypes: Mapping[str, str]

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ascendit.checkpoint.component import library_refusal
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.part_check import library_config, library_refusal
+from ascendit.checkpoint.part_check import library_config
 from ascendit.checkpoint.part_configs import TextEncoderConfig
+from ascendit.checkpoint.reader import Shards
 from ascendit.errors import CheckpointError
 from ascendit.exclusive import Exclusive
 from ascendit.model.library_component import load_library_part, load_processor
@@ -32,21 +34,23 @@ class TextEncoder:
     """UMT5: prompts to embeddings [1, max_sequence_length, text_dim], zero after the last token.
 
     `text_on`: `cpu` keeps the model in host memory (T5_LOAD_CPU=1), `device` on the device of the denoiser,
-    `drop` loads it for each new prompt and frees it. `dtype`: None for the stored dtype.
+    `drop` loads it for each new prompt and frees it. `shards`: its headers.
     """
 
     def __init__(
         self,
         layout: Layout,
+        shards: Shards,
         *,
         device: str,
         text_on: Literal["cpu", "device", "drop"],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
         config = library_config(layout.part("text_encoder"))
         assert isinstance(config, TextEncoderConfig)
         self.num_embeddings = config.vocab_size
-        self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
+        self.part, self.shards, self.dtype = layout.part("text_encoder"), shards, dtype
+        self.text_on = text_on
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
         self.tokenizer_path = layout.part("tokenizer").path
@@ -55,7 +59,7 @@ class TextEncoder:
         self._turn = Exclusive("the text encoder")
 
     def _load(self) -> Any:
-        return load_library_part(self.part, dtype=self.dtype).to(self.device)
+        return load_library_part(self.part, self.shards, self.dtype).to(self.device)
 
     @torch.inference_mode()
     def encode(
@@ -128,22 +132,22 @@ class TextEncoder:
 class ImageEncoder:
     """CLIP image encoder (Wan2.1 I2V): images to the hidden states of the second-to-last layer.
 
-    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu. `dtype`: None for the stored
-    dtype.
+    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu. `shards`: its headers.
     """
 
     def __init__(
         self,
         layout: Layout,
+        shards: Shards,
         *,
         device: str,
         gelu: Callable[[Tensor], Tensor] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
         from transformers.activations import GELUActivation
 
         self.processor = load_processor(layout.part("image_processor"))
-        model = load_library_part(layout.part("image_encoder"), dtype=dtype)
+        model = load_library_part(layout.part("image_encoder"), shards, dtype)
         self.model, self.device = model.to(device), device
         if gelu is not None:
             for module in self.model.modules():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.reader import Shards
 from ascendit.exclusive import Exclusive
 from ascendit.geometry import latent_grid
 from ascendit.model.library_component import load_library_part
@@ -22,8 +23,10 @@ class VideoCoder:
     Takes one video at a time, since Diffusers' VAE caches state meanwhile: a call waits for other threads.
     """
 
-    def __init__(self, layout: Layout, *, device: str, dtype: torch.dtype | None = torch.float32) -> None:
-        self.model, self.device = load_library_part(layout.part("vae"), dtype=dtype).to(device), device
+    def __init__(
+        self, layout: Layout, shards: Shards, *, device: str, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.device = load_library_part(layout.part("vae"), shards, dtype).to(device), device
         c = self.model.config
         self.z_dim, self.stride, self.frame_stride = c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal
         # A multiplication by 1/std, rounded to the VAE's dtype, as in WanPipeline.
