@@ -109,7 +109,7 @@ def test_flags_are_pinned():
     assert {n: flags for n, flags in hidden.items() if flags} == HIDDEN
     shown = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
     assert shown == FLAGS
-    assert all(len(flags) <= 24 for flags in FLAGS.values())
+    assert all(len(flags) <= 28 for flags in FLAGS.values())
     assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
 
 

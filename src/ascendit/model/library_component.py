@@ -89,7 +89,7 @@ def load_library_part(part: Part, shards: Shards, dtype: torch.dtype) -> Any:
 
 
 def mapped_tensors(stored: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Tensors over private memory maps of their files; pages are read when they are used.
+    """Tensors [..] of the stored dtypes over private memory maps of their files, read page by page when used.
 
     Raises CheckpointError (E-CKP-02) for a file that is not the one whose header was read.
     """
