@@ -10,7 +10,11 @@ that the user has not set (`device/cpu_threads.py`), so import it before torch.
 
 import sys
 
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+if (
+    sys.argv[:1] == ["-m"]
+    and not sys.flags.safe_path
+    and ("-m", "ascendit") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+):
     # `python -m ascendit`: the working directory comes first; it may be a checkpoint with a torch.py
     del sys.path[0]
 
