@@ -113,7 +113,8 @@ def try_model(folder: Path, name: str, generate: bool) -> str:
         first = report if isinstance(report, AscenditError) else report.problems[0]
         assert refused, str(first)
         return str(first.code)
-    if isinstance(prepared, RequestError):  # such as a boundary that the folder lacks: the caller sets it
+    if isinstance(prepared, RequestError):  # the folder lacks a boundary, which the caller can set
+        assert "boundary" in prepared.got and "no boundary" in "".join(report.lines()), str(prepared)
         return str(prepared.code)
     assert not refused, str(prepared)
     if not generate:

@@ -209,6 +209,8 @@ def _defaults(d: Defaults) -> list[str]:
     values.append(f"{d.num_inference_steps} steps")
     values += [guidance, f"shift {d.shift_for(d.width, d.height):g}", d.solver]
     values += [f"boundary {d.boundary_ratio:g}"] if d.boundary_ratio is not None else []
+    if d.num_experts == 2 and d.boundary_ratio is None:
+        values.append("no boundary: --set boundary_ratio=0.875")
     lines = [", ".join(values)]
     lines += [f"negative prompt {d.negative_prompt}"] if d.negative_prompt else []
     presets = presets_of(d.spec)
