@@ -316,6 +316,7 @@ def test_a_real_ctrl_c_in_the_decoder(tmp_path: Path, environ: dict[str, str], p
                 process.send_signal(signal.SIGINT)
         elif "stopping" in line and presses == 2:
             process.send_signal(signal.SIGINT)
+    process.stderr.close()
     assert process.wait(120) == 130, text
     assert "decode 5/5" not in text and names(tmp_path) == {"out.latents.safetensors"}
     fix = text[text.index("ascendit generate --latents") :].splitlines()[0]
