@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from changes import replace, write_in_place
 from safetensors.torch import save_file
 
 from ascendit.checkpoint.reader import RowReader, TensorInfo, read_header
@@ -29,21 +30,6 @@ from ascendit.errors import CheckpointError
 def weights(path: Path, value: float = 0.0) -> TensorInfo:
     save_file({"x": torch.full((4,), value)}, path)
     return read_header(path)["x"]
-
-
-def replace(path: Path) -> None:
-    new = path.with_name("new")
-    new.write_bytes(path.read_bytes())
-    os.replace(new, path)
-
-
-def write_in_place(path: Path) -> None:
-    """Change one byte and restore the time of modification."""
-    status = path.stat()
-    with open(path, "r+b") as f:
-        f.seek(-1, os.SEEK_END)
-        f.write(b"\1")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 CHANGES: dict[str, Callable[[Path], Any]] = {

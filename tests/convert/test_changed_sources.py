@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from changes import replace, write_in_place
 from convert.models import read, same, write_model
 from safetensors.torch import save_file
 
@@ -20,21 +21,6 @@ from ascendit.progress import Progress
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Change = Callable[[Path], Any]
-
-
-def replace(path: Path) -> None:
-    new = path.with_name("new")
-    new.write_bytes(path.read_bytes())
-    os.replace(new, path)
-
-
-def write_in_place(path: Path) -> None:
-    """Change one byte and restore the time of modification."""
-    status = path.stat()
-    with open(path, "r+b") as f:
-        f.seek(-1, os.SEEK_END)
-        f.write(b"\1")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def in_second_expert(change: Callable[[], Any]) -> Callable[[Progress], None]:
