@@ -206,7 +206,8 @@ def test_a_missing_tensor(demo: Path) -> None:
 
 def test_a_missing_block(demo: Path) -> None:
     write_json(demo / "transformer_2" / "config.json", {**DEMO, "num_layers": 9})
-    broken(demo, "E-CKP-04", "27 missing", "blocks.8.attn1.norm_k.weight", "and 22 more")
+    report = broken(demo, "E-CKP-04", "27 missing", "blocks.8.attn1.norm_k.weight", "and 22 more")
+    assert report.defaults is not None
 
 
 def test_an_unexpected_tensor(demo: Path) -> None:

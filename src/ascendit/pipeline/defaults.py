@@ -154,9 +154,12 @@ def _text(value: str | float) -> str:
 
 def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
     """The row of `family.py` with the dimensions and channels of this config, for any task."""
+    heads = config.get("num_attention_heads", WanConfig.num_attention_heads)
+    size = config.get("attention_head_dim", WanConfig.attention_head_dim)
+    if heads is None or size is None:  # unknown, as `repack` without a base model writes them
+        return None
     return match_spec(
-        dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
-        * config.get("attention_head_dim", WanConfig.attention_head_dim),
+        dim=heads * size,
         num_layers=config.get("num_layers", WanConfig.num_layers),
         in_channels=config.get("in_channels", WanConfig.in_channels),
         out_channels=out_channels(config),

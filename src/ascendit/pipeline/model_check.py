@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import CheckedLayout, check_layout
+from ascendit.checkpoint.part_configs import TransformerConfig
 from ascendit.errors import AscenditError
 from ascendit.pipeline.defaults import Defaults, Source, defaults_for
 
@@ -30,11 +31,11 @@ def check_model(layout: Layout, source: Source = "model") -> CheckedModel:
     """
     checked = check_layout(layout)
     defaults, problems = None, list(checked.problems)
-    valid = len(checked.experts) == len(layout.experts) and not any(
-        problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems
-    )
+    valid = not any(problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems)
     if layout.kind == "diffusers" and "vae" in layout.parts and valid:
         try:
+            for expert in layout.experts:  # an expert with damaged tensors may have a valid config
+                TransformerConfig.read(expert.folder / "config.json", expert.config)
             defaults = defaults_for(layout, source)
         except AscenditError as e:
             problems.append(e)
