@@ -24,8 +24,8 @@ from ascendit.checkpoint.component import (
     unsupported_class,
 )
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
-from ascendit.checkpoint.reader import PICKLED, convert_command
 from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
+from ascendit.checkpoint.weight_files import PICKLED, convert_command
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 

@@ -21,9 +21,9 @@ from ascendit.checkpoint.part_check import (
     processor_config,
 )
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
-from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.tokenizer_check import check_tokenizer
 from ascendit.checkpoint.transformer import Expert, model_config, read_expert
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanConfig, out_channels
 from ascendit.quant.schemes import scheme_after_reading

@@ -24,9 +24,10 @@ from ascendit.checkpoint.part_tensors import (
     image_projection,
     text_encoder_tensors,
 )
-from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.checkpoint.scheduler import scheduler_of
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.tokenizer_check import check_tokenizer
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.names import Shapes, listed
 

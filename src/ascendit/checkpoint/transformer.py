@@ -29,7 +29,8 @@ from ascendit.checkpoint.quant_metadata import (
     read_manifest,
     read_quantization_config,
 )
-from ascendit.checkpoint.reader import Shards, TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.names import (

@@ -23,8 +23,8 @@ from ascendit.checkpoint.component import (
     read_json,
     unsupported_class,
 )
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
-from ascendit.checkpoint.reader import read_header
 from ascendit.errors import CheckpointError
 from ascendit.report import shell_line
 

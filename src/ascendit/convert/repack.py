@@ -26,8 +26,9 @@ from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes
+from ascendit.checkpoint.reader import RowReader, as_bytes
 from ascendit.checkpoint.sources import recording
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.trust import Home
 from ascendit.checkpoint.writer import Data, TensorSpec

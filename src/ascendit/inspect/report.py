@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ascendit.checkpoint.layout import KIND_LABELS, Layout
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
 from ascendit.family import WanSpec, presets_of

@@ -10,7 +10,7 @@ from typing import Any
 
 from ascendit.checkpoint.layer_format import STORED_ROLES
 from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
 from ascendit.names import grouped, sort_names
 from ascendit.quant.schemes import STORED_SCHEMES

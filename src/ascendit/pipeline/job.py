@@ -20,7 +20,7 @@ from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import library_config
-from ascendit.checkpoint.reader import common_dtype
+from ascendit.checkpoint.tensor_info import common_dtype
 from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory

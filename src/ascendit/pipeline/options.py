@@ -26,8 +26,8 @@ from ascendit.validation import Checked
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
-    from ascendit.checkpoint.reader import Shards
     from ascendit.checkpoint.transformer import Expert
+    from ascendit.checkpoint.weight_files import Shards
     from ascendit.pipeline.defaults import Defaults
     from ascendit.weights.applied_recipe import AppliedRecipe
 

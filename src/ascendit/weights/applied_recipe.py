@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.checkpoint.component import EXPERTS, read_json
-from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
+from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.reader import RowReader, ShardSpec
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
 

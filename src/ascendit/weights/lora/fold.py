@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ascendit.checkpoint.component import EXPERTS
-from ascendit.checkpoint.reader import RowReader, TensorInfo
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import UsageError
 from ascendit.names import Shapes
 from ascendit.report import group_by
