@@ -23,9 +23,10 @@ from ascendit.checkpoint.component import (
     stays_inside,
     unsupported_class,
 )
+from ascendit.checkpoint.pickle_file import convert_command
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
 from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
-from ascendit.checkpoint.weight_files import PICKLED, convert_command
+from ascendit.checkpoint.weight_files import PICKLED
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 

@@ -10,11 +10,11 @@ from typing import Self
 
 from ascendit.checkpoint.component import STEM, Part, read_json, stays_inside
 from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.pickle_file import convert_command
 from ascendit.checkpoint.sources import check_state
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
-from ascendit.report import shell_line
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,3 @@ def _no_weights(file: Path) -> CheckpointError:
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 """Endings of files of torch.save. They are never opened: unpickling can run code."""
-
-
-def convert_command(pickled: Path, file: Path) -> str:
-    """A command that writes the tensors of a pickle to a safetensors file, without running code."""
-    code = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "d = torch.load(sys.argv[1], weights_only=True, mmap=True); d = d.get('state_dict', d); "
-        "save_file({k: v.clone().contiguous() for k, v in d.items()}, sys.argv[2])"
-    )
-    return shell_line(["python", "-c", code, str(pickled), str(file)])
