@@ -1,17 +1,18 @@
 """Decode the block types of GGUF files: the package `gguf` is the reference, common types are compiled.
 
 A block holds integers and their factors, in one run of bytes. Both paths compute in float32 and round once to
-bfloat16; factors that are infinite or NaN give infinite or NaN values.
+bfloat16; factors that are infinite or NaN give infinite or NaN values. torch and gguf are imported when used.
 """
 
 from __future__ import annotations
 
 import functools
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ascendit.native.build import Built, declared, native
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMPILED = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """Types that `native/ggml.cpp` decodes. The others take about ten times as long."""
@@ -36,6 +37,7 @@ def reference(name: str, stored: Tensor) -> Tensor:
     """Decode blocks of the type `name`, uint8 [bytes], to float32 [values]."""
     import gguf
     import numpy as np
+    import torch
 
     kind = gguf.GGMLQuantizationType[name]
     values, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -43,10 +45,9 @@ def reference(name: str, stored: Tensor) -> Tensor:
     out = torch.empty(len(blocks), values)
     with np.errstate(all="ignore"):
         for start in range(0, len(blocks), PIECE):
-            piece = blocks[start : start + PIECE].numpy()
-            out[start : start + PIECE] = torch.from_numpy(gguf.quants.dequantize(piece.reshape(1, -1), kind)).view(
-                -1, values
-            )
+            piece = blocks[start : start + PIECE].reshape(1, -1).numpy()
+            decoded = torch.from_numpy(gguf.quants.dequantize(piece, kind))
+            out[start : start + PIECE] = decoded.view(-1, values)
     return out.view(-1)
 
 
@@ -58,6 +59,7 @@ def to_bfloat16(name: str, stored: Tensor, out: Tensor, threads: int | None = No
     if name not in COMPILED or (lib := library().library) is None:
         return False
     import gguf
+    import torch
 
     blocks = stored.numel() // gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1]
     function = getattr(lib, f"{name}_to_bf16")
