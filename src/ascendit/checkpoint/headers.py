@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from ascendit.checkpoint.component import irregular, loads
+from ascendit.checkpoint.gguf_file import MAGIC, read_gguf
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from ascendit.errors import CheckpointError
@@ -17,10 +18,11 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # first bytes
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file by name, in the order of their bytes.
+    """Return the tensors of a safetensors or GGUF file by name, in the order of their bytes.
 
-    Raises CheckpointError (E-CKP-02), with the reason, for an invalid length, a header that is not a JSON
-    object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
+    The first bytes of the file determine its format. Raises CheckpointError (E-CKP-02), with the reason, for an
+    invalid length, a header that is not a JSON object, sizes that do not match shape and dtype, overlaps, gaps,
+    and truncated files; the errors of `read_gguf` for a GGUF file.
     """
     try:
         if problem := irregular(path, os.stat(path)):
@@ -29,6 +31,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
+            if f.peek(len(MAGIC)).startswith(MAGIC):
+                return read_gguf(path, f, size, state).tensors
             header = _read_json_header(path, f, size)
             position = f.tell()
     except OSError as e:

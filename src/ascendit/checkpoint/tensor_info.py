@@ -52,6 +52,8 @@ class Encoding:
     """A key of `mx.stored_floats.DECODERS`."""
     scale: TensorInfo | None = None
     """Factor of the decoded values: one float, or one per row, [N] or [N, 1]."""
+    block: int = 1
+    """Values that are stored together; a block may extend over several rows."""
 
 
 @dataclass(frozen=True)
