@@ -54,11 +54,11 @@ def read_part_files(files: Sequence[str | Path], num_experts: int = 1) -> Layout
         else:
             _add(parts, part)
     for part in unnamed:
-        _add(parts, part if len(unnamed) == 1 else replace(part, name=_expert_of(part.path)))
+        several = len(unnamed) > 1 or num_experts > 1
+        _add(parts, replace(part, name=_expert_of(part.path)) if several else part)
     root = next(iter(parts.values())).path
-    return Layout(
-        "file", root, root.stem, {}, {name: parts[name] for name in PART_NAMES.values() if name in parts}
-    )
+    ordered = dict.fromkeys(name for name in PART_NAMES.values() if name in parts)
+    return Layout("file", root, root.stem, {}, {name: parts[name] for name in ordered})
 
 
 def _part_of(path: str, name: str | None) -> Part:
