@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from ascendit.checkpoint.component import irregular, loads
-from ascendit.checkpoint.pickle_file import ZIP, older_format, read_pickle_file
+from ascendit.checkpoint.gguf_file import MAGIC, read_gguf
+from ascendit.checkpoint.pickle_file import is_archive, older_format, read_pickle_file
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from ascendit.errors import CheckpointError
@@ -17,11 +18,11 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file, or of a file of `torch.save`, in the order of their bytes.
+    """Return the tensors of a file of safetensors, GGUF or `torch.save` by name, in the order of their bytes.
 
-    The first bytes of the file decide what it is, not its name. Raises CheckpointError (E-CKP-02), with the
-    reason, for an invalid length, a header that is not a JSON object, sizes that do not match shape and
-    dtype, overlaps, gaps, and truncated files; the errors of `read_pickle_file`.
+    The first bytes of the file determine its format. Raises CheckpointError (E-CKP-02), with the reason, for
+    an invalid length, a header that is not a JSON object, sizes that do not match shape and dtype, overlaps,
+    gaps, and truncated files; the errors of `read_gguf` and of `read_pickle_file`.
     """
     try:
         if problem := irregular(path, os.stat(path)):
@@ -30,9 +31,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
-            if (first := f.read(8)).startswith(ZIP) and int.from_bytes(first, "little") > MAX_HEADER:
+            if f.peek(len(MAGIC)).startswith(MAGIC):
+                return read_gguf(path, f, size, state).tensors
+            if is_archive(f.peek(8)[:8]):
                 return read_pickle_file(path, f, state).tensors
-            f.seek(0)
             header = _read_json_header(path, f, size)
             position = f.tell()
     except OSError as e:

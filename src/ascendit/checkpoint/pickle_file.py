@@ -100,6 +100,13 @@ class _Tensor:
     """None: contiguous."""
 
 
+def is_archive(first: bytes) -> bool:
+    """Whether a file with these first 8 bytes is a zip archive. A safetensors file begins with the same four
+    if its header has 67,324,752 bytes, but the next four are then zero.
+    """
+    return first.startswith(ZIP) and any(first[4:8])
+
+
 class _Convertible(PickleProblem):
     """A problem that PyTorch has not: it reads the file."""
 
@@ -449,7 +456,7 @@ def older_format(path: Path, file: BinaryIO) -> CheckpointError | None:
         return _no_state_dict(path, "a tar archive, as PyTorch before 0.2 wrote it")
     if not first.startswith(_OLDER):
         return None
-    return _convertible(path, "a pickle without an archive, as PyTorch before 1.6 wrote it")
+    return _convertible(path, "a PyTorch pickle without an archive, as versions before 1.6 wrote it")
 
 
 def _convertible(path: Path, problem: str) -> CheckpointError:

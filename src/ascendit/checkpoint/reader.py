@@ -57,6 +57,7 @@ class RowReader:
 
     def __init__(self) -> None:
         self._buffer: memoryview | None = None
+        self._encoded: memoryview | None = None
         self._files = OpenFiles()
 
     def read_blocks(
@@ -152,24 +153,38 @@ class RowReader:
         self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview
     ) -> None:
         """Decode `rows` rows of the shard from row `start` of the tensor, a few at a time."""
+        import torch
+
         from ascendit.mx.stored_floats import decode_rows
 
+        if not len(view):
+            return
         assert info.encoding is not None
-        size = info.nbytes // max(rows_of(info)[0], 1)
-        step = max(BLOCK_BYTES // max(size, 1), 1)
-        buffer = bytearray(min(step, rows) * size)
+        stop, columns = start + rows, math.prod(info.shape[1:])
+        unit = info.encoding.block // math.gcd(info.encoding.block, columns)  # rows in complete blocks
+        size = info.nbytes * unit // rows_of(info)[0]
+        step = max(BLOCK_BYTES // size, 1) * unit
         scale = None if info.encoding.scale is None else self.read_tensor(info.encoding.scale)
-        width = len(view) // max(rows, 1)
-        for first in range(start, start + rows, step):
-            count = min(step, start + rows - first)
-            self._read(info, info.start + first * size, data := memoryview(buffer)[: count * size])
-            factor = scale if scale is None or scale.numel() == 1 else scale[first : first + count]
-            values = decode_rows(info.encoding.name, data, count, factor, TORCH_DTYPES[info.dtype])
-            if shard.axis == 1:
-                columns = shard.shape_of(info.shape)[1]
-                values = values.view(count, *info.shape[1:])[:, shard.start : shard.start + columns]
-            offset = (first - start) * width
-            view[offset : offset + count * width] = as_bytes(values)
+        out = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(rows, -1)
+        for first in range(start // unit * unit, stop, step):
+            last = min(first + step, -(-stop // unit) * unit)
+            data = self._stored_bytes((last - first) // unit * size)
+            self._read(info, info.start + first // unit * size, data)
+            target = out[max(first - start, 0) : last - start]
+            direct = shard.axis == 0 and len(target) == last - first
+            values = target if direct else torch.empty(last - first, columns, dtype=out.dtype)
+            factor = scale if scale is None or scale.numel() == 1 else scale[first:last]
+            decode_rows(info.encoding.name, data, factor, values)
+            if not direct:
+                inner = columns // info.shape[1] if shard.axis else 0
+                values = values[max(start - first, 0) :, shard.start * inner :]
+                target.copy_(values[: len(target), : out.shape[1]])
+
+    def _stored_bytes(self, count: int) -> memoryview:
+        """A reused buffer of `count` bytes."""
+        if self._encoded is None or count > len(self._encoded):
+            self._encoded = memoryview(bytearray(count))
+        return self._encoded[:count]
 
     def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         fd = self.open(info)

@@ -56,6 +56,8 @@ class Encoding:
     """A key of `mx.stored_floats.DECODERS`, or `STRIDED`."""
     scale: TensorInfo | None = None
     """Factor of the decoded values: one float, or one per row, [N] or [N, 1]."""
+    block: int = 1
+    """Values that are stored together; a block may extend over several rows."""
     strides: tuple[int, ...] = ()
     """Of `STRIDED`: elements from one index to the next, on each axis."""
 
