@@ -27,8 +27,17 @@ MAX_DIMS = 8  # ggml has four, other tools write five
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Metadata key of the shape [..] of a tensor that was reshaped to be quantized, before its name."""
 _NUMBERS = {
-    **{"UINT8": "B", "INT8": "b", "UINT16": "H", "INT16": "h", "UINT32": "I", "INT32": "i"},
-    **{"UINT64": "Q", "INT64": "q", "FLOAT32": "f", "FLOAT64": "d", "BOOL": "?"},
+    "UINT8": "B",
+    "INT8": "b",
+    "UINT16": "H",
+    "INT16": "h",
+    "UINT32": "I",
+    "INT32": "i",
+    "UINT64": "Q",
+    "INT64": "q",
+    "FLOAT32": "f",
+    "FLOAT64": "d",
+    "BOOL": "?",
 }
 """Type of a number in the metadata -> its letter in `struct`."""
 _WITH_BATCH = ("modulation", "scale_shift_table", "emb_pos", "pos_embed")
@@ -111,7 +120,9 @@ class _Cursor:
     def check(self, nbytes: int) -> None:
         """Check that `nbytes` more bytes are there."""
         if self.position + nbytes > self._end:
-            limit = self._size if self._end == self._size else f"{MAX_HEADER}, the largest header that is read"
+            limit = (
+                self._size if self._end == self._size else f"{MAX_HEADER}, the largest header that is read"
+            )
             raise _broken(
                 self.path,
                 f"truncated or damaged: its header needs {nbytes} bytes at byte {self.position} of {limit}",
