@@ -70,9 +70,8 @@ def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
     if (axes := _CLIP_AXES.get(name)) is not None and len(info.shape) == 3:
         shape = info.shape[-axes:]
         info = replace(info, shape=shape) if math.prod(shape) == math.prod(info.shape) else info
-    if name == _CLIP_HEAD and len(info.shape) == 2 and info.encoding is None:
-        name, encoding = PROJECTION, Encoding(STRIDED, strides=(1, info.shape[1]))
-        info = replace(info, shape=info.shape[::-1], encoding=encoding)
+    if name == _CLIP_HEAD:
+        name, info = PROJECTION, _transposed(info)
     rows, rest = divmod(info.shape[0] if info.shape else 0, 3)
     if f".{_FUSED}." not in name or rest or info.encoding is not None:
         yield name, info
@@ -82,6 +81,14 @@ def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
         start = info.start + i * size
         piece = replace(info, shape=(rows, *info.shape[1:]), start=start, end=start + size)
         yield name.replace(_FUSED, layer), piece
+
+
+def _transposed(info: TensorInfo) -> TensorInfo:
+    """The transpose of a matrix of plain numbers; others are returned unchanged."""
+    encoding = info.encoding or Encoding(STRIDED, strides=(info.shape[-1], 1) if info.shape else ())
+    if len(info.shape) != 2 or encoding.name != STRIDED:
+        return info
+    return replace(info, shape=info.shape[::-1], encoding=Encoding(STRIDED, strides=encoding.strides[::-1]))
 
 
 # ---- UMT5 ---------------------------------------------------------------------------------------
