@@ -403,7 +403,13 @@ def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> st
         + (f"d = d{''.join(f'[{key!r}]' for key in keys)}; " if keys else "d = d.get('state_dict', d); ")
         + "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
     )
-    return shell_line(["python", "-c", code, str(pickled), str(file)])
+    move = ""
+    if pickled == file:  # torch.load reads the name of the file, not its first bytes
+        move, pickled = (
+            shell_line(["mv", str(file), str(file.with_suffix(".pth"))]) + " && ",
+            file.with_suffix(".pth"),
+        )
+    return move + shell_line(["python", "-c", code, str(pickled), str(file)])
 
 
 # ---- errors -------------------------------------------------------------------------------------
