@@ -128,7 +128,7 @@ class Folds:
         self._deltas = group_by(deltas, lambda delta: delta.target)
         self.names = frozenset(self._deltas)
         self.applied = tuple(applied)
-        """What each file changes; None for a file for another expert."""
+        """The changes by each file; None for a file for another expert."""
         self._opened: dict[str, list[Rows]] = {}
 
     @classmethod
@@ -294,7 +294,7 @@ class DeltaReader:
         self.strengths: list[Strength] = []
 
     def applied(self) -> AppliedLora:
-        """What the file changes."""
+        """A summary of the file."""
         skipped = {group: n for group, n in self.skipped.items() if n}
         return AppliedLora(self.file.path.name, self.weight, len(self.keys), skipped, tuple(self.strengths))
 
