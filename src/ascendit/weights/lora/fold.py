@@ -183,7 +183,7 @@ class Folds:
             last = min(first + PRODUCT_ROWS, full[0])
             begin, end = max(first, start), min(last, stop)
             block = rows[begin - start : end - start]
-            total = block.to(torch.float64).reshape(len(block), -1)
+            total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
             result[begin - start : end - start] = total.view(block.shape)
