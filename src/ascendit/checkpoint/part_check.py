@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ascendit.checkpoint.component import CONFIG_FILES, Part, unsupported_class
@@ -16,6 +17,7 @@ from ascendit.checkpoint.part_configs import (
     PartConfig,
     TextEncoderConfig,
 )
+from ascendit.checkpoint.part_names import canonical_part
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
     VISION_PREFIX,
@@ -52,6 +54,7 @@ def check_part(part: Part) -> Shards | None:
     if part.has_weights:
         config = library_config(part) if part.name in LIBRARY_PARTS else None
         shards = Shards.from_part(part)
+        shards = replace(shards, tensors=canonical_part(part.name, shards.tensors))
         if config is not None:
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
             _check_tensors(part, _expected_tensors(part, config, stored), stored)
