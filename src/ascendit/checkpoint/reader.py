@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from ascendit.checkpoint.sources import OpenFiles, unreadable
-from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Buffer, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Buffer, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +108,9 @@ class RowReader:
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
         """Read `rows` rows of the shard from row `start` of the tensor. Columns are read row by row."""
+        if info.encoding is not None and info.encoding.name == STRIDED:
+            self._gather_rows(info, info.encoding.strides, shard, start, rows, view)
+            return
         if info.encoding is not None:
             self._decode_rows(info, shard, start, rows, view)
             return
@@ -119,6 +122,32 @@ class RowReader:
         offset = info.start + shard.start * (stride // info.shape[1])
         for row in range(rows):
             self._read(info, offset + (start + row) * stride, view[row * width : (row + 1) * width])
+
+    def _gather_rows(
+        self,
+        info: TensorInfo,
+        strides: tuple[int, ...],
+        shard: ShardSpec,
+        start: int,
+        rows: int,
+        view: memoryview,
+    ) -> None:
+        """Read `rows` rows of a strided tensor [N, ...], with the bytes between them. For the transpose of a
+        tensor, those are all of its bytes.
+        """
+        import torch
+
+        if not len(view):
+            return
+        shape = (rows, *info.shape[1:])
+        size = DTYPE_BITS[info.dtype] // 8
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        self._read(info, info.start + start * strides[0] * size, memoryview(data := bytearray(span * size)))
+        stored = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+        values = stored.as_strided(shape, strides)
+        if shard.axis == 1:
+            values = values[:, shard.start : shard.start + shard.shape_of(info.shape)[1]]
+        view[:] = as_bytes(values)
 
     def _decode_rows(
         self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview
