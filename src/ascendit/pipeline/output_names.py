@@ -1,7 +1,7 @@
 """Names of output files: from time, prompt and seed, or one name for many videos.
 
-    default_name("红色的圆", 3, datetime.now())    # outputs/20261120-193012_红色的圆_s3.mp4
-    names_of("a.mp4", requests, [1, 1])           # a_s7.mp4, a_s8.mp4
+default_name("红色的圆", 3, datetime.now())    # outputs/20261120-193012_红色的圆_s3.mp4
+names_of("a.mp4", requests, [1, 1])           # a_s7.mp4, a_s8.mp4
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class Encoding(NamedTuple):
     crf: int | None = None
     """Constant rate factor; None: `CRF`."""
 
+
 BT709, LIMITED, FULL = 1, 1, 2  # FFmpeg's constants; BT.709 is 1 as matrix, primaries and transfer
 PALETTE_PIXELS = 1 << 16  # sampled for the palette of a GIF, besides one pixel of each coarse colour
 NUM_COLOURS = 255  # of a GIF; the last index marks unchanged pixels
