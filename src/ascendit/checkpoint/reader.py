@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.sources import OpenFiles, unreadable
-from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Buffer, TensorInfo
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Buffer, Encoding, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ class RowReader:
     """Read tensors, or one rank's shard of them, with a bounded number of open files.
 
     Raises CheckpointError (E-CKP-02) for a file that was written, replaced, truncated or removed after its
-    header was read: when it opens the file, closes it to open others, and at the end of a `with` block.
+    header was read: when it opens the file, closes it to open others, and at the end of a `with` block; and
+    E-CKP-08 for a scale of encoded values that is zero, negative or not finite.
     """
 
     def __init__(self) -> None:
@@ -129,7 +131,7 @@ class RowReader:
         size = info.nbytes // max(rows_of(info)[0], 1)
         step = max(BLOCK_BYTES // max(size, 1), 1)
         buffer = bytearray(min(step, rows) * size)
-        scale = None if info.encoding.scale is None else self.read_tensor(info.encoding.scale)
+        scale = self._read_scale(info.encoding)
         width = len(view) // max(rows, 1)
         for first in range(start, start + rows, step):
             count = min(step, start + rows - first)
@@ -141,6 +143,14 @@ class RowReader:
                 values = values.view(count, *info.shape[1:])[:, shard.start : shard.start + columns]
             offset = (first - start) * width
             view[offset : offset + count * width] = as_bytes(values)
+
+    def _read_scale(self, encoding: Encoding) -> torch.Tensor | None:
+        """The checked scale of encoded values. Raises CheckpointError (E-CKP-08) for an invalid one."""
+        if (info := encoding.scale) is None:
+            return None
+        name = f"{info.name} ({encoding.label})" if encoding.label else info.name
+        check_positive(self.read_all(info), info.dtype, name)
+        return self.read_tensor(info)
 
     def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         fd = self.open(info)

@@ -52,6 +52,8 @@ class Encoding:
     """A key of `mx.stored_floats.DECODERS`."""
     scale: TensorInfo | None = None
     """Factor of the decoded values: one float, or one per row, [N] or [N, 1]."""
+    label: str = ""
+    """The kind of file, for messages about an invalid scale."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.end - self.start
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype in the file; the name of the encoding if there is one."""
+        return self.dtype if self.encoding is None else self.encoding.name
 
     @property
     def read_nbytes(self) -> int:
