@@ -30,7 +30,7 @@ class Kind:
     marks: str
     """How it is recognised, for the documentation."""
     read_as: str = ""
-    """What its weights are after reading; "": refused."""
+    """Scheme or dtype of its weights after reading; "": refused."""
     requantized: bool = False
     """Whether its values have lost precision already, although they are read as floats."""
     roles: str = ""
@@ -147,7 +147,7 @@ KINDS: dict[str, Kind] = {
 
 VOCABULARY = "spiece_model"
 """The vocabulary of a tokenizer, which ComfyUI's files of a text encoder contain as bytes."""
-_SCALES = frozenset({*SCALE_ROLES, "scale_weight", "scale"})
+_SCALES = frozenset({*SCALE_ROLES, "mul_scale", "scale_weight", "scale"})
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _PARTS = {
     "vae": r"(?:vae|first_stage_model)\.",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.stored_kinds import KINDS
+from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
@@ -108,8 +108,9 @@ def check_source(expert: Expert) -> None:
     if not quantized:
         return
     schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
+    method = (expert.quantization_config or {}).get("quant_method", expert.origin)
     raise UsageError(
-        f"{expert.path} is already quantized ({schemes}, {expert.origin})",
+        f"{expert.path} is already quantized ({schemes}, {kinds_text(expert.kinds) or method})",
         needs="weights in BF16, float16 or float32: re-quantizing quantized weights compounds the error",
         fix="pass the BF16 original; `ascendit repack` converts quantized weights to another layout",
         code="E-QNT-01",
