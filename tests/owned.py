@@ -6,6 +6,7 @@ scales in float64 and rounds to BF16; it does not use ascendit.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,10 +57,15 @@ class Owned:
         return path
 
 
-def base(config: dict[str, Any] = CONFIG) -> Tensors:
-    """Random BF16 weights by Diffusers names."""
+def base() -> Tensors:
+    """Random BF16 weights by Diffusers names, in a new dict."""
+    return dict(_base())
+
+
+@functools.cache
+def _base() -> Tensors:
     generator = torch.Generator().manual_seed(11)
-    shapes = expected_tensors(config)
+    shapes = expected_tensors(CONFIG)
     return {n: (0.3 * torch.randn(s, generator=generator)).to(torch.bfloat16) for n, s in shapes.items()}
 
 
@@ -83,6 +89,8 @@ def renamed(owned: Owned, rename: Callable[[str], str]) -> Owned:
 def wan(name: str) -> str:
     """The original Wan name, also of tensors beside a weight."""
     stem, _, role = name.rpartition(".")
+    if not stem:
+        return to_wan(name) or name
     return to_wan(name) or f"{(to_wan(stem + '.weight') or name).removesuffix('.weight')}.{role}"
 
 
@@ -336,9 +344,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "module._orig_mod.transformer.": lambda: floats(lambda n: f"module._orig_mod.transformer.{n}"),
     "dit.": lambda: floats(lambda n: f"dit.{n}"),
     "wrapped blocks": lambda: floats(
-        lambda n: (
-            "_fsdp_wrapped_module." + n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod.")
-        )
+        lambda n: f"_fsdp_wrapped_module.{n}".replace("s.0.", "s.0._checkpoint_wrapped_module._orig_mod.")
     ),
 }
 """Name -> a file that is read."""
@@ -372,7 +378,6 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
             roles(
                 weight=U8,
                 weight__absmax=F32,
-                weight__quant_map=F32,
                 weight__quant_state__bitsandbytes__nf4=U8,
             )
         ),
