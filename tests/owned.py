@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +294,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "plain, five dtypes": lambda: plain(mixed, lambda name: True),
     "plain, Wan names": lambda: renamed(plain(), wan),
     "plain, ComfyUI prefix": lambda: renamed(plain(), lambda n: f"model.diffusion_model.{wan(n)}"),
-    "plain, config": lambda: (o := plain(), setattr(o, "config", CONFIG))[0],
+    "plain, config": lambda: replace(plain(), config=CONFIG),
     "plain, every finite number": every_byte,
     "scaled, marker": lambda: scaled(marker=torch.zeros(2, dtype=E4M3)),
     "scaled, empty marker": lambda: scaled(marker=torch.zeros(0, dtype=E4M3)),

@@ -306,7 +306,7 @@ PREFIXES = (
 """Components that tools add, in any order and number, before all names of a part of a model."""
 EMA = ("ema", "ema_model", "model_ema", "net_ema", "transformer_ema", "generator_ema", "unet_ema", "dit_ema")
 """Components before a moving average of the weights, which trainers store beside them or alone."""
-_PREFIX = re.compile(rf"^(?:(?:{'|'.join([*PREFIXES, *EMA])})\.)+")
+_PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *EMA])})\.)+")
 _WRAPPER = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
@@ -355,7 +355,10 @@ def without_prefix(name: str) -> str:
     For tensors of a transformer, a text encoder or a VAE, none of which has a module of these names at its
     top.
     """
-    return _PREFIX.sub("", _WRAPPER.sub("", name)) if "." in name else name
+    if "mod" in name:
+        name = _WRAPPER.sub("", name)
+    match = _PREFIX.match(name)
+    return name[match.end() :] if match else name
 
 
 def on_disk(name: str, naming: Naming) -> str:

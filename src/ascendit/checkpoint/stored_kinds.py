@@ -39,25 +39,30 @@ class Kind:
     """Values of `quant_method` in config.json; refused if tensors are not floats."""
 
 
-_LOST = {"read_as": "BF16", "requantized": True}
 KINDS: dict[str, Kind] = {
     "fp8": Kind(
         label="plain fp8",
         marks="`F8_E4M3` or `F8_E5M2` tensors, no scales, no manifest",
-        **_LOST,
+        read_as="BF16",
+        requantized=True,
     ),
     "comfy-scaled-fp8": Kind(
         label="ComfyUI scaled fp8",
         marks="`scaled_fp8`, `<layer>.scale_weight`, optional `scale_input`",
-        **_LOST,
+        read_as="BF16",
+        requantized=True,
     ),
     "comfy-quant-fp8": Kind(
         label="ComfyUI comfy_quant fp8",
         marks="`<layer>.comfy_quant`, or `_quantization_metadata` in the header, with `weight_scale`",
-        **_LOST,
+        read_as="BF16",
+        requantized=True,
     ),
     "scaled-e5m2": Kind(
-        label="scaled fp8 (e5m2)", marks="`F8_E5M2` weights with a float `<layer>.weight_scale`", **_LOST
+        label="scaled fp8 (e5m2)",
+        marks="`F8_E5M2` weights with a float `<layer>.weight_scale`",
+        read_as="BF16",
+        requantized=True,
     ),
     "static-fp8": Kind(
         label="fp8 with static scales of activations",
@@ -150,11 +155,12 @@ VOCABULARY = "spiece_model"
 _SCALES = frozenset({*SCALE_ROLES, "mul_scale", "scale_weight", "scale"})
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _PARTS = {
-    "vae": r"(?:vae|first_stage_model)\.",
-    "text_encoder": r"(?:text_encoders?|cond_stage_model|conditioner)\.",
-    "image_encoder": r"(?:clip_vision|image_encoder)\.",
+    "vae": r"vae|first_stage_model",
+    "text_encoder": r"text_encoders?|cond_stage_model|conditioner",
+    "image_encoder": r"clip_vision|image_encoder",
 }
-"""Part -> prefix of its tensors in an all-in-one checkpoint."""
+"""Part -> first component of its tensors in an all-in-one checkpoint."""
+_PART = re.compile("|".join(rf"(?P<{part}>(?:{names})\.)" for part, names in _PARTS.items()))
 _TRAINING = re.compile(
     r"(?:optim\w*|lr_sched\w*|scheduler\w*|\w*scaler|callbacks|loops|rng_state\w*|random_state\w*|loss\w*"
     r"|fake_score\w*|real_score|teacher\w*|critic\w*|discriminator\w*)\."
@@ -249,7 +255,8 @@ def _one_part(stored: Stored) -> Stored:
 
 
 def _part_of(name: str) -> str:
-    return next((part for part, prefix in _PARTS.items() if re.match(prefix, name)), "transformer")
+    match = _PART.match(name)
+    return match.lastgroup or "" if match else "transformer"
 
 
 def _refuse_training(tensors: Tensors) -> None:
@@ -307,8 +314,8 @@ def _comfy(stored: Stored, roles: Collection[str], *, described: bool) -> Stored
         if entry["format"] not in COMFY_FORMATS or any(entry[key] for key in entry if _TRANSFORMS.search(key))
     }
     if other:
-        formats = sorted(set(other.values()))
-        raise _refused(stored, f"{KINDS['comfy-quant'].label} {', '.join(formats)}", list(other))
+        texts = ", ".join(sorted(set(other.values())))
+        raise _refused(stored, f"{KINDS['comfy-quant'].label} {texts}", list(other))
     formats = {layer: COMFY_FORMATS[entry["format"]] for layer, entry in layers.items()}
     extra = [n for n in stored.tensors if n.endswith((".weight_scale_2", ".pre_quant_scale"))]
     if extra:
