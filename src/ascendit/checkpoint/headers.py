@@ -58,6 +58,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in infos}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in `__metadata__` of a safetensors file whose header `read_header` has read; else empty.
+
+    Raises CheckpointError (E-CKP-02) for a file that can no longer be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if int.from_bytes(file.read(8), "little") > min(size, MAX_HEADER):
+                return {}
+            file.seek(0)
+            metadata = _read_json_header(path, file, size).get("__metadata__")
+    except OSError as e:
+        raise _broken(path, str(e.strerror)) from e
+    return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
+
+
 def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     """Read the header object at the start of a file of `size` bytes."""
     if len(prefix := file.read(8)) < 8:

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.sources import OpenFiles, unreadable
-from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Buffer, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Buffer, Encoding, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ class RowReader:
     """Read tensors, or one rank's shard of them, with a bounded number of open files.
 
     Raises CheckpointError (E-CKP-02) for a file that was written, replaced, truncated or removed after its
-    header was read: when it opens the file, closes it to open others, and at the end of a `with` block.
+    header was read: when it opens the file, closes it to open others, and at the end of a `with` block; and
+    E-CKP-08 for a scale of encoded values that is zero, negative or not finite.
     """
 
     def __init__(self) -> None:
@@ -164,7 +166,7 @@ class RowReader:
         unit = info.encoding.block // math.gcd(info.encoding.block, columns)  # rows in complete blocks
         size = info.nbytes * unit // rows_of(info)[0]
         step = max(BLOCK_BYTES // size, 1) * unit
-        scale = None if info.encoding.scale is None else self.read_tensor(info.encoding.scale)
+        scale = self._read_scale(info.encoding)
         out = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(rows, -1)
         for first in range(start // unit * unit, stop, step):
             last = min(first + step, -(-stop // unit) * unit)
@@ -185,6 +187,14 @@ class RowReader:
         if self._encoded is None or count > len(self._encoded):
             self._encoded = memoryview(bytearray(count))
         return self._encoded[:count]
+
+    def _read_scale(self, encoding: Encoding) -> torch.Tensor | None:
+        """The checked scale of encoded values. Raises CheckpointError (E-CKP-08) for an invalid one."""
+        if (info := encoding.scale) is None:
+            return None
+        name = f"{info.name} ({encoding.label})" if encoding.label else info.name
+        check_positive(self.read_all(info), info.dtype, name)
+        return self.read_tensor(info)
 
     def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         fd = self.open(info)

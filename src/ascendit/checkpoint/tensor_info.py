@@ -60,6 +60,8 @@ class Encoding:
     """Values that are stored together; a block may extend over several rows."""
     strides: tuple[int, ...] = ()
     """Of `STRIDED`: elements from one index to the next, on each axis."""
+    label: str = ""
+    """The kind of file, for messages about an invalid scale."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.end - self.start
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype in the file; the name of the encoding if there is one."""
+        return self.dtype if self.encoding is None else self.encoding.name
 
     @property
     def read_nbytes(self) -> int:
