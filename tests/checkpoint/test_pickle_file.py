@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ascendit.checkpoint import pickle_file, pickle_program
 from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.pickle_file import read_pickle_file
 from ascendit.checkpoint.reader import RowReader, ShardSpec
+from ascendit.checkpoint.tensor_info import Encoding
 from ascendit.errors import CheckpointError
 
 DTYPES = [
@@ -109,13 +111,27 @@ def test_tensors_are_equal_to_those_of_torch(tmp_path: Path, protocol: int) -> N
 def test_views_are_read_in_blocks_and_shards(tmp_path: Path) -> None:
     views = good()["views"]
     infos = read_header(saved(tmp_path / "x.pth", views))
-    assert [name for name in views if infos[name].encoding is None] == ["rows"]
+    assert [name for name in views if infos[name].is_plain] == ["rows"]
     with RowReader() as reader:
         for name, tensor in views.items():
             blocks = [bytes(rows) for _, rows in reader.read_blocks(infos[name], block_bytes=8)]
             assert len(blocks) == len(tensor) and b"".join(blocks) == data_of(tensor)
             assert torch.equal(reader.read_tensor(infos[name], ShardSpec(0, 1, 1)), tensor[1:2])
             assert torch.equal(reader.read_tensor(infos[name], ShardSpec(1, 1, 2)), tensor[:, 1:3])
+
+
+def test_views_of_encoded_tensors_are_decoded(tmp_path: Path) -> None:
+    x = torch.randn(40, 24).to(torch.float8_e4m3fn)
+    scale = torch.rand(24) + 0.5
+    stored = read_header(saved(tmp_path / "x.pth", {"w": x.t(), "columns": x[:, 3:9], "scale": scale}))
+    expected = {"w": (x.t().double() * scale[:, None]).bfloat16(), "columns": x[:, 3:9].bfloat16()}
+    with RowReader() as reader:
+        for name, factor in (("w", stored["scale"]), ("columns", None)):
+            info = replace(stored[name], dtype="BF16", encoding=Encoding("F8_E4M3", factor))
+            assert torch.equal(reader.read_tensor(info), expected[name])
+            assert torch.equal(reader.read_tensor(info, ShardSpec(1, 2, 3)), expected[name][:, 2:5])
+            blocks = [bytes(rows) for _, rows in reader.read_blocks(info, block_bytes=200)]
+            assert len(blocks) > 1 and b"".join(blocks) == data_of(expected[name])
 
 
 def test_numbers_and_texts_beside_the_tensors_are_kept(tmp_path: Path) -> None:

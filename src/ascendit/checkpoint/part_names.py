@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ascendit.checkpoint.gguf_names import llama_cpp_names
 from ascendit.checkpoint.part_tensors import PROJECTION, VISION_PREFIX
-from ascendit.checkpoint.tensor_info import STRIDED, Encoding, TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import naming_of, unwrapped
 
@@ -72,8 +72,9 @@ def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
         info = replace(info, shape=shape) if math.prod(shape) == math.prod(info.shape) else info
     if name == _CLIP_HEAD:
         name, info = PROJECTION, _transposed(info)
-    rows, rest = divmod(info.shape[0] if info.shape else 0, 3)
-    if f".{_FUSED}." not in name or rest or info.encoding is not None:
+    fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias")) and info.is_plain
+    rows, rest = divmod(info.shape[0] if info.shape else 1, 3)
+    if not fused or rest:
         yield name, info
         return
     size = info.nbytes // 3
@@ -85,10 +86,10 @@ def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
 
 def _transposed(info: TensorInfo) -> TensorInfo:
     """The transpose of a matrix of plain numbers; others are returned unchanged."""
-    encoding = info.encoding or Encoding(STRIDED, strides=(info.shape[-1], 1) if info.shape else ())
-    if len(info.shape) != 2 or encoding.name != STRIDED:
+    if len(info.shape) != 2 or info.encoding is not None:
         return info
-    return replace(info, shape=info.shape[::-1], encoding=Encoding(STRIDED, strides=encoding.strides[::-1]))
+    strides = info.strides or (info.shape[1], 1)
+    return replace(info, shape=info.shape[::-1], strides=strides[::-1])
 
 
 # ---- UMT5 ---------------------------------------------------------------------------------------

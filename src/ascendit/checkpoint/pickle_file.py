@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from ascendit.checkpoint.pickle_program import Opaque, PickleProblem, UnknownGlobal, evaluate
 from ascendit.checkpoint.sources import FileState
-from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Encoding, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 from ascendit.report import counted, shell_line
@@ -150,9 +150,8 @@ def _name(name: object) -> str:
 
 
 def _info(path: Path, name: str, tensor: _Tensor, state: FileState | None) -> TensorInfo:
-    encoding = None if tensor.strides is None else Encoding(STRIDED, strides=tensor.strides)
     return TensorInfo(
-        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, encoding=encoding
+        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, strides=tensor.strides
     )
 
 
