@@ -69,7 +69,8 @@ def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
         return
     if (axes := _CLIP_AXES.get(name)) is not None and len(info.shape) == 3:
         shape = info.shape[-axes:]
-        info = replace(info, shape=shape) if math.prod(shape) == math.prod(info.shape) else info
+        if math.prod(shape) == math.prod(info.shape):
+            info = replace(info, shape=shape, strides=info.strides and info.strides[-axes:])
     if name == _CLIP_HEAD:
         name, info = PROJECTION, _transposed(info)
     fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias")) and info.is_plain
