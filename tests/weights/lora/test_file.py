@@ -44,6 +44,8 @@ def test_a_folder_of_several_files_is_refused_and_they_are_listed(tmp_path: Path
     for name in ("high", "low"):
         save(tmp_path / f"{name}.safetensors", PAIR)
     assert "is a folder with high.safetensors, low.safetensors" in error(tmp_path, "E-USE-01").got
+    path = save(tmp_path / "adapter_model.safetensors", PAIR).path
+    assert LoraSource(tmp_path).path == path
 
 
 def test_another_file_extension(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "scoped settings of the other expert only": (BARE, {METADATA: scoped("transformer_2")}, None, 0.25),
     "text encoder only": (DIFFUSERS, {METADATA: scoped("text_encoder")}, None, 1.0),
     "finetrainers": (DIFFUSERS, {"lora_config": {"r": 4, "lora_alpha": 16}}, None, 4.0),
+    "another object with lora_alpha": (DIFFUSERS, {"train": {"lora_alpha": 2, "lora_rank": 4}}, None, 0.5),
+    "text about lora_alpha": (DIFFUSERS, {"comment": 'set "lora_alpha" to 2'}, None, 1.0),
     "lora_alpha": (COMFYUI, {"lora_alpha": "1", "r": "4"}, None, 0.25),
     "alpha": (COMFYUI, {"alpha": "8.0", "rank": "4"}, None, 2.0),
     "network_alpha": (COMFYUI, {"network_alpha": "2e0"}, None, 0.5),
@@ -110,6 +112,7 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "musubi, alphas removed": (KOHYA, MUSUBI, None, 0.25),
     "musubi, converted": (COMFYUI, MUSUBI, None, 1.0),
     "kohya, resized": (KOHYA, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, 2.0, 0.5),
+    "kohya, alpha 0 is the rank": (KOHYA, {"ss_network_alpha": "0", "ss_network_dim": "4"}, 4.0, 1.0),
     "kohya, own rank of convolutions": (
         KOHYA,
         {"ss_network_alpha": "1", "ss_network_dim": "32", "ss_network_args": {"conv_dim": "4"}},
@@ -157,6 +160,7 @@ PATTERNS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "expression": ({r"blocks\.\d+\.attn[12]\.to_(q|v)": 8}, {Q: 2.0, K: 0.25, FF: 0.25}),
     "expression over segments": ({r"blocks\.0\..*": 8}, {Q: 2.0, K: 0.25, FF: 2.0}),
     "anchored expression": ({r"^blocks.*to_k": 8, r"^attn.*": 2}, {Q: 0.25, K: 2.0, FF: 0.25}),
+    "with the prefix of the keys": ({f"transformer.{Q}": 8, f"diffusion_model.{WAN[Q]}": 8}, {}),
     "first match": ({r".*attn1\..*": 8, "to_q": 2}, {Q: 2.0, K: 0.25, FF: 0.25}),
 }
 
@@ -166,6 +170,8 @@ PATTERNS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 def test_alpha_pattern(tmp_path: Path, case: str, style: Style) -> None:
     """Patterns are of Diffusers' names, also if the keys were renamed later."""
     table, scales = PATTERNS[case]
+    if not scales:
+        scales = {Q: 0.25 if style is KOHYA else 2.0, K: 0.25, FF: 0.25}
     check(lora(tmp_path, style, {METADATA: config(alpha_pattern=table)}), scales)
 
 

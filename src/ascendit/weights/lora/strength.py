@@ -40,7 +40,7 @@ RANK_KEYS = (
     "ss_network_dim",
 )
 CONFIG_KEYS = ("lora_adapter_metadata", "lora_config", "peft_config", "adapter_config")
-"""Keys of a header that contain a PEFT configuration as JSON."""
+"""Keys of a header that contain a PEFT configuration as JSON, like others with `lora_alpha` in an object."""
 ADAPTER_CONFIG = "adapter_config.json"
 UNSUPPORTED = {
     "use_dora": "DoRA is not supported: it rescales complete rows of the weight",
@@ -234,7 +234,7 @@ class AppliedLora:
     def line(self) -> str:
         """`a.safetensors: 8 keys, scale 0.25 (alpha 1, rank 4; from header lora_alpha) x weight 0.8`."""
         parts = [counted(self.num_keys, "key")]
-        parts += [f"{counted(n, 'key')} of --lora-skip {group} left out" for group, n in self.skipped.items()]
+        parts += [f"{counted(n, 'key')} of group {group} skipped" for group, n in self.skipped.items()]
         if self.strengths:
             scales = [s.scale for s in self.strengths]
             parts.append(f"scale {_range(scales)} ({self._reason()})")
@@ -279,10 +279,10 @@ def read_settings(file: LoraFile) -> Settings:
     """
     header = _metadata(file.path)
     items = list(_parse(file.path, "header", header))
-    for name in CONFIG_KEYS:
-        if name in header:
-            fields = _json_object(file.path, name, header[name])
-            items += _parse(file.path, f"header {name}", fields)
+    for name, value in header.items():
+        text = value.lstrip() if isinstance(value, str) else ""
+        if name in CONFIG_KEYS or (text.startswith("{") and '"lora_alpha"' in text):
+            items += _parse(file.path, f"header {name}", _json_object(file.path, name, value))
     config = file.path.parent / ADAPTER_CONFIG
     if config.is_file() and (fields := read_json(config)).keys() & {"peft_type", "lora_alpha"}:
         items += _parse(file.path, ADAPTER_CONFIG, fields)
@@ -326,7 +326,7 @@ def _parse(path: Path, where: str, fields: Mapping[str, Any]) -> Iterator[Settin
         layer, _, last = field_name.rpartition(".")
         if not layer:
             scopes.setdefault(name.removesuffix(field_name), {})[field_name] = value
-        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"][0], field_name):
+        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"].pattern, field_name):
             alpha = _number(path, f"{where} {name}", value)
             layers |= {} if alpha is None else {f"^{layer}": alpha}
     for scope, config in scopes.items():
@@ -362,7 +362,7 @@ class _Scope:
         ss_root = any(_is_true(args.get(name)) for name in ("use_rslora", "rs_lora", "rank_stabilized"))
         varies = any(re.search(r"(dim|alpha)s?$", str(name)) for name in args)
         for name in (*ALPHA_KEYS, *RANK_KEYS):
-            value = _number(self.path, self.origin(name), self.fields.get(name), whole=name in RANK_KEYS)
+            value = self.number(name)
             if value is not None:
                 yield Setting(
                     self.origin(name),
@@ -378,6 +378,13 @@ class _Scope:
         if ranks.values:
             yield Setting(self.origin("rank_pattern"), expert, ranks=ranks)
 
+    def number(self, name: str) -> float | None:
+        """The value of a field; None if absent. kohya's alpha 0 means the rank, which is then in the tensors."""
+        value = self.fields.get(name)
+        if name == "ss_network_alpha" and str(value) in ("0", "0.0"):
+            return None
+        return _number(self.path, self.origin(name), value, whole=name in RANK_KEYS)
+
     def origin(self, name: str) -> str:
         """`header lora_alpha`."""
         return f"{self.where} {self.prefix}{name}"
@@ -386,7 +393,7 @@ class _Scope:
         """Refuse settings that change the result in another way than a LoRA."""
         kind, init = self.fields.get("peft_type") or "LORA", self.fields.get("init_lora_weights")
         reasons = [reason for name, reason in UNSUPPORTED.items() if _is_set(self.fields.get(name))]
-        if kind != "LORA":
+        if kind not in ("LORA", "LOHA"):
             reasons.append(f"PEFT's {kind} is not supported")
         if isinstance(init, str) and init.startswith(CHANGE_THE_MODEL):
             reasons.append(f"init_lora_weights = {init!r}: PEFT changed the weights that it was trained on")
