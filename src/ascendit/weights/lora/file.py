@@ -84,7 +84,7 @@ def open_file(path: Path) -> LoraFile:
 
 
 def adapter_file(path: Path) -> Path:
-    """The adapter of a folder of PEFT or Diffusers, or its only `.safetensors` file; other paths unchanged."""
+    """The adapter or only `.safetensors` file of a folder; other paths are returned unchanged."""
     files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
     files = [file for file in files if file.name in _ADAPTER_NAMES] or files
     return files[0] if len(files) == 1 else path

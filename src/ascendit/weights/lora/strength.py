@@ -379,7 +379,7 @@ class _Scope:
             yield Setting(self.origin("rank_pattern"), expert, ranks=ranks)
 
     def number(self, name: str) -> float | None:
-        """The value of a field; None if absent. kohya's alpha 0 means the rank, which is then in the tensors."""
+        """The value of a field; None if absent. kohya's alpha 0 means the rank, as in its tensors."""
         value = self.fields.get(name)
         if name == "ss_network_alpha" and str(value) in ("0", "0.0"):
             return None
