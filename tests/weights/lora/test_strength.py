@@ -83,6 +83,12 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "unscoped settings, scoped keys": (DIFFUSERS, {METADATA: config(lora_alpha=8)}, None, 2.0),
     "scoped settings, unscoped keys": (BARE, {METADATA: scoped("transformer", lora_alpha=8)}, None, 2.0),
     "scoped settings of the other expert only": (BARE, {METADATA: scoped("transformer_2")}, None, 0.25),
+    "any expert and the other one": (
+        DIFFUSERS,
+        {"lora_alpha": "1", "transformer_2.lora_alpha": "8"},
+        None,
+        0.25,
+    ),
     "text encoder only": (DIFFUSERS, {METADATA: scoped("text_encoder")}, None, 1.0),
     "finetrainers": (DIFFUSERS, {"lora_config": {"r": 4, "lora_alpha": 16}}, None, 4.0),
     "another object with lora_alpha": (DIFFUSERS, {"train": {"lora_alpha": 2, "lora_rank": 4}}, None, 0.5),
@@ -286,7 +292,7 @@ def test_statements_that_disagree_are_refused(tmp_path: Path, case: str) -> None
         folded(lora(tmp_path, style, header, alpha))
     assert e.value.code == "E-LRA-01"
     assert message in e.value.got
-    assert "remove the wrong one" in e.value.fix
+    assert "safetensors.torch.save_file(safetensors.torch.load_file(FILE), NEW)" in e.value.fix
 
 
 def test_an_adapter_config_and_a_header_that_disagree(tmp_path: Path) -> None:
@@ -295,6 +301,7 @@ def test_an_adapter_config_and_a_header_that_disagree(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="adapter_config.json lora_alpha") as e:
         folded(source)
     assert "2 (alpha 8) from header lora_alpha" in e.value.got
+    assert e.value.fix == "move the file to a folder without adapter_config.json, or correct that"
 
 
 NOTES = {

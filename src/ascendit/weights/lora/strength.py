@@ -56,9 +56,11 @@ _ABSENT = ("", "none", "null", "dynamic")
 """Texts without a value. `Dynamic`: kohya's `resize_lora.py`, which keeps an alpha tensor in each layer."""
 _TRUE = ("true", "1", "yes", "on")
 MERGE_FIX = "merge it with PEFT, then quantize the result"
-DISAGREE_FIX = (
-    "use the file as its tool wrote it, or remove the wrong one: tensor, header or adapter_config.json"
+HEADER_FIX = (
+    "remove the header: safetensors.torch.save_file(safetensors.torch.load_file(FILE), NEW); without alpha "
+    "tensors, pass alpha / rank as NEW:WEIGHT"
 )
+CONFIG_FIX = f"move the file to a folder without {ADAPTER_CONFIG}, or correct that"
 ROUNDING = {"F16": 2**-11, "BF16": 2**-8, "F8_E4M3": 2**-4, "F8_E5M2": 2**-3}
 """Dtype of an alpha tensor -> the largest relative error of its value, if it is coarse."""
 
@@ -94,9 +96,10 @@ class Patterns:
 
 
 def _expression(text: str) -> re.Pattern[str]:
-    """Compile an expression whose time to match is limited: few repetitions, and none of a group."""
-    slow = re.search(r"\)[*+{]|\(\?|\\\d", text) or len(re.findall(r"(?<!\\)[*+{]", text)) > 3
-    if slow or len(text) > 500:
+    """Compile an expression whose time to match is limited: few groups and repetitions, none of a group."""
+    slow = re.search(r"\)[*+?{]|\(\?|\\\d", text)
+    counts = [len(re.findall(rf"(?<!\\)[{characters}]", text)) for characters in ("*+?{", "(")]
+    if slow or max(counts) > 3 or len(text) > 500:
         raise ValueError(f"{text!r} is too complex")
     try:
         return re.compile(text)
@@ -156,6 +159,11 @@ class Strength:
     problem: str = ""
     """Two statements that disagree; empty if there are none."""
 
+    @property
+    def fix(self) -> str:
+        """How to solve the `problem`."""
+        return CONFIG_FIX if ADAPTER_CONFIG in self.problem else HEADER_FIX
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -203,8 +211,9 @@ class Settings:
 
     def _scoped(self, key: LoraKey, expert: str) -> list[Setting]:
         """The settings for any expert, and those for the expert of a key, or else for the first one."""
-        present = {x.expert for x in self.items}
-        own = next((x for x in (key.expert, expert, *EXPERTS) if x and x in present), None)
+        present = {x.expert for x in self.items if x.alpha is not None or x.alphas.values}
+        others = () if None in present else EXPERTS
+        own = next((x for x in (key.expert, expert, *others) if x and x in present), None)
         return [x for x in self.items if x.expert in (None, own)]
 
 
@@ -444,7 +453,7 @@ def _invalid(path: Path, origin: str, got: str, needs: str) -> CheckpointError:
 
 
 def _is_true(value: Any) -> bool:
-    return value is True or (isinstance(value, str) and value.strip().lower() in _TRUE)
+    return str(value).strip().lower() in _TRUE
 
 
 def _is_set(value: Any) -> bool:
