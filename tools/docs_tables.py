@@ -28,6 +28,7 @@ from ascendit.names import ROLES
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
+from ascendit.weights.lora.keys import SKIPPED
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -464,6 +465,11 @@ def world_table() -> str:
     )
 
 
+def lora_groups_table() -> str:
+    rows = ((f"`{name}`", group.keys) for name, group in SKIPPED.items())
+    return table(("`--lora-skip`", "keys"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "defaults": defaults_table,
     "shapes": shapes_table,
@@ -478,6 +484,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
     "recipes": recipes_table,
+    "lora-groups": lora_groups_table,
     "errors": errors_table,
     "exits": exits_table,
     "commands": commands_table,
