@@ -1,7 +1,7 @@
-"""Read the header of a GGUF file strictly: its tensors and its metadata, without their values. Imports no torch.
+"""Read the header of a GGUF file strictly: its tensors, without their values, and its metadata.
 
-Numbers of types and sizes of blocks are those of the package `gguf`. Its `GGUFReader` is not used: it maps the
-file, and loops over counts that a damaged file may have. Layout: gguf.md of ggml.
+Numbers of types and sizes of blocks are those of the package `gguf`. Its `GGUFReader` is not used: it maps
+the file, and loops over counts that a damaged file may have. Layout: gguf.md of ggml. Does not import torch.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class GgufHeader:
 def read_gguf(path: Path, file: BinaryIO, size: int, state: FileState | None = None) -> GgufHeader:
     """Read the header of a GGUF file of `size` bytes, which `file` reads from its start.
 
-    Raises CheckpointError: E-CKP-02, with the reason, for another version or byte order, counts and sizes that
-    do not fit into the file, duplicates, overlaps, gaps and truncated files; E-CKP-04 for a type that is not
-    read. Raises EnvironmentProblem (E-ENV-01) if the package `gguf` is missing.
+    Raises CheckpointError: E-CKP-02, with the reason, for another version or byte order, counts and sizes
+    that do not fit into the file, duplicates, overlaps, gaps and truncated files; E-CKP-04 for a type that is
+    not read. Raises EnvironmentProblem (E-ENV-01) if the package `gguf` is missing.
     """
     gguf = _package()
     header = _Cursor(path, file, min(size, MAX_HEADER), size)
@@ -234,7 +234,7 @@ def _infos(
 def _storage(
     path: Path, name: str, shape: tuple[int, ...], number: int, gguf: Any
 ) -> tuple[str, Encoding | None, int]:
-    """(dtype after reading, encoding, bytes) of a tensor. Raises CheckpointError (E-CKP-04) for other types."""
+    """(dtype after reading, encoding, bytes) of a tensor. Raises CheckpointError (E-CKP-04)."""
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError:
@@ -244,7 +244,7 @@ def _storage(
         raise CheckpointError(
             f"{path}: the GGUF tensor {name!r:.200} is stored as {label}",
             needs=f"F32, F16, BF16, {', '.join(TYPES)}",
-            fix="download another quantization of the model, for example Q8_0 or Q4_K_M, or the original in BF16",
+            fix="download the model in another type, for example Q8_0 or Q4_K_M, or the original in BF16",
             code="E-CKP-04",
         )
     values, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -261,7 +261,7 @@ def _storage(
 def _original_shape(
     path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Value]
 ) -> tuple[int, ...]:
-    """The shape before the tensor was written: ggml has four dimensions, and omits those of size 1 at the end.
+    """The shape before the tensor was written. ggml has four dimensions, and omits a first one of size 1.
 
     stable-diffusion.cpp joins the first two of a 3-D convolution, so that [N, C, T, H, W] is stored as
     [N * C, T, H, W]; N is the size of the bias.

@@ -1,4 +1,7 @@
-"""Names of the tensors of a UMT5 encoder in llama.cpp, which GGUF files of text encoders have. Imports no torch."""
+"""Names of the tensors of a UMT5 encoder in llama.cpp, which GGUF files of text encoders have.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # first bytes
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors or GGUF file by name, in the order of their bytes.
 
-    The first bytes of the file determine its format. Raises CheckpointError (E-CKP-02), with the reason, for an
-    invalid length, a header that is not a JSON object, sizes that do not match shape and dtype, overlaps, gaps,
-    and truncated files; the errors of `read_gguf` for a GGUF file.
+    The first bytes of the file determine its format. Raises CheckpointError (E-CKP-02), with the reason, for
+    an invalid length, a header that is not a JSON object, sizes that do not match shape and dtype, overlaps,
+    gaps, and truncated files; the errors of `read_gguf` for a GGUF file.
     """
     try:
         if problem := irregular(path, os.stat(path)):

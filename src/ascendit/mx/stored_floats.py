@@ -1,4 +1,4 @@
-"""Decode float tensors that files store in other encodings: FP8 with at most one scale per row, and ggml's blocks.
+"""Decode float tensors that files store in other encodings: FP8 with a scale, and blocks of ggml.
 
 A value is decoded in float32, in which the product of a stored number and its scale is rounded at most once,
 and then rounded to the requested dtype.
