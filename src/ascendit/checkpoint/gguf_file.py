@@ -88,6 +88,20 @@ def read_gguf(path: Path, file: BinaryIO, size: int, state: FileState | None = N
     return GgufHeader(metadata, {info.name: info for info in infos})
 
 
+def general_metadata(path: Path) -> dict[str, Value]:
+    """The entries `general.*` of a GGUF file, without `general.`; `file_type` with its name.
+
+    Raises the errors of `read_gguf`.
+    """
+    with open(path, "rb") as file:
+        metadata = read_gguf(path, file, path.stat().st_size).metadata
+    general = {key.removeprefix("general."): v for key, v in metadata.items() if key.startswith("general.")}
+    for kind in _package().LlamaFileType:
+        if kind == general.get("file_type"):
+            general["file_type"] = kind.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return general
+
+
 def _package() -> Any:
     """The package `gguf`. Raises EnvironmentProblem (E-ENV-01) if it is missing."""
     try:
