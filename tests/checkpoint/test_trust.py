@@ -22,9 +22,10 @@ from safetensors.numpy import save
 from ascendit.checkpoint.component import EXPERTS, Part
 from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.pickle_file import convert_command
 from ascendit.checkpoint.scheduler import SOLVERS
 from ascendit.checkpoint.trust import OTHER_CODE, PART_CLASSES, Home
-from ascendit.checkpoint.weight_files import Shards, convert_command
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
 

@@ -445,7 +445,8 @@ def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module
 
 
 def test_missing_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(video_codecs.CODECS, "mp4", ("libx264_absent", {}, {}))
+    codec = video_codecs.CODECS["mp4"]._replace(name="libx264_absent")
+    monkeypatch.setitem(video_codecs.CODECS, "mp4", codec)
     with refused(EnvironmentProblem, "E-ENV-01", "no libx264_absent encoder", "pip install"):
         make().save(tmp_path / "out.mp4")
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.sources import OpenFiles, unreadable
-from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Buffer, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Buffer, Encoding, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ class RowReader:
     """Read tensors, or one rank's shard of them, with a bounded number of open files.
 
     Raises CheckpointError (E-CKP-02) for a file that was written, replaced, truncated or removed after its
-    header was read: when it opens the file, closes it to open others, and at the end of a `with` block.
+    header was read: when it opens the file, closes it to open others, and at the end of a `with` block; and
+    E-CKP-08 for a scale of encoded values that is zero, negative or not finite.
     """
 
     def __init__(self) -> None:
@@ -108,6 +110,9 @@ class RowReader:
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
         """Read `rows` rows of the shard from row `start` of the tensor. Columns are read row by row."""
+        if info.encoding is not None and info.encoding.name == STRIDED:
+            self._gather_rows(info, info.encoding.strides, shard, start, rows, view)
+            return
         if info.encoding is not None:
             self._decode_rows(info, shard, start, rows, view)
             return
@@ -119,6 +124,32 @@ class RowReader:
         offset = info.start + shard.start * (stride // info.shape[1])
         for row in range(rows):
             self._read(info, offset + (start + row) * stride, view[row * width : (row + 1) * width])
+
+    def _gather_rows(
+        self,
+        info: TensorInfo,
+        strides: tuple[int, ...],
+        shard: ShardSpec,
+        start: int,
+        rows: int,
+        view: memoryview,
+    ) -> None:
+        """Read `rows` rows of a strided tensor [N, ...], with the bytes between them. For the transpose of a
+        tensor, those are all of its bytes.
+        """
+        import torch
+
+        if not len(view):
+            return
+        shape = (rows, *info.shape[1:])
+        size = DTYPE_BITS[info.dtype] // 8
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        self._read(info, info.start + start * strides[0] * size, memoryview(data := bytearray(span * size)))
+        stored = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+        values = stored.as_strided(shape, strides)
+        if shard.axis == 1:
+            values = values[:, shard.start : shard.start + shard.shape_of(info.shape)[1]]
+        view[:] = as_bytes(values)
 
     def _decode_rows(
         self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview
@@ -135,7 +166,7 @@ class RowReader:
         unit = info.encoding.block // math.gcd(info.encoding.block, columns)  # rows in complete blocks
         size = info.nbytes * unit // rows_of(info)[0]
         step = max(BLOCK_BYTES // size, 1) * unit
-        scale = None if info.encoding.scale is None else self.read_tensor(info.encoding.scale)
+        scale = self._read_scale(info.encoding)
         out = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(rows, -1)
         for first in range(start // unit * unit, stop, step):
             last = min(first + step, -(-stop // unit) * unit)
@@ -156,6 +187,14 @@ class RowReader:
         if self._encoded is None or count > len(self._encoded):
             self._encoded = memoryview(bytearray(count))
         return self._encoded[:count]
+
+    def _read_scale(self, encoding: Encoding) -> torch.Tensor | None:
+        """The checked scale of encoded values. Raises CheckpointError (E-CKP-08) for an invalid one."""
+        if (info := encoding.scale) is None:
+            return None
+        name = f"{info.name} ({encoding.label})" if encoding.label else info.name
+        check_positive(self.read_all(info), info.dtype, name)
+        return self.read_tensor(info)
 
     def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         fd = self.open(info)

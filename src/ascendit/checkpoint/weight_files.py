@@ -15,7 +15,6 @@ from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES, weight_set
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
-from ascendit.report import shell_line
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Shards:
     tensors: dict[str, TensorInfo]
     """All tensors, in the order of the files and of the bytes in each file."""
     files: tuple[Path, ...]
+    kinds: tuple[str, ...] = ()
+    """The kinds of the files of a part that a library runs, keys of `stored_kinds.KINDS`."""
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:
@@ -160,13 +161,3 @@ def _no_weights(file: Path) -> CheckpointError:
     return CheckpointError(
         got + (f" (it has {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
     )
-
-
-def convert_command(pickled: Path, file: Path) -> str:
-    """A command that writes the tensors of a pickle to a safetensors file, without running code."""
-    code = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "d = torch.load(sys.argv[1], weights_only=True, mmap=True); d = d.get('state_dict', d); "
-        "save_file({k: v.clone().contiguous() for k, v in d.items()}, sys.argv[2])"
-    )
-    return shell_line(["python", "-c", code, str(pickled), str(file)])

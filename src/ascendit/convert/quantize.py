@@ -97,11 +97,7 @@ def quantize(
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
     if calibrate is not None and smoothing:
-        raise UsageError(
-            "both smoothing and calibrate",
-            needs="only one of them: a calibration computes the smoothing",
-            fix="omit one of them",
-        )
+        raise _two_smoothings()
     files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
@@ -138,6 +134,14 @@ def quantize(
     if dry_run:
         return job.report(0.0, dry_run=True)
     return job.run(resume, on_progress)
+
+
+def _two_smoothings() -> UsageError:
+    return UsageError(
+        "both smoothing and calibrate",
+        needs="only one of them: a calibration computes the smoothing",
+        fix="omit one of them",
+    )
 
 
 @dataclass

@@ -38,6 +38,7 @@ from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import UsageError
 from ascendit.progress import Meter, OnProgress
 from ascendit.report import shell_line
+from ascendit.weights.applied_recipe import stored_warnings
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format, traits_of
 from ascendit.weights.tensor_steps import schemes_of, smoothing_of, stored_steps
 
@@ -46,6 +47,7 @@ REWRITE_LABELS = {
     "repeat": "to one scale for each row",
     "recode": "FP4 in another container",
     "untile": "FP8 tiles to BF16",
+    "decode": "decoded to BF16",
     "fill": "added",
 }
 
@@ -326,6 +328,7 @@ def _expert_report(output: ExpertOutput) -> RepackedExpert:
 def _warnings(outputs: list[ExpertOutput], target: TargetFormat, pipeline: Layout | None) -> tuple[str, ...]:
     unchanged = [output.source for output in outputs if output.config == output.source.config]
     texts = [source.config_problem for source in unchanged if source.config_problem]
+    texts += [text for output in outputs for text in stored_warnings(output.source)]
     if target.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
         texts.append("MindIE-SD also needs the float checkpoint, for the layers that are not quantized")
     if pipeline is None and target.naming == "diffusers":

@@ -60,6 +60,7 @@ def _part_report(checked: CheckedPart) -> PartReport:
         tensors=tuple(shards.tensors.values()) if shards else (),
         files=len(shards.files) if shards else 0,
         metadata=_metadata(shards),
+        kinds=shards.kinds if shards else (),
         expert=checked.expert,
         problem=problem,
         **(problem.checks if isinstance(problem, TensorMismatch) else {}),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ascendit.checkpoint.gguf_file import Value
 from ascendit.checkpoint.layout import KIND_LABELS, Layout
+from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
@@ -186,6 +187,7 @@ def _part_lines(parts: Iterable[PartReport]) -> list[str]:
         text = f"{p.name:<15} {p.class_name:<26}"
         if p.tensors:
             text += f" {formats[p.name]:<{width}} {human_bytes(p.nbytes):>10}  {_counts([p])}"
+            text += f"  ({kinds_text(p.kinds)})" if p.kinds else ""
         lines.append(text + ("  DAMAGED" if p.problem else ""))
     return lines
 
@@ -259,6 +261,8 @@ class PartReport:
     """The error that makes the part unusable."""
     metadata: Mapping[str, Value] = field(default_factory=dict)
     """The general metadata of its GGUF file."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of its files, keys of `stored_kinds.KINDS`; of an expert, in `expert`."""
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
@@ -280,7 +284,7 @@ class PartReport:
     @cached_property
     def dtypes(self) -> dict[str, int]:
         """safetensors' dtype name -> bytes, most first."""
-        return _most_first({t.dtype: t.nbytes} for t in self.tensors)
+        return _most_first({t.stored_dtype: t.nbytes} for t in self.tensors)
 
     @property
     def rows(self) -> tuple[StoredRow, ...]:
@@ -299,6 +303,7 @@ class PartReport:
             **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
             "metadata": dict(self.metadata),
+            "stored_as": list(self.expert.kinds if self.expert else self.kinds),
             **selected(self, *TENSOR_CHECKS),
             "problem": json_data(self.problem),
             "expert": json_data(self.summary),

@@ -1,4 +1,4 @@
-"""Decode float tensors that files store in other encodings: FP8 with a scale, and blocks of ggml.
+"""Decode float tensors that files store otherwise: floats with a scale per tensor or row, and ggml's blocks.
 
 A value is decoded in float32, in which the product of a stored number and its scale is rounded at most once,
 and then rounded to the requested dtype.
@@ -17,9 +17,24 @@ from ascendit.mx import ggml
 Decoder = Callable[[Tensor], Tensor]
 """Stored bytes, uint8 [bytes] -> values in their order, float32 [values]."""
 
+_FLOATS = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+"""safetensors dtype -> torch dtype, of floats that may have a scale."""
+
+
+def _float_decoder(dtype: torch.dtype) -> Decoder:
+    return lambda stored: stored.view(dtype).to(torch.float32)
+
+
 DECODERS: dict[str, Decoder] = {
-    "F8_E4M3": lambda stored: stored.view(torch.float8_e4m3fn).to(torch.float32),
-    "F8_E5M2": lambda stored: stored.view(torch.float8_e5m2).to(torch.float32),
+    **{name: _float_decoder(dtype) for name, dtype in _FLOATS.items()},
     **{name: functools.partial(ggml.reference, name) for name in ggml.TYPES},
 }
 """Encoding -> its decoder."""

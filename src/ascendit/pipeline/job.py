@@ -64,11 +64,13 @@ class Prepared:
         """The command that reproduces this video; also in the JSON beside the video."""
         return self.replay_line()
 
-    def replay_line(self, flags: Sequence[str] = ()) -> str:
-        """`replay` with other flags of `generate`."""
+    def replay_line(
+        self, flags: Sequence[str] = (), output: str | None = None, seeds: Sequence[int] = ()
+    ) -> str:
+        """`replay` with other flags of `generate`, an output, or several seeds instead of its own."""
         options, kept = self.model.options, self.latents
         load = options.record if kept is None else kept.loaded
-        return self.request.replay_line(options.model, load=load, flags=flags)
+        return self.request.replay_line(options.model, output, load, flags, seeds)
 
     @property
     def images(self) -> dict[str, str]:
@@ -190,7 +192,7 @@ def prepare_request(
     check_names(fields)
     defaults = model.defaults
     if seconds is not None:
-        fps = defaults.fps
+        fps: geometry.FrameRate = defaults.fps
         with suppress(ValueError):  # GenerateRequest refuses it
             fps = geometry.frame_rate(fields.get("fps") or defaults.fps)
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)

@@ -129,7 +129,7 @@ class Folds:
         self._deltas = group_by(deltas, lambda delta: delta.target)
         self.names = frozenset(self._deltas)
         self.applied = tuple(applied)
-        """What each file changes; None for a file for another expert."""
+        """The changes by each file; None for a file for another expert."""
         self._opened: dict[str, list[Rows]] = {}
 
     @classmethod
@@ -184,7 +184,7 @@ class Folds:
             last = min(first + PRODUCT_ROWS, full[0])
             begin, end = max(first, start), min(last, stop)
             block = rows[begin - start : end - start]
-            total = block.to(torch.float64).reshape(len(block), -1)
+            total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
             result[begin - start : end - start] = total.view(block.shape)
@@ -295,7 +295,7 @@ class DeltaReader:
         self.strengths: list[Strength] = []
 
     def applied(self) -> AppliedLora:
-        """What the file changes."""
+        """A summary of the file."""
         skipped = {group: n for group, n in self.skipped.items() if n}
         return AppliedLora(self.file.path.name, self.weight, len(self.keys), skipped, tuple(self.strengths))
 

@@ -104,7 +104,7 @@ def _expression(text: str) -> re.Pattern[str]:
         raise ValueError(f"{text!r} is not a regular expression ({e})") from e
 
 
-# ---- what a file says about its strength --------------------------------------------------------
+# ---- statements of a file about its strength -----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -322,11 +322,11 @@ def _parse(path: Path, where: str, fields: Mapping[str, Any]) -> Iterator[Settin
     scopes: dict[str, dict[str, Any]] = {}
     layers: dict[str, float] = {}
     for name, value in _flattened(fields):
-        rest, _ = without_wrappers(name)
-        layer, _, last = rest.rpartition(".")
+        field_name, _ = without_wrappers(name)
+        layer, _, last = field_name.rpartition(".")
         if not layer:
-            scopes.setdefault(name.removesuffix(rest), {})[rest] = value
-        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"][0], rest):
+            scopes.setdefault(name.removesuffix(field_name), {})[field_name] = value
+        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"][0], field_name):
             alpha = _number(path, f"{where} {name}", value)
             layers |= {} if alpha is None else {f"^{layer}": alpha}
     for scope, config in scopes.items():
@@ -383,7 +383,7 @@ class _Scope:
         return f"{self.where} {self.prefix}{name}"
 
     def check(self) -> None:
-        """Refuse what changes the result in another way than a LoRA."""
+        """Refuse settings that change the result in another way than a LoRA."""
         kind, init = self.fields.get("peft_type") or "LORA", self.fields.get("init_lora_weights")
         reasons = [reason for name, reason in UNSUPPORTED.items() if _is_set(self.fields.get(name))]
         if kind != "LORA":
