@@ -193,15 +193,19 @@ def original_shape(*sizes: int) -> bytes:
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
+    "a pointer of git-lfs": (b"version https://git-lfs", "not a GGUF file: it begins with b'vers'"),
     "only the magic": (b"GGUF", "needs 4 bytes at byte 4 of 4"),
     "no counts": (b"GGUF" + number(3), "needs 8 bytes at byte 8 of 8"),
     "version 1": (raw(version=1), "GGUF version 1; versions 2 and 3 are read"),
     "version 4": (raw(version=4), "GGUF version 4"),
     "big-endian": (raw(version=0x03000000), "big-endian"),
-    "2^60 tensors": (raw(counts=(1 << 60, 0)), f"lists {1 << 60} tensors"),
+    "2^60 tensors": (raw(counts=(1 << 60, 0)), f"truncated or damaged: it lists {1 << 60} tensors"),
     "2^60 entries": (raw(counts=(0, 1 << 60)), f"lists {1 << 60} metadata entries"),
-    "more tensors than fit": (raw(tensor(), counts=(20, 0)), "lists 20 tensors in a file of"),
-    "too many tensors": (raw(counts=(MAX_ENTRIES + 1, 0), data=bytes(24 * MAX_ENTRIES + 99)), "tensors in a"),
+    "more tensors than fit": (raw(tensor(), counts=(20, 0)), "lists 20 tensors in"),
+    "too many tensors": (
+        raw(counts=(MAX_ENTRIES + 1, 0), data=bytes(24 * MAX_ENTRIES + 99)),
+        f"lists {MAX_ENTRIES + 1} tensors in",
+    ),
     "name of 2^60 bytes": (raw(number(1 << 60, "Q") + bytes(40)), f"needs {1 << 60} bytes"),
     "name not UTF-8": (raw(tensor(b"\xff\xfe")), "the text at byte 24 is not UTF-8"),
     "2^32 - 1 dimensions": (raw(text("a") + number((1 << 32) - 1) + bytes(40)), "4294967295 dimensions"),

@@ -47,6 +47,7 @@ def test_other_names_are_not_translated() -> None:
         "blk.0.attn_q.weight",
     ]
     assert llama_cpp_names([*others, "shared.weight", "token_embd", "enc.blk.0.attn_z.weight"]) == {}
+    assert recognise_part(["token_embd.weight", "output_norm.weight", "blk.0.attn_q.weight"]) is None
 
 
 @pytest.fixture

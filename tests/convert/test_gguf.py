@@ -65,8 +65,9 @@ def slow(*values: str) -> Any:
     ],
 )
 def test_repack_writes_the_values_of_the_package(tmp_path: Path, kind: str, prefix: str) -> None:
-    expected = write_wan(tmp_path / "wan.gguf", kind, prefix)
-    repack(tmp_path / "wan.gguf", tmp_path / "out", check=True)
+    (tmp_path / "wan").mkdir()
+    expected = write_wan(tmp_path / "wan" / "wan.gguf", kind, prefix)
+    repack(tmp_path / "wan", tmp_path / "out", check=True)
     assert_equal(folder_tensors(tmp_path / "out"), expected)
 
 
@@ -110,4 +111,5 @@ def test_a_file_without_the_3d_convolution_is_refused_by_its_name(tmp_path: Path
     gguf_files.write_model(tmp_path / "wan.gguf", weights, "Q8_0")
     with pytest.raises(CheckpointError) as e:
         repack(tmp_path / "wan.gguf", tmp_path / "out")
-    assert e.value.code == "E-CKP-04" and "patch_embedding.weight" in e.value.got
+    assert e.value.code == "E-CKP-04" and "GGUF" in e.value.got
+    assert e.value.got.endswith("1 missing (patch_embedding.weight)") and "fix_5d_tensors" in e.value.fix

@@ -19,7 +19,7 @@ from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Encoding, TensorInfo
 from ascendit.errors import CheckpointError, EnvironmentProblem
 from ascendit.mx.ggml import TYPES
 
-MAGIC = b"GGUF"
+MAGIC, SUFFIX = b"GGUF", ".gguf"
 VERSIONS = (2, 3)
 MAX_HEADER = 100_000_000  # bytes; as for safetensors. The tokenizer of UMT5 takes 8 MB
 MAX_ENTRIES = 1 << 17
@@ -65,12 +65,13 @@ def read_gguf(path: Path, file: BinaryIO, size: int, state: FileState | None = N
     """
     gguf = _package()
     header = _Cursor(path, file, min(size, MAX_HEADER), size)
-    header.take(len(MAGIC))
+    if (start := header.take(len(MAGIC))) != MAGIC:
+        raise _broken(path, f"not a GGUF file: it begins with {start!r}")
     _check_version(path, header.number("I"))
     tensors, entries = header.number("Q"), header.number("Q")
     for count, noun, least in ((entries, "metadata entries", 13), (tensors, "tensors", 24)):
         if count > MAX_ENTRIES or count * least > size:
-            raise _broken(path, f"lists {count} {noun} in a file of {size} bytes")
+            raise _broken(path, f"truncated or damaged: it lists {count} {noun} in {size} bytes")
     metadata: dict[str, Value] = {}
     keys: set[str] = set()
     for _ in range(entries):

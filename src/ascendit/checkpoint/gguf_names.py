@@ -25,6 +25,8 @@ _BLOCK = re.compile(r"(?<=^enc\.blk\.)(0|[1-9][0-9]{0,3})(?=\.)")
 
 def llama_cpp_names(names: Collection[str]) -> dict[str, str]:
     """Stored name -> name in a UMT5EncoderModel, for the tensors of llama.cpp's encoder among `names`."""
+    if not any(name.startswith("enc.blk.") for name in names):
+        return {}  # token_embd is in every language model
     gated = any(name.endswith(".ffn_gate.weight") for name in names)
     translated = {}
     for name in names:

@@ -97,6 +97,8 @@ class TensorMismatch(CheckpointError):
 
     def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
         fix = "download the weights and config.json again, both from the same revision"
+        if [name for names in checks.values() for name in names] == ["patch_embedding.weight"]:
+            fix = "download a GGUF file with this tensor; ComfyUI-GGUF adds it with tools/fix_5d_tensors.py"
         super().__init__(got, needs=needs, fix=fix, code="E-CKP-04")
         self.checks = checks
         """missing, unexpected, misshapen, mistyped -> stored names."""
@@ -376,7 +378,7 @@ def _from_shapes(shapes: Shapes) -> dict[str, Any]:
         int(name.split(".", 2)[1]) for name in shapes if name.startswith("blocks.") and _numbered(name)
     ]
     return {
-        "dim": size("patch_embedding.weight", 0, 5),
+        "dim": size("patch_embedding.weight", 0, 5) or size("patch_embedding.bias", 0, 1),
         "in_channels": size("patch_embedding.weight", 1, 5),
         "out_channels": out // volume if out and volume else None,
         "patch_size": patch_size,

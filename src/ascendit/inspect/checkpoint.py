@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.component import read_json
-from ascendit.checkpoint.gguf_file import Value, general_metadata
+from ascendit.checkpoint.gguf_file import SUFFIX, Value, general_metadata
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import CheckedPart
@@ -70,7 +70,7 @@ def _part_report(checked: CheckedPart) -> PartReport:
 def _metadata(shards: Shards | None) -> dict[str, Value]:
     """The metadata of a GGUF file; empty for other files."""
     files = shards.files if shards else ()
-    return general_metadata(files[0]) if files and files[0].suffix == ".gguf" else {}
+    return general_metadata(files[0]) if files and files[0].suffix == SUFFIX else {}
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
