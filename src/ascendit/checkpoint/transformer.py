@@ -118,9 +118,10 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     shards = shards or Shards.from_part(part)
     read = interpret(shards.tensors, part.config, part=part.name, described=path is not None)
     stored = read.tensors
+    label = f"{part.path} ({kinds_text(read.kinds)})" if read.kinds else f"{part.path}"
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
-            f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            f"{label} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
             needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
             fix="pass the file or folder of the diffusion transformer",
             code="E-CKP-01",
@@ -134,7 +135,6 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     config, problem = _config(part, tensors, layers)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
-    label = f"{part.path} ({kinds_text(read.kinds)})" if read.kinds else f"{part.path}"
     _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
