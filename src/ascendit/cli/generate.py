@@ -15,7 +15,7 @@ from ascendit.cli.kept_latents import check_latents_file, keep_latents, latents_
 from ascendit.cli.output import Output, log_warnings, quiet_libraries
 from ascendit.errors import Cancelled, UsageError
 from ascendit.family import PRESETS
-from ascendit.pipeline.options import OPTIONS
+from ascendit.pipeline.options import FLAGS, OPTIONS
 from ascendit.report import shell_line
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ PARAMETERS = (
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
     _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
     _flag("fit", str, FIT, "HOW"),
-    *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
+    *(
+        _flag(name, list[str] if x.repeatable else str, x.help, x.metavar, FLAGS[name], hidden=x.hidden)
+        for name, x in OPTIONS.items()
+        if x.metavar
+    ),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
     _flag("config", Path, "TOML file with the keys of --set, or the .json beside a video.", "FILE"),
     _flag("dry_run", bool, "Show the resolved run; load no weights."),

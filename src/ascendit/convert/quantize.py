@@ -44,9 +44,15 @@ from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
-from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
+from ascendit.weights.applied_recipe import (
+    AppliedRecipe,
+    apply_recipe,
+    check_kind,
+    open_folds,
+    warnings_for,
+)
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
+from ascendit.weights.lora.fold import LoraSource, parse_lora
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
@@ -106,7 +112,7 @@ def quantize(
         ("--recipe", Path(recipe).name if recipe and recipe.endswith(".toml") else recipe),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
-        ("--lora", [f"{f'{x.expert}=' if x.expert else ''}{x.path.name}:{x.weight:g}" for x in files]),
+        ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
@@ -183,12 +189,17 @@ class QuantizeJob:
         self.experts = []
         for expert in experts:
             smoothing = self.smoothing.get(expert.name)
-            applied = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
+            applied = apply_recipe(
+                expert,
+                self.recipe,
+                self.kind,
+                keep=self.keep,
+                smoothing=smoothing,
+                folds=open_folds(expert, self.loras, experts=names),
+            )
             if self.calibrate is not None:
                 applied = replace(applied, smoothing=placeholders(applied))
-            shapes = {name: info.shape for name, info in expert.tensors.items()}
-            folds = Folds.open(self.loras, expert.name, shapes, experts=names)
-            self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
+            self.experts.append(RecipeSteps(applied, self.target, measure=self.measure))
         if self.others:
             self.others.record()
 

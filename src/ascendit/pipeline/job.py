@@ -33,6 +33,7 @@ from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_
 from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
+from ascendit.weights.lora.fold import parse_lora
 
 log = logging.getLogger("ascendit")
 
@@ -101,8 +102,16 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
     checked, defaults = require_model(layout, options.defaults)
-    online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
-    experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
+    online = Online.from_options(
+        options.scheme,
+        options.recipe,
+        options.keep,
+        force=options.force,
+        loras=[parse_lora(text) for text in options.loras],
+        lora_skip=options.lora_skip,
+    )
+    names = [expert.name for expert in checked.experts]
+    experts = tuple((expert, online.apply(expert, names) if online else None) for expert in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
     if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)
@@ -212,8 +221,9 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
-    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises the
-    errors of `prepare_model` before any weight is read, and those of `load.build`.
+    while it loads, as `ascendit.quantize` does; `loras` are added to the float weights first. `on_progress`
+    is called with each Progress event. Raises the errors of `prepare_model` before any weight is read, and
+    those of `load.build`.
     """
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build

@@ -71,6 +71,12 @@ class LoraSource:
         if self.expert not in (None, *EXPERTS):
             raise _bad_source(f"LoRA {self.path} is for {self.expert!r}", " or ".join(EXPERTS))
 
+    def __str__(self) -> str:
+        """The text that `parse_lora` reads."""
+        text = f"{self.expert}={self.path}" if self.expert else str(self.path)
+        plain = self.weight == 1 and ":" not in text
+        return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
+
 
 def parse_lora(text: str) -> LoraSource:
     """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`.
@@ -112,11 +118,18 @@ class Folds:
         self._shapes = shapes
         self._deltas = group_by(deltas, lambda delta: delta.target)
         self.names = frozenset(self._deltas)
+        self.notes: tuple[str, ...] = ()
         self._opened: dict[str, list[Rows]] = {}
 
     @classmethod
     def open(
-        cls, sources: Sequence[LoraSource], expert: str, shapes: Shapes, *, experts: Collection[str] = EXPERTS
+        cls,
+        sources: Sequence[LoraSource],
+        expert: str,
+        shapes: Shapes,
+        *,
+        experts: Collection[str] = EXPERTS,
+        skip: Collection[str] = (),
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
