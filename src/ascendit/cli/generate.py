@@ -121,6 +121,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
         print_dry_run(prepared, call, output, out)
         return
     _warn_about_size(prepared, out)
+    for note in prepared.lora_notes:
+        out.note(note)
     start = time.perf_counter()
     with latents_kept_on_failure(prepared, output, out), log_warnings() as warnings:
         video = _run(prepared, out, allow_flat=call.allow_flat)
@@ -253,4 +255,5 @@ def _print_result(
     warnings = list(dict.fromkeys([*video.warnings, *warnings]))
     record["replay"] = prepared.replay_line(call.replay_flags(allow_flat=bool(video.warnings)))
     out.detail(f"  replay  {record['replay']}")
-    out.emit({"output": str(path), **record, "warnings": warnings, "seconds": round(seconds, 3)})
+    record |= {"lora_notes": list(prepared.lora_notes), "warnings": warnings}
+    out.emit({"output": str(path), **record, "seconds": round(seconds, 3)})

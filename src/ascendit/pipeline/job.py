@@ -33,7 +33,7 @@ from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_
 from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
-from ascendit.weights.lora.fold import parse_lora
+from ascendit.weights.lora.fold import lora_sources
 
 log = logging.getLogger("ascendit")
 
@@ -67,6 +67,18 @@ class Prepared:
         options, kept = self.model.options, self.latents
         load = options.record if kept is None else kept.loaded
         return self.request.replay_line(options.model, load=load, flags=flags)
+
+    @property
+    def lora_notes(self) -> tuple[str, ...]:
+        """One line for each LoRA file, and for each expert if they differ; none for kept latents."""
+        notes: dict[str, list[str]] = {}
+        for expert, applied in self.model.experts if self.latents is None else ():
+            for note in applied.folds.notes if applied and applied.folds else ():
+                notes.setdefault(note, []).append(expert.name)
+        every = [expert.name for expert, _ in self.model.experts]
+        return tuple(
+            note if names == every else f"{', '.join(names)}: {note}" for note, names in notes.items()
+        )
 
     @property
     def images(self) -> dict[str, str]:
@@ -107,7 +119,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         options.recipe,
         options.keep,
         force=options.force,
-        loras=[parse_lora(text) for text in options.loras],
+        loras=lora_sources(options.loras),
         lora_skip=options.lora_skip,
     )
     names = [expert.name for expert in checked.experts]

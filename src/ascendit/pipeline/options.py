@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator
@@ -24,7 +23,7 @@ from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
-from ascendit.weights.lora.fold import LoraSource, parse_lora
+from ascendit.weights.lora.fold import lora_sources
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
@@ -78,18 +77,8 @@ def _patterns(value: object) -> object:
 
 
 def _loras(value: object) -> object:
-    """LoRA files as texts, from one or a sequence of texts, paths or LoraSources. Raises UsageError."""
-    if value is None:
-        return ()
-    return tuple(map(_lora, value if isinstance(value, (list, tuple)) else (value,)))
-
-
-def _lora(value: object) -> object:
-    if isinstance(value, os.PathLike):
-        value = LoraSource(Path(value))
-    if isinstance(value, str):
-        parse_lora(value)
-    return str(value) if isinstance(value, LoraSource) else value
+    """LoRA files as texts."""
+    return tuple(map(str, lora_sources(value)))
 
 
 def _schedule(value: object) -> object:
@@ -263,17 +252,6 @@ class PreparedModel:
     experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
     """Each expert with the recipe that quantizes it while loading, or None."""
     schedule: StepSchedule
-
-    @property
-    def lora_notes(self) -> tuple[str, ...]:
-        """One line for each LoRA file and expert: the applied scale."""
-        notes: dict[str, list[str]] = {}
-        for expert, applied in self.experts:
-            for note in applied.folds.notes if applied and applied.folds else ():
-                notes.setdefault(note, []).append(expert.name)
-        if len(self.experts) == 1:
-            return tuple(notes)
-        return tuple(f"{', '.join(names)}: {note}" for note, names in notes.items())
 
     @property
     def needs_image_encoder(self) -> bool:

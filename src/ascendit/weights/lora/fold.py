@@ -12,6 +12,7 @@ In float64, sums of products of 16-bit factors are practically exact.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,23 @@ def parse_lora(text: str) -> LoraSource:
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
         raise _bad_source(f"no LoRA file in {text!r}", _SYNTAX)
-    return LoraSource(Path(path), weight, expert)
+    return LoraSource(Path(os.path.expanduser(path)), weight, expert)
+
+
+def lora_sources(value: object) -> tuple[LoraSource, ...]:
+    """LoRA files from one or a sequence of texts for `parse_lora`, paths or LoraSources; none from None.
+
+    Raises UsageError (E-USE-01) for anything else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(source for item in value for source in lora_sources(item))
+    if isinstance(value, os.PathLike):
+        return (LoraSource(Path(value)),)
+    if isinstance(value, str):
+        return (parse_lora(value),)
+    if value is not None and not isinstance(value, LoraSource):
+        raise _bad_source(f"LoRA {value!r}", "a text, a path or a LoraSource")
+    return () if value is None else (value,)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
