@@ -14,11 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pipeline.headers import write_weights
 from pipeline.metadata import read_metadata
 
 import ascendit
 from ascendit.errors import QualityError
 from ascendit.family import PRESETS
+from ascendit.pipeline.job import Prepared
 
 
 def test_it_saves_and_prints_a_summary(run, fake, model, tmp_path):
@@ -355,7 +357,48 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
 
 def test_every_option_of_load_is_in_the_test_above():
     names = set(inspect.signature(ascendit.load).parameters) - {"model", "on_progress"}
-    assert names == EVERY_LOAD_OPTION.keys() | {"attention"}
+    assert names == EVERY_LOAD_OPTION.keys() | {"attention", "loras", "lora_skip"}
+
+
+@pytest.fixture
+def loras(model):
+    """Two LoRA files for `model`, whose paths need quotes in a shell."""
+    files = [model.parent / f"{name} $x.safetensors" for name in ("a", "b")]
+    for file in files:
+        write_weights(file, {"diffusion_model.blocks.0.self_attn.q.diff": ("BF16", (192, 192))})
+    return files
+
+
+def test_loras_are_replayed_from_the_json_and_both_replay_lines(run, fake, model, loras, tmp_path):
+    a, b = loras
+    chosen = [f"{a}:0.5", f"transformer_2={b}:-1.25"]
+    args = ["--seed", "7", "--lora", chosen[0], "--lora", f"low={b}:-1.25", "-o", tmp_path / "a.mp4"]
+    first = run("generate", model, "a cat", *args)
+    assert first.code == 0, first.err
+    beside = json.loads((tmp_path / "a.json").read_text())
+    assert beside["load"]["loras"] == chosen
+    assert run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4").code == 0
+    assert run(*shlex.split(beside["replay"])[1:], "-o", tmp_path / "c.mp4").code == 0
+    listed = json.dumps([f"{a}:0.5", f"low={b}:-1.25"])
+    (tmp_path / "run.toml").write_text(f'model = "{model}"\nprompt = "a"\nloras = {listed}\n')
+    assert run("generate", "--config", tmp_path / "run.toml", "-o", tmp_path / "d.mp4").code == 0
+    args = ["generate", "--config", tmp_path / "run.toml", "-o"]
+    assert run(*args, tmp_path / "e.mp4", "--lora", b).code == 0  # a flag replaces the list of the file
+    assert run(*args, tmp_path / "f.mp4", "--set", "loras=none").code == 0
+    assert [options.get("loras") for _, options in fake.loaded] == [chosen] * 4 + [[str(b)], None]
+
+
+def test_a_dry_run_checks_the_loras_and_shows_their_notes(run, fake, model, loras, monkeypatch):
+    args = ["generate", model, "a cat", "--lora", f"high={loras[0]}", "--dry-run"]
+    data = run(*args, "--json").json
+    assert data["loras"] == [f"transformer={loras[0]}"]
+    monkeypatch.setattr(Prepared, "lora_notes", ("transformer: a LoRA",))
+    assert "lora       transformer: a LoRA\n" in run(*args).out
+    assert run(*args, "--json").json["lora_notes"] == ["transformer: a LoRA"]
+    ended = run("generate", model, "a cat", "--lora", loras[0], "-o", model.parent / "a.png", "--frames", "1")
+    assert "note: transformer: a LoRA\n" in ended.err
+    missing = run("generate", model, "a cat", "--lora", "nowhere.safetensors", "--dry-run")
+    assert missing.code == 2 and "error[E-USE-02]: no LoRA file at nowhere.safetensors" in missing.err
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])

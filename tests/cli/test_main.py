@@ -36,6 +36,7 @@ FLAGS = {
         "--device",
         "--scheme",
         "--recipe",
+        "--lora",
         "--step-policy",
         "--emulate",
         "--set",
@@ -96,7 +97,16 @@ FLAGS = {
 
 
 HIDDEN = {
-    "generate": ["--fps", "--shift", "--solver", "--timesteps", "--defaults", "--text-on", "--max-memory"]
+    "generate": [
+        "--fps",
+        "--shift",
+        "--solver",
+        "--timesteps",
+        "--defaults",
+        "--text-on",
+        "--lora-skip",
+        "--max-memory",
+    ]
 }
 """Accepted, and listed in docs/cli.md; help shows `--set`."""
 

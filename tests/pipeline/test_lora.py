@@ -76,10 +76,11 @@ def files(
         "blocks.0.norm2.diff": torch.randn(64),
         "proj_out.diff": torch.randn(shapes["proj_out.weight"]),
     }
-    pair = {}
+    pair: dict[str, Tensor] = {}
     for number, expert in enumerate(EXPERTS):
-        own = {LAYER: loras.matrices(shapes, {LAYER: ""}, seed=number)[LAYER]}
-        pair |= loras.write(own, lambda layer, e=expert: f"{e}.{layer}", ".lora_A.weight", ".lora_B.weight")
+        down, up = loras.matrices(shapes, {LAYER: ""}, seed=number)[LAYER]
+        key = f"{expert}.{LAYER}"
+        pair |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     tensors = {"style": style, "details": {k: 0.1 * v for k, v in details.items()}, "pair": pair}
     return {name: loras.save(folder / f"{name}.safetensors", x).path for name, x in tensors.items()}
 

@@ -93,7 +93,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     ascendit generate --demo "a red circle moves right on a black background"
 
-    More flags: --solver, --shift, --timesteps, --fps, --defaults, --text-on, --max-memory; see docs/cli.md.
+    More flags: --solver, --shift, --timesteps, --fps, --defaults, --text-on, --lora-skip, --max-memory;
+    see docs/cli.md.
     """
     _check_length(ctx, params)
     from ascendit.cli.generate_options import read_call
