@@ -20,7 +20,6 @@ from pipeline.metadata import read_metadata
 import ascendit
 from ascendit.errors import QualityError
 from ascendit.family import PRESETS
-from ascendit.pipeline.job import Prepared
 
 
 def test_it_saves_and_prints_a_summary(run, fake, model, tmp_path):
@@ -388,15 +387,23 @@ def test_loras_are_replayed_from_the_json_and_both_replay_lines(run, fake, model
     assert [options.get("loras") for _, options in fake.loaded] == [chosen] * 4 + [[str(b)], None]
 
 
-def test_a_dry_run_checks_the_loras_and_shows_their_notes(run, fake, model, loras, monkeypatch):
-    args = ["generate", model, "a cat", "--lora", f"high={loras[0]}", "--dry-run"]
-    data = run(*args, "--json").json
-    assert data["loras"] == [f"transformer={loras[0]}"]
-    monkeypatch.setattr(Prepared, "lora_notes", ("transformer: a LoRA",))
-    assert "lora       transformer: a LoRA\n" in run(*args).out
-    assert run(*args, "--json").json["lora_notes"] == ["transformer: a LoRA"]
-    ended = run("generate", model, "a cat", "--lora", loras[0], "-o", model.parent / "a.png", "--frames", "1")
-    assert "note: transformer: a LoRA\n" in ended.err
+def test_the_scale_of_each_lora_is_printed_and_checked_by_a_dry_run(run, fake, model, loras):
+    chosen = ["--lora", f"high={loras[0]}:0.5", "--lora", loras[1]]
+    ended = run("generate", model, "a cat", *chosen, "--dry-run")
+    assert ended.code == 0 and not fake.loaded, ended.err
+    lines = [line for line in ended.out.splitlines() if line.startswith("LoRA ")]
+    assert lines == [
+        f"LoRA       transformer: {loras[0].name}: 1 key x weight 0.5",
+        f"LoRA       {loras[1].name}: 1 key x weight 1",
+    ]
+    data = run("generate", model, "a cat", *chosen, "--dry-run", "--json").json["loras"]
+    assert [(x["file"], x["weight"], x["expert"]) for x in data] == [
+        (loras[0].name, 0.5, "transformer"),
+        (loras[1].name, 1.0, "all"),
+    ]
+    args = ["--frames", "1", "-o", model.parent / "a.png"]
+    assert f"note: {' '.join(lines[0].split())}\n" in run("generate", model, "a cat", *chosen, *args).err
+    assert run("generate", model, "a cat", *chosen, *args, "--overwrite", "--json").json["loras"] == data
     missing = run("generate", model, "a cat", "--lora", "nowhere.safetensors", "--dry-run")
     assert missing.code == 2 and "error[E-USE-02]: no LoRA file at nowhere.safetensors" in missing.err
 

@@ -55,6 +55,7 @@ FLAGS = {
         "--scale-rule",
         "--keep",
         "--lora",
+        "--lora-skip",
         "--calibrate",
         "--alpha",
         "--device",

@@ -80,7 +80,8 @@ def test_the_folder_is_complete_and_says_what_it_has(model: Path, lora: Path, tm
         files = {path.name for path in (folder / name).iterdir()}
         assert files == {"config.json", "diffusion_pytorch_model.safetensors"}
     record = json.loads((folder / "ascendit.json").read_text())
-    assert record["loras"] == [{"file": "style.safetensors", "weight": 0.123456789, "expert": "all"}]
+    [entry] = record["loras"]
+    assert (entry["file"], entry["weight"], entry["expert"]) == ("style.safetensors", 0.123456789, "all")
     command = "ascendit quantize model -o out --scheme bf16 --lora style.safetensors:0.123456789 --hash"
     assert record["command"] == command and "recipe" not in record and record["layers"] == {"bf16": 52}
     weights = "transformer/diffusion_pytorch_model.safetensors"

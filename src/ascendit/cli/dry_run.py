@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ascendit.convert.report import lora_lines
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.memory import memory_of
@@ -46,7 +47,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         "video_tokens": estimate.work.tokens,
         "text_tokens": request.max_sequence_length,
         **{name: getattr(options, name) for name in FLAGS},
-        "lora_notes": list(prepared.lora_notes),
+        "loras": prepared.loras,
         "dtype": denoiser.dtype,
         "schemes": schemes,
         **estimate.as_dict(),
@@ -68,7 +69,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         "defaults from",
         *(f"  {source}" for source in _sources(prepared, call, out)),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
-        *(f"lora       {note}" for note in prepared.lora_notes),
+        *(f"LoRA       {line}" for line in lora_lines(prepared.loras)),
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
         f"replay     {replay}",

@@ -13,6 +13,7 @@ import typer
 
 from ascendit.cli.kept_latents import check_latents_file, keep_latents, latents_kept_on_failure
 from ascendit.cli.output import Output, log_warnings, quiet_libraries
+from ascendit.convert.report import lora_lines
 from ascendit.errors import Cancelled, UsageError
 from ascendit.family import PRESETS
 from ascendit.pipeline.options import FLAGS, OPTIONS
@@ -122,8 +123,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
         print_dry_run(prepared, call, output, out)
         return
     _warn_about_size(prepared, out)
-    for note in prepared.lora_notes:
-        out.note(note)
+    for line in lora_lines(prepared.loras):
+        out.note(f"LoRA {line}")
     start = time.perf_counter()
     with latents_kept_on_failure(prepared, output, out), log_warnings() as warnings:
         video = _run(prepared, out, allow_flat=call.allow_flat)
@@ -256,5 +257,5 @@ def _print_result(
     warnings = list(dict.fromkeys([*video.warnings, *warnings]))
     record["replay"] = prepared.replay_line(call.replay_flags(allow_flat=bool(video.warnings)))
     out.detail(f"  replay  {record['replay']}")
-    record |= {"lora_notes": list(prepared.lora_notes), "warnings": warnings}
+    record |= {"loras": prepared.loras, "warnings": warnings}
     out.emit({"output": str(path), **record, "seconds": round(seconds, 3)})

@@ -53,7 +53,7 @@ from ascendit.weights.applied_recipe import (
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import LoraSource, lora_sources
+from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, lora_sources, require_skipped
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
@@ -72,6 +72,7 @@ def quantize(
     scale_rule: str | None = None,
     keep: Sequence[str] = (),
     loras: Sequence[LoraSource | Path | str] = (),
+    lora_skip: Sequence[str] = (),
     smoothing: Smoothing | None = None,
     calibrate: Calibrate | None = None,
     engine: str | None = None,
@@ -90,12 +91,13 @@ def quantize(
     `bf16` with `loras`, for a float folder in the dtype of the source. `recipe`: a name of `recipe_names()`
     or a TOML file. `scale_rule`: one of the scheme's in `mx.formats`. `keep`: patterns of layers that are not
     quantized. `loras`: LoRA files that are folded first, in order: texts for `parse_lora`, paths or
-    LoraSources. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
-    multiplied by 1 / mul_scale. `calibrate`: a `pipeline.calibrate.Calibrator`, which runs the model to
-    compute the smoothing. `engine`: write the format of this engine. `copy`: copy other components instead of
-    linking them. `resume`: continue a killed run with the same arguments. `force`: quantize even if a loss of
-    accuracy is known. `report`: measure SQNR. `hash`: store the sha256 of every file in `ascendit.json`;
-    doubles the run time. `dry_run`: only check and report.
+    LoraSources. `lora_skip`: groups of their keys to leave out, such as `image`. `smoothing`: expert ->
+    layer -> mul_scale, float32 [K], which is stored; weights are multiplied by 1 / mul_scale. `calibrate`: a
+    `pipeline.calibrate.Calibrator`, which runs the model to compute the smoothing. `engine`: write the format
+    of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
+    with the same arguments. `force`: quantize even if a loss of accuracy is known. `report`: measure SQNR.
+    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
+    report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -104,6 +106,8 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
+    if calibrate is not None and smoothing:
+        raise _two_smoothings()
     files = lora_sources(loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
@@ -111,6 +115,7 @@ def quantize(
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
         ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
+        ("--lora-skip", list(lora_skip)),
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
@@ -125,6 +130,7 @@ def quantize(
         recipe=load_recipe(recipe or "default", scheme, scale_rule),
         keep=tuple(keep),
         loras=files,
+        lora_skip=tuple(lora_skip),
         target=target_format(engine),
         smoothing=smoothing or {},
         calibrate=calibrate,
@@ -140,6 +146,14 @@ def quantize(
     return job.run(resume, on_progress)
 
 
+def _two_smoothings() -> UsageError:
+    return UsageError(
+        "both smoothing and calibrate",
+        needs="only one of them: a calibration computes the smoothing",
+        fix="omit one of them",
+    )
+
+
 @dataclass
 class QuantizeJob:
     """One run of `quantize`, with everything that is decided before the first byte is written."""
@@ -149,6 +163,7 @@ class QuantizeJob:
     recipe: Recipe
     keep: tuple[str, ...]
     loras: tuple[LoraSource, ...]
+    lora_skip: tuple[str, ...]
     target: TargetFormat
     smoothing: Smoothing
     calibrate: Calibrate | None
@@ -171,12 +186,6 @@ class QuantizeJob:
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.calibrate is not None and self.smoothing:
-            raise UsageError(
-                "both smoothing and calibrate",
-                needs="only one of them: a calibration computes the smoothing",
-                fix="omit one of them",
-            )
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
@@ -199,11 +208,12 @@ class QuantizeJob:
                 self.kind,
                 keep=self.keep,
                 smoothing=smoothing,
-                folds=open_folds(expert, self.loras, experts=names),
+                folds=open_folds(expert, self.loras, experts=names, skip=self.lora_skip),
             )
             if self.calibrate is not None:
                 applied = replace(applied, smoothing=placeholders(applied))
             self.experts.append(RecipeSteps(applied, self.target, measure=self.measure))
+        require_skipped(self.lora_skip, self.folds.values())
         if self.others:
             self.others.record()
 
@@ -239,9 +249,14 @@ class QuantizeJob:
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
     @property
+    def folds(self) -> dict[str, Folds]:
+        """Expert -> its changes by LoRA files; empty without files."""
+        return {x.expert.name: x.folds for x in self.applied if x.folds is not None}
+
+    @property
     def is_float(self) -> bool:
         """Whether the output is the source with LoRA files and nothing else: no rule quantizes a layer."""
-        changed = any(applied.folds and applied.folds.names for applied in self.applied)
+        changed = any(folds.names for folds in self.folds.values())
         return changed and all(rule.scheme == "bf16" for rule in self.recipe.rules)
 
     def _check_float(self) -> None:
@@ -307,7 +322,7 @@ class QuantizeJob:
         if self.calibrate is None:
             return {}
         rows = SAMPLED_ROWS if self.measure else 0
-        statistics = self.calibrate(self.layout, self.loras, rows, staging.journal)
+        statistics = self.calibrate(self.layout, self.loras, rows, staging.journal, lora_skip=self.lora_skip)
         for expert in self.experts:
             inputs = statistics.get(expert.applied.expert.name, {})
             smoothing = mul_scales(expert.applied, inputs, self.calibrate.alpha)
@@ -336,7 +351,8 @@ class QuantizeJob:
 
     def fingerprint(self) -> str:
         """A hash that is the same for two runs that write the same bytes."""
-        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
+        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes]
+        parts += [self.loras, lora_report(self.loras, self.folds)]
         if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
@@ -370,7 +386,6 @@ class QuantizeJob:
 
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
         """The report of the run, or of the planned run with `dry_run`."""
-        loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
             warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
@@ -384,7 +399,7 @@ class QuantizeJob:
             seconds=seconds,
             linked=self.others.names if self.others else (),
             omitted=self.others.omitted if self.others else (),
-            loras=tuple(loras),
+            loras=tuple(lora_report(self.loras, self.folds)),
             calibration=self.calibration,
             engine=self.target.engine,
             warnings=tuple(warnings),

@@ -59,8 +59,6 @@ def load_expert(
     warn_about_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
         model = WanTransformer(config, ops)
-    for note in applied.folds.notes if applied and applied.folds else ():
-        log.info("%s: %s", expert.name, note)
     with RowReader() as reader:
         layers = applied_layers(applied) if applied else stored_layers(expert, reader)
         schemes = {name: layer.scheme for name, layer in layers.items()}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import stored_schedule
 from ascendit.checkpoint.reader import DTYPE_BITS, common_dtype
@@ -27,7 +26,7 @@ from ascendit.weights.applied_recipe import (
     stored_schemes,
 )
 from ascendit.weights.engine_formats import model_kind
-from ascendit.weights.lora.fold import Folds, LoraSource
+from ascendit.weights.lora.fold import Folds, LoraSource, require_skipped
 from ascendit.weights.tensor_steps import schemes_of
 
 log = logging.getLogger("ascendit")
@@ -81,14 +80,22 @@ class Online:
             return None if scheme is None and not loras else cls(None, (), force, *files, scheme is None)
         return cls(load_recipe(recipe or "default", scheme), keep, force, *files)
 
-    def apply(self, expert: Expert, experts: Collection[str] = EXPERTS) -> AppliedRecipe | None:
-        """Apply the recipe and the LoRA files to a checkpoint; None if it is loaded as stored.
+    def apply_all(self, experts: Sequence[Expert]) -> tuple[tuple[Expert, AppliedRecipe | None], ...]:
+        """Each expert of a model with the result of `apply`.
 
-        `experts`: all experts of the model. Raises UsageError: E-QNT-01 for a scheme, and E-QNT-03 for a
-        LoRA, on weights that are already quantized, E-QNT-02 for FP4 on TI2V without force, E-USE-05 for a
-        pattern that matches no layer; and the errors of `Folds.open`.
+        Raises the errors of `apply`, `Folds.open` and `require_skipped`.
         """
-        folds = open_folds(expert, self.loras, experts=experts, skip=self.lora_skip)
+        names = [expert.name for expert in experts]
+        folds = [open_folds(x, self.loras, experts=names, skip=self.lora_skip) for x in experts]
+        require_skipped(self.lora_skip, filter(None, folds))
+        return tuple((x, self.apply(x, fold)) for x, fold in zip(experts, folds, strict=True))
+
+    def apply(self, expert: Expert, folds: Folds | None = None) -> AppliedRecipe | None:
+        """Apply the recipe to a checkpoint; None if it is loaded as stored. `folds`: from `open_folds`.
+
+        Raises UsageError: E-QNT-01 for a scheme, and E-QNT-03 for a LoRA, on weights that are already
+        quantized, E-QNT-02 for FP4 on TI2V without force, E-USE-05 for a pattern that matches no layer.
+        """
         if self.recipe is None:
             return self._unquantized(expert, folds)
         kind = model_kind(expert.config)
@@ -98,13 +105,14 @@ class Online:
         return applied
 
     def _unquantized(self, expert: Expert, folds: Folds | None) -> AppliedRecipe | None:
-        """All layers in the dtype of the source, with LoRA files; None if no file changes this expert."""
+        """All layers in the dtype of the source, with the LoRA files."""
         if not self.as_stored:
             check_source(expert)
-        if folds is None or not folds.names:
-            return None
-        if schemes := stored_schemes(expert):
+        schemes = stored_schemes(expert)
+        if schemes and folds is not None and folds.names:
             raise _on_quantized(expert, schemes, self.loras)
+        if schemes or folds is None:
+            return None
         return apply_recipe(expert, load_recipe("default", "bf16"), model_kind(expert.config), folds=folds)
 
 

@@ -125,14 +125,26 @@ class Calibrator:
         return requests
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
+        self,
+        layout: Layout,
+        loras: Sequence[LoraSource],
+        rows: int,
+        journal: Journal,
+        *,
+        lora_skip: Sequence[str] = (),
     ) -> ExpertStatistics:
         """Run the prompts that `journal` has no results for, and sample `rows` rows of each input."""
         requests = self.requests(layout)
         file = journal.root / STATISTICS
         done, inputs = _read(file, rows) if journal.complete(file) else (0, {})
         if done < len(requests):
-            pipe = load(layout.root, device=self.device, loras=loras, on_progress=self.on_progress)
+            pipe = load(
+                layout.root,
+                device=self.device,
+                loras=loras,
+                lora_skip=lora_skip,
+                on_progress=self.on_progress,
+            )
             inputs = inputs_of(pipe, rows) | inputs
             for i in range(done, len(requests)):
                 pictures = fitted_pictures(requests[i], {})

@@ -33,7 +33,7 @@ from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_
 from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
-from ascendit.weights.lora.fold import lora_sources
+from ascendit.weights.lora.fold import lora_report, lora_sources
 
 log = logging.getLogger("ascendit")
 
@@ -69,16 +69,11 @@ class Prepared:
         return self.request.replay_line(options.model, load=load, flags=flags)
 
     @property
-    def lora_notes(self) -> tuple[str, ...]:
-        """One line for each LoRA file, and for each expert if they differ; none for kept latents."""
-        notes: dict[str, list[str]] = {}
-        for expert, applied in self.model.experts if self.latents is None else ():
-            for note in applied.folds.notes if applied and applied.folds else ():
-                notes.setdefault(note, []).append(expert.name)
-        every = [expert.name for expert, _ in self.model.experts]
-        return tuple(
-            note if names == every else f"{', '.join(names)}: {note}" for note, names in notes.items()
-        )
+    def loras(self) -> list[dict[str, Any]]:
+        """Each LoRA file with its weight and, by expert, its keys and scale; empty for kept latents."""
+        experts = self.model.experts if self.latents is None else ()
+        folds = {expert.name: applied.folds for expert, applied in experts if applied and applied.folds}
+        return lora_report(lora_sources(self.model.options.loras), folds) if folds else []
 
     @property
     def images(self) -> dict[str, str]:
@@ -122,8 +117,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         loras=lora_sources(options.loras),
         lora_skip=options.lora_skip,
     )
-    names = [expert.name for expert in checked.experts]
-    experts = tuple((expert, online.apply(expert, names) if online else None) for expert in checked.experts)
+    experts = online.apply_all(checked.experts) if online else tuple((x, None) for x in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
     if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)

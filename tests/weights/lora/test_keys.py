@@ -104,7 +104,13 @@ def test_prefixes_that_name_an_expert() -> None:
     assert named["transformer."] == "transformer"
     assert named["transformer_2."] == "transformer_2"
     assert split_key("transformer_2.base_model.model.blocks.0.diff_m").expert == "transformer_2"
-    assert {named[p] for p in WRAPPERS if not p.startswith("transformer")} == {None}
+    assert named["dit."] == named["high_noise_model."] == "transformer"
+    assert named["dit2."] == named["low_noise_model."] == "transformer_2"
+    assert named["model."] is named["diffusion_model."] is named["base_model."] is None
+    flat = {
+        p: split_key(f"{p}blocks_0_ffn_0.alpha").expert for p in ("lora_transformer_", "lora_transformer_2_")
+    }
+    assert list(flat.values()) == ["transformer", "transformer_2"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
