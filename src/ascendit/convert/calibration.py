@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.output_folder import Journal
-from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.convert.report import OutputQuality, Outputs
 from ascendit.errors import UsageError
 from ascendit.mx.codec import decibels, decode, encode

@@ -328,6 +328,8 @@ class RepackReport(ConversionReport):
     experts: tuple[RepackedExpert, ...]
     linked: tuple[str, ...]
     """Other components and files that were linked or copied."""
+    parts: tuple[Mapping[str, Any], ...] = ()
+    """Text encoder and VAE from files: name, file, tensors, bytes_before, bytes_after."""
 
     @property
     def checked(self) -> bool:
@@ -338,7 +340,7 @@ class RepackReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        data |= selected(self, "experts", "linked", "omitted", "warnings")
+        data |= selected(self, "experts", "parts", "linked", "omitted", "warnings")
         return {"placed" if key == "linked" else key: value for key, value in data.items()}
 
     def lines(self) -> list[str]:
@@ -346,5 +348,8 @@ class RepackReport(ConversionReport):
         rows = [("Source", [f"{self.source}  ({self.layout})"])]
         rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
         rows += [(expert.name, expert.texts()) for expert in self.experts]
+        for part in self.parts:
+            sizes = " -> ".join(human_bytes(part[key]) for key in ("bytes_before", "bytes_after"))
+            rows += [(part["name"], [f"all {part['tensors']} tensors of {part['file']}, {sizes}"])]
         rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
         return columns([*titled(rows), *self.closing(self.linked)])

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
+from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.reader import RowReader, ShardSpec
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
 

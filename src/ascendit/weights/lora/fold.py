@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ascendit.checkpoint.component import EXPERTS
-from ascendit.checkpoint.reader import RowReader, TensorInfo
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import UsageError
 from ascendit.names import Shapes, to_wan
 from ascendit.report import group_by
@@ -206,7 +207,7 @@ class Folds:
             last = min(first + PRODUCT_ROWS, full[0])
             begin, end = max(first, start), min(last, stop)
             block = rows[begin - start : end - start]
-            total = block.to(torch.float64).reshape(len(block), -1)
+            total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
             result[begin - start : end - start] = total.view(block.shape)

@@ -39,6 +39,7 @@ WRAPPERS: dict[str, str | None] = {
     "transformer.": "transformer",
     "dit.": "transformer",
     "transformer_1.": "transformer",
+    "lora_transformer_1.": "transformer",
     "high_noise_model.": "transformer",
     "transformer_2.": "transformer_2",
     "dit2.": "transformer_2",
@@ -46,7 +47,7 @@ WRAPPERS: dict[str, str | None] = {
 }
 """Name of a module around the transformer -> its expert. A key may have several, in any order."""
 NAMES_ONE_EXPERT = (
-    *("transformer_1.", "high_noise_model."),
+    *("transformer_1.", "lora_transformer_1.", "high_noise_model."),
     *(wrapper for wrapper, expert in WRAPPERS.items() if expert == "transformer_2"),
 )
 """Wrappers that always mean one expert; `transformer.` and `dit.` do in files that also have one of these."""
@@ -106,7 +107,7 @@ SKIPPED: dict[str, tuple[str, str]] = {
         "LoRAs of text encoders are not supported",
     ),
     "control": (
-        r"^(vace_blocks|vace_patch_embedding|vace|control_adapter|control_blocks|controlnet|ref_conv)[._]",
+        r"^(vace_blocks|vace_patch_embedding|vace|control_adapter|control_blocks|controlnet|ref_conv)(?=[._]|$)",
         "the model has no control input; this LoRA is for VACE or Fun-Control",
     ),
 }
@@ -167,7 +168,7 @@ def split_key(name: str) -> LoraKey:
 def without_wrappers(path: str) -> tuple[str, list[str]]:
     """Remove all `WRAPPERS` before a dotted path; return the rest and the wrappers."""
     wrappers = []
-    while wrapper := next((w for w in WRAPPERS if path.startswith(w)), None):
+    while (wrapper := path[: path.find(".") + 1]) in WRAPPERS:
         path = path.removeprefix(wrapper)
         wrappers.append(wrapper)
     return path, wrappers
