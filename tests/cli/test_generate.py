@@ -356,7 +356,7 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
 
 def test_every_option_of_load_is_in_the_test_above():
     names = set(inspect.signature(ascendit.load).parameters) - {"model", "on_progress"}
-    assert names == EVERY_LOAD_OPTION.keys() | {"attention", "loras", "lora_skip"}
+    assert names == EVERY_LOAD_OPTION.keys() | {"attention", "parts", "loras", "lora_skip"}
 
 
 @pytest.fixture

@@ -106,8 +106,6 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
-    if calibrate is not None and smoothing:
-        raise _two_smoothings()
     files = lora_sources(loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
@@ -186,6 +184,8 @@ class QuantizeJob:
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.calibrate is not None and self.smoothing:
+            raise _two_smoothings()
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
