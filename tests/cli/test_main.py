@@ -38,6 +38,7 @@ FLAGS = {
         "--device",
         "--scheme",
         "--recipe",
+        "--lora",
         "--step-policy",
         "--emulate",
         "--set",
@@ -108,6 +109,7 @@ HIDDEN = {
         "--timesteps",
         "--defaults",
         "--text-on",
+        "--lora-skip",
         "--max-memory",
     ]
 }
