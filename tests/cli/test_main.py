@@ -331,7 +331,7 @@ def test_errors_are_red_on_a_terminal_unless_no_color(run, model, monkeypatch, n
     assert ("\x1b[1;31m" in err) is not no_color
 
 
-@pytest.mark.parametrize("args", ["inspect demo --layers", "--help", "inspect nosuch"])
+@pytest.mark.parametrize("args", ["inspect demo --layers", "inspect nosuch"])
 def test_a_reader_that_ends_first(args, environ):
     """As `| head` does: the exit code is 141, not that of a failed check, and there is no traceback."""
     read, write = os.pipe()

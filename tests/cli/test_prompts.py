@@ -91,8 +91,8 @@ def test_every_row_gets_every_seed() -> None:
     assert seeds_of(rows, {"seed": 5}, (), 2) == [(1, 5), (1, 6), (2, 40), (2, 41)]
     assert seeds_of(rows, {"seed": 5}, (5,), None) == [(1, 5), (2, 40)]
     assert seeds_of(rows[:1], {}, (), None) == [(1, None)]  # the request draws one
-    (_, first), (_, second) = seeds_of([Row(prompt="a")], {}, (), 2)  # type: ignore[misc]
-    assert second == first + 1
+    made = list(combinations([Row(prompt="a")], {}, (), 2))
+    assert made[1][2]["seed"] == made[0][2]["seed"] + 1
     fields = [
         made
         for *_, made in combinations([Row(prompt="a", fields={"seconds": 1.0})], {"num_frames": 9}, (), 1)

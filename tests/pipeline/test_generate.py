@@ -308,9 +308,9 @@ def test_progress_has_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
     assert {(e.stage, e.unit) for e in events} == {("load", "byte")}
     tensors = [load_file(file).values() for file in tiny_t2v_cascade.rglob("*.safetensors")]
     total = sum(x.nbytes for file in tensors for x in file)
-    steps = [e.step for e in events]
-    assert steps == sorted(set(steps)) and {e.total for e in events} == {total}
-    assert steps[0] == 0 and steps[-1] == total and len(steps) > 20
+    counts = [e.step for e in events]
+    assert counts == sorted(set(counts)) and {e.total for e in events} == {total}
+    assert counts[0] == 0 and counts[-1] == total and len(counts) > 20
     events.clear()
     pipe.generate(PROMPT, seed=1, on_progress=events.append, **SMALL)
     steps = [e for e in events if e.stage == "denoise"]
