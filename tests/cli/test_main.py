@@ -57,6 +57,7 @@ FLAGS = {
         "--scale-rule",
         "--keep",
         "--lora",
+        "--lora-skip",
         "--calibrate",
         "--alpha",
         "--device",

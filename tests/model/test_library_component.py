@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model import library_component
 from ascendit.model.library_component import load_library_part, load_processor

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ascendit
-from ascendit.checkpoint import reader
+from ascendit.checkpoint import headers
 from ascendit.cli.main import main
 from ascendit.errors import CheckpointError, OutOfMemory, RequestError, UsageError
 from ascendit.pipeline import load
@@ -95,13 +95,13 @@ def test_pixels_are_passed_beside_the_request(tiny_folder: Any) -> None:
 def test_no_header_is_read_twice(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of the transformers, whose files ascendit reads, in one `generate`."""
     read: Counter[str] = Counter()
-    real = reader._read_json_header
+    real = headers._read_json_header
 
     def counted(path: Path, *args: Any) -> Any:
         read[str(path)] += 1
         return real(path, *args)
 
-    monkeypatch.setattr(reader, "_read_json_header", counted)
+    monkeypatch.setattr(headers, "_read_json_header", counted)
     args = ["--frames", "5", "--steps", "1", "-q", "-o", str(tmp_path / "a.png")]
     assert main(["generate", "--demo", PROMPT, *args, *flags]) == 0
     assert len(read) >= 2 and set(read.values()) == {1}

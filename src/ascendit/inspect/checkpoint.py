@@ -57,6 +57,7 @@ def _part_report(checked: CheckedPart) -> PartReport:
         class_name=part.class_name,
         tensors=tuple(shards.tensors.values()) if shards else (),
         files=len(shards.files) if shards else 0,
+        kinds=shards.kinds if shards else (),
         expert=checked.expert,
         problem=problem,
         **(problem.checks if isinstance(problem, TensorMismatch) else {}),

@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from ascendit.checkpoint.layout import KIND_LABELS, Layout
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.stored_kinds import kinds_text
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
 from ascendit.family import WanSpec, presets_of
@@ -183,6 +184,7 @@ def _part_lines(parts: Iterable[PartReport]) -> list[str]:
         text = f"{p.name:<15} {p.class_name:<26}"
         if p.tensors:
             text += f" {formats[p.name]:<{width}} {human_bytes(p.nbytes):>10}  {_counts([p])}"
+            text += f"  ({kinds_text(p.kinds)})" if p.kinds else ""
         lines.append(text + ("  DAMAGED" if p.problem else ""))
     return lines
 
@@ -244,6 +246,8 @@ class PartReport:
     """`name dtype`, for tensors of unquantized layers whose dtype is not a float."""
     problem: AscenditError | None = None
     """The error that makes the part unusable."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of its files, keys of `stored_kinds.KINDS`; of an expert, in `expert`."""
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
@@ -265,7 +269,7 @@ class PartReport:
     @cached_property
     def dtypes(self) -> dict[str, int]:
         """safetensors' dtype name -> bytes, most first."""
-        return _most_first({t.dtype: t.nbytes} for t in self.tensors)
+        return _most_first({t.stored_dtype: t.nbytes} for t in self.tensors)
 
     @property
     def rows(self) -> tuple[StoredRow, ...]:
@@ -283,6 +287,7 @@ class PartReport:
         return {
             **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
+            "stored_as": list(self.expert.kinds if self.expert else self.kinds),
             **selected(self, *TENSOR_CHECKS),
             "problem": json_data(self.problem),
             "expert": json_data(self.summary),

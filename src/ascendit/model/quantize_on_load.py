@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import stored_schedule
-from ascendit.checkpoint.reader import DTYPE_BITS, common_dtype
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, common_dtype
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError

@@ -22,7 +22,8 @@ from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import library_config
-from ascendit.checkpoint.reader import common_dtype
+from ascendit.checkpoint.part_files import read_part_files, with_part_files
+from ascendit.checkpoint.tensor_info import common_dtype
 from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory
@@ -104,6 +105,8 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
+    if options.parts:
+        layout = with_part_files(layout, read_part_files(options.parts, len(layout.experts)))
     checked, defaults = require_model(layout, options.defaults)
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)

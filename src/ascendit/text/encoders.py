@@ -15,7 +15,7 @@ from ascendit.checkpoint.component import library_refusal
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.part_check import library_config
 from ascendit.checkpoint.part_configs import TextEncoderConfig
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.exclusive import Exclusive
 from ascendit.model.library_component import load_library_part, load_processor

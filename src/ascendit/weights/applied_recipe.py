@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
@@ -107,8 +108,9 @@ def check_source(expert: Expert) -> None:
     if not quantized:
         return
     schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
+    method = (expert.quantization_config or {}).get("quant_method", expert.origin)
     raise UsageError(
-        f"{expert.path} is already quantized ({schemes}, {expert.origin})",
+        f"{expert.path} is already quantized ({schemes}, {kinds_text(expert.kinds) or method})",
         needs="weights in BF16, float16 or float32: re-quantizing quantized weights compounds the error",
         fix="pass the BF16 original; `ascendit repack` converts quantized weights to another layout",
         code="E-QNT-01",
@@ -138,9 +140,17 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -
         )
     for applied in experts:
         texts += [applied.expert.config_problem] if applied.expert.config_problem else []
+        texts += stored_warnings(applied.expert)
         for text, names in _shape_warnings(applied).items():
             texts.append(f"{text}: {', '.join(grouped(names, (layer.name for layer in applied.layers)))}")
     return list(dict.fromkeys(texts))
+
+
+def stored_warnings(expert: Expert) -> list[str]:
+    """Warnings about the kind of file of a source: values that have lost precision, unused tensors."""
+    lost = [KINDS[kind].label for kind in expert.kinds if KINDS[kind].requantized]
+    text = f"the weights of {expert.name} have the precision of their file ({', '.join(lost)}), not of BF16"
+    return [*([text] if lost else []), *(f"{expert.name}: {note}" for note in expert.notes)]
 
 
 def head_dim(expert: Expert) -> int:

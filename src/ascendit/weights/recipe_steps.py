@@ -10,15 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ascendit.checkpoint.reader import (
-    BLOCK_BYTES,
-    TORCH_DTYPES,
-    WHOLE,
-    RowReader,
-    ShardSpec,
-    as_bytes,
-    as_tensor,
-)
+from ascendit.checkpoint.reader import BLOCK_BYTES, WHOLE, RowReader, ShardSpec, as_bytes, as_tensor
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import SEARCH
