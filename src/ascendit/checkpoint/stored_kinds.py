@@ -14,9 +14,11 @@ from typing import Any
 
 from ascendit.checkpoint import fp8_files
 from ascendit.checkpoint.fp8_files import COMFY_FORMATS, FP8, LAYER_MARKER, MARKER, Tensors
+from ascendit.checkpoint.gguf_file import SUFFIX
 from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_ROLES, DeclaredScheme
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
+from ascendit.mx.ggml import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
 from ascendit.report import counted, group_by, shell_line
 
@@ -81,6 +83,9 @@ KINDS: dict[str, Kind] = {
     ),
     "gguf": Kind(
         label="GGUF", marks="the first bytes of the file", read_as="BF16 or float32", requantized=True
+    ),
+    "gguf-floats": Kind(
+        label="GGUF", marks="the same, without block types", read_as="the dtypes of its tensors"
     ),
     "pickle": Kind(
         label="PyTorch pickle",
@@ -290,8 +295,10 @@ def _without(file: Any, prefixes: list[str]) -> str:
 
 def _container(stored: Stored) -> Stored:
     suffixes = {info.file.suffix for info in stored.tensors.values()}
-    if ".gguf" in suffixes or any(info.encoding is not None for info in stored.tensors.values()):
+    if any(info.encoding is not None and info.encoding.name in TYPES for info in stored.tensors.values()):
         stored = _add(stored, "gguf", stored.tensors)
+    elif SUFFIX in suffixes:
+        stored = _add(stored, "gguf-floats", stored.tensors)
     if suffixes & {*_PICKLES}:
         stored = _add(stored, "pickle", stored.tensors)
     return stored
