@@ -75,6 +75,8 @@ def _metadata(shards: Shards | None) -> dict[str, Value]:
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
     """The row of `family.py` with these dimensions, for a checkpoint without a pipeline."""
+    if not experts:
+        return None
     config = experts[0].expert.config
     if config.get("num_attention_heads") is None or config.get("attention_head_dim") is None:
         return None
