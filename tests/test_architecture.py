@@ -109,6 +109,7 @@ LIGHT = (
     "geometry",
     "native.*",
     "mx.formats",
+    "mx.ggml",
     "quant.*",
     "checkpoint.*",
     "convert.repack",

@@ -23,6 +23,7 @@ from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
 from ascendit.errors import ERROR_CODES, AscenditError
 from ascendit.family import PRESETS, SPECS, Preset, ScheduleName, Size, Solver, WanSpec
+from ascendit.geometry import FrameRate
 from ascendit.names import ROLES
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.quant.engines import ENGINES, engines_for
@@ -365,6 +366,7 @@ def value_text(hint: Any) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(types[0]))
     texts: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
     texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, separated by spaces or ;"}
+    texts[FrameRate] = "number or fraction, as `24000/1001`"
     return texts[types[0]]
 
 

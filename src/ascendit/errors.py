@@ -16,7 +16,9 @@ classes have a default code.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 ERROR_CODES: dict[str, str] = {
@@ -74,6 +76,8 @@ class AscenditError(Exception):
     """The clean latents of a run that failed after its last step, float32 [1, z, F, h, w]."""
     kept_in: str = ""
     """The file that these latents were saved in."""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """More keys of the `--json` object, beside the error."""
 
     def __init__(self, got: str, *, needs: str, fix: str, code: str) -> None:
         assert code in ERROR_CODES, code

@@ -54,6 +54,7 @@ FLAGS = {
         "--scale-rule",
         "--keep",
         "--lora",
+        "--lora-skip",
         "--calibrate",
         "--alpha",
         "--device",

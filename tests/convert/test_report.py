@@ -33,7 +33,16 @@ QUANTIZED = QuantizeReport(
     dry_run=False,
     seconds=2.0,
     linked=("vae", "LICENSE"),
-    loras=({"file": "style.safetensors", "weight": 0.5},),
+    loras=(
+        {
+            "file": "style.safetensors",
+            "weight": 0.5,
+            "expert": "all",
+            "applied": dict.fromkeys(
+                ("transformer", "transformer_2"), {"note": "style: 8 keys x weight 0.5"}
+            ),
+        },
+    ),
     engine="mindie",
     warnings=("mind the gap",),
 )
@@ -49,7 +58,7 @@ def test_quantize_on_a_screen() -> None:
     assert QUANTIZED.lines() == [
         "Source         org/name@rev  (t2v)",
         "Recipe         default",
-        "LoRA           style.safetensors at 0.5",
+        "LoRA           style: 8 keys x weight 0.5",
         "transformer    80 mxfp8, 6 bf16   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
         "  excluded     patch_embedding, proj_out  (outside the blocks)",
         "transformer_2  1 bf16, 2 int8   3.0 MiB -> 1.5 MiB   8.00 bits/weight",

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from ascendit.checkpoint.component import irregular, loads
+from ascendit.checkpoint.gguf_file import MAGIC, read_gguf
+from ascendit.checkpoint.pickle_file import is_archive, older_format, read_pickle_file
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from ascendit.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # first bytes of files of torch.save
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the tensors of a safetensors file by name, in the order of their bytes.
+    """Return the tensors of a file of safetensors, GGUF or `torch.save` by name, in the order of their bytes.
 
-    Raises CheckpointError (E-CKP-02), with the reason, for an invalid length, a header that is not a JSON
-    object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
+    The first bytes of the file determine its format. Raises CheckpointError (E-CKP-02), with the reason, for
+    an invalid length, a header that is not a JSON object, sizes that do not match shape and dtype, overlaps,
+    gaps, and truncated files; the errors of `read_gguf` and of `read_pickle_file`.
     """
     try:
         if problem := irregular(path, os.stat(path)):
@@ -29,6 +31,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
+            if f.peek(len(MAGIC)).startswith(MAGIC):
+                return read_gguf(path, f, size, state).tensors
+            if is_archive(f.peek(8)[:8]):
+                return read_pickle_file(path, f, state).tensors
             header = _read_json_header(path, f, size)
             position = f.tell()
     except OSError as e:
@@ -75,8 +81,7 @@ def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
         raise _broken(path, f"{size} bytes long, too short for a header" if size else "empty")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
-        kind = "a PyTorch pickle" if prefix.startswith(_PICKLES) else f"header of {length} bytes"
-        raise _broken(path, f"not a safetensors file ({kind})")
+        raise older_format(path, file) or _broken(path, f"not a safetensors file (header of {length} bytes)")
     if 8 + length > size:
         raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
     try:

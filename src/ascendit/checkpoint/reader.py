@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.sources import OpenFiles, unreadable
-from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Buffer, Encoding, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Buffer, Encoding, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ class RowReader:
 
     def __init__(self) -> None:
         self._buffer: memoryview | None = None
+        self._encoded: memoryview | None = None
         self._files = OpenFiles()
 
     def read_blocks(
@@ -109,6 +110,9 @@ class RowReader:
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
         """Read `rows` rows of the shard from row `start` of the tensor. Columns are read row by row."""
+        if info.encoding is not None and info.encoding.name == STRIDED:
+            self._gather_rows(info, info.encoding.strides, shard, start, rows, view)
+            return
         if info.encoding is not None:
             self._decode_rows(info, shard, start, rows, view)
             return
@@ -121,28 +125,68 @@ class RowReader:
         for row in range(rows):
             self._read(info, offset + (start + row) * stride, view[row * width : (row + 1) * width])
 
+    def _gather_rows(
+        self,
+        info: TensorInfo,
+        strides: tuple[int, ...],
+        shard: ShardSpec,
+        start: int,
+        rows: int,
+        view: memoryview,
+    ) -> None:
+        """Read `rows` rows of a strided tensor [N, ...], with the bytes between them. For the transpose of a
+        tensor, those are all of its bytes.
+        """
+        import torch
+
+        if not len(view):
+            return
+        shape = (rows, *info.shape[1:])
+        size = DTYPE_BITS[info.dtype] // 8
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        self._read(info, info.start + start * strides[0] * size, memoryview(data := bytearray(span * size)))
+        stored = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+        values = stored.as_strided(shape, strides)
+        if shard.axis == 1:
+            values = values[:, shard.start : shard.start + shard.shape_of(info.shape)[1]]
+        view[:] = as_bytes(values)
+
     def _decode_rows(
         self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview
     ) -> None:
         """Decode `rows` rows of the shard from row `start` of the tensor, a few at a time."""
+        import torch
+
         from ascendit.mx.stored_floats import decode_rows
 
+        if not len(view):
+            return
         assert info.encoding is not None
-        size = info.nbytes // max(rows_of(info)[0], 1)
-        step = max(BLOCK_BYTES // max(size, 1), 1)
-        buffer = bytearray(min(step, rows) * size)
+        stop, columns = start + rows, math.prod(info.shape[1:])
+        unit = info.encoding.block // math.gcd(info.encoding.block, columns)  # rows in complete blocks
+        size = info.nbytes * unit // rows_of(info)[0]
+        step = max(BLOCK_BYTES // size, 1) * unit
         scale = self._read_scale(info.encoding)
-        width = len(view) // max(rows, 1)
-        for first in range(start, start + rows, step):
-            count = min(step, start + rows - first)
-            self._read(info, info.start + first * size, data := memoryview(buffer)[: count * size])
-            factor = scale if scale is None or scale.numel() == 1 else scale[first : first + count]
-            values = decode_rows(info.encoding.name, data, count, factor, TORCH_DTYPES[info.dtype])
-            if shard.axis == 1:
-                columns = shard.shape_of(info.shape)[1]
-                values = values.view(count, *info.shape[1:])[:, shard.start : shard.start + columns]
-            offset = (first - start) * width
-            view[offset : offset + count * width] = as_bytes(values)
+        out = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(rows, -1)
+        for first in range(start // unit * unit, stop, step):
+            last = min(first + step, -(-stop // unit) * unit)
+            data = self._stored_bytes((last - first) // unit * size)
+            self._read(info, info.start + first // unit * size, data)
+            target = out[max(first - start, 0) : last - start]
+            direct = shard.axis == 0 and len(target) == last - first
+            values = target if direct else torch.empty(last - first, columns, dtype=out.dtype)
+            factor = scale if scale is None or scale.numel() == 1 else scale[first:last]
+            decode_rows(info.encoding.name, data, factor, values)
+            if not direct:
+                inner = columns // info.shape[1] if shard.axis else 0
+                values = values[max(start - first, 0) :, shard.start * inner :]
+                target.copy_(values[: len(target), : out.shape[1]])
+
+    def _stored_bytes(self, count: int) -> memoryview:
+        """A reused buffer of `count` bytes."""
+        if self._encoded is None or count > len(self._encoded):
+            self._encoded = memoryview(bytearray(count))
+        return self._encoded[:count]
 
     def _read_scale(self, encoding: Encoding) -> torch.Tensor | None:
         """The checked scale of encoded values. Raises CheckpointError (E-CKP-08) for an invalid one."""

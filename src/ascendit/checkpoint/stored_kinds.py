@@ -15,7 +15,8 @@ from typing import Any
 from ascendit.checkpoint import fp8_files
 from ascendit.checkpoint.fp8_files import COMFY_FORMATS, FP8, LAYER_MARKER, MARKER, Tensors
 from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_ROLES, DeclaredScheme
-from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.tensor_info import STRIDED, TensorInfo
+from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
 from ascendit.names import EMA, listed, naming_of, without_prefix
 from ascendit.report import counted, group_by, shell_line
@@ -84,7 +85,7 @@ KINDS: dict[str, Kind] = {
     ),
     "pickle": Kind(
         label="PyTorch pickle",
-        marks="`.pth`, `.pt`, `.bin`, `.ckpt`, `.pkl`",
+        marks="`.pth`, `.pt`, `.bin`, `.ckpt`",
         read_as="the dtypes of its tensors",
     ),
     "all-in-one": Kind(
@@ -153,7 +154,6 @@ KINDS: dict[str, Kind] = {
 VOCABULARY = "spiece_model"
 """The vocabulary of a tokenizer, which ComfyUI's files of a text encoder contain as bytes."""
 _SCALES = frozenset({*SCALE_ROLES, "mul_scale", "scale_weight", "scale"})
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _PARTS = {
     "vae": r"vae|first_stage_model",
     "text_encoder": r"text_encoders?|cond_stage_model|conditioner",
@@ -290,9 +290,10 @@ def _without(file: Any, prefixes: list[str]) -> str:
 
 def _container(stored: Stored) -> Stored:
     suffixes = {info.file.suffix for info in stored.tensors.values()}
-    if ".gguf" in suffixes or any(info.encoding is not None for info in stored.tensors.values()):
+    encodings = {info.encoding.name for info in stored.tensors.values() if info.encoding}
+    if ".gguf" in suffixes or encodings - {STRIDED}:
         stored = _add(stored, "gguf", stored.tensors)
-    if suffixes & {*_PICKLES}:
+    elif suffixes & {*PICKLED}:
         stored = _add(stored, "pickle", stored.tensors)
     return stored
 
@@ -386,7 +387,8 @@ def _turbodiffusion(stored: Stored) -> Stored:
                 fix="download the file again and compare its sha256 with the source",
                 code="E-CKP-09",
             )
-        if new.endswith("patch_embedding.weight") and len(info.shape) == 2 and info.shape[1] % 4 == 0:
+        linear = len(info.shape) == 2 and info.shape[1] % 4 == 0 and info.encoding is None
+        if linear and new.endswith("patch_embedding.weight"):
             info = replace(
                 info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2)
             )  # stored as a linear layer

@@ -44,14 +44,22 @@ def common_dtype(sizes: Iterable[tuple[str, int]]) -> str:
     return "float32" if name == "float64" else name
 
 
+STRIDED = "strided"
+"""The encoding of numbers of any dtype that are stored in another order, or with gaps: a view of a tensor."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How a file stores a float tensor, if not as numbers of its dtype. `RowReader` decodes it."""
 
     name: str
-    """A key of `mx.stored_floats.DECODERS`."""
+    """A key of `mx.stored_floats.DECODERS`, or `STRIDED`."""
     scale: TensorInfo | None = None
     """Factor of the decoded values: one float, or one per row, [N] or [N, 1]."""
+    block: int = 1
+    """Values that are stored together; a block may extend over several rows."""
+    strides: tuple[int, ...] = ()
+    """Of `STRIDED`: elements from one index to the next, on each axis."""
     label: str = ""
     """The kind of file, for messages about an invalid scale."""
 

@@ -12,9 +12,9 @@ from ascendit.checkpoint.component import STEM, Part, read_json, stays_inside
 from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.sources import check_state
 from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES, weight_set
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
-from ascendit.report import shell_line
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,19 @@ class Shards:
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:
-        """Read and check the headers of `<stem>.safetensors`, or of the shards in its `.index.json`.
+        """Read and check the headers of the weights in `folder`, which `weight_set` chooses.
 
         Raises CheckpointError: E-CKP-02 for a missing or damaged file, E-CKP-03 for an index that lists a
-        missing file or one outside the folder, E-CKP-04 for an index that does not match the shards, E-CKP-06
-        for an index that is not JSON.
+        missing file or one outside the folder, and for files that do not belong together, E-CKP-04 for an
+        index that does not match the shards, E-CKP-06 for an index that is not JSON.
         """
         folder = Path(folder)
-        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-        if not index.exists():
-            if not single.exists():
+        single = folder / f"{stem}.safetensors"
+        index, files = weight_set(folder, stem)
+        if index is None:
+            if not files or (single.is_symlink() and not single.exists()):
                 raise _no_weights(single)
-            return cls(read_header(single), (single,))
+            return cls.from_files(files)
         shards = cls.from_index(index)
         if single.exists() and single not in shards.files:
             raise CheckpointError(
@@ -155,24 +156,8 @@ def _no_weights(file: Path) -> CheckpointError:
             code="E-CKP-03",
         )
     got = f"no {file.name} in {folder}" if folder.is_dir() else f"no folder {folder}"
-    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", *PICKLED))
-    if pickled := [name for name in others if name.endswith(PICKLED)]:
-        fix += f"; or convert {pickled[0]}: {convert_command(folder / pickled[0], file)}"
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
     needs = f"{file.name}, or {file.name}.index.json and its shards"
     return CheckpointError(
         got + (f" (it has {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
     )
-
-
-PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
-"""Endings of files of torch.save. They are never opened: unpickling can run code."""
-
-
-def convert_command(pickled: Path, file: Path) -> str:
-    """A command that writes the tensors of a pickle to a safetensors file, without running code."""
-    code = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "d = torch.load(sys.argv[1], weights_only=True, mmap=True); d = d.get('state_dict', d); "
-        "save_file({k: v.clone().contiguous() for k, v in d.items()}, sys.argv[2])"
-    )
-    return shell_line(["python", "-c", code, str(pickled), str(file)])

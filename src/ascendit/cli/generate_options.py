@@ -13,12 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
+from ascendit.geometry import FrameRate, frame_rate
 from ascendit.pipeline.options import FLAGS, VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
@@ -29,6 +30,7 @@ KEYS: dict[str, Any] = {
     **{name: field.annotation for name, field in LoadOptions.model_fields.items()},
     "seconds": float,
     "preset": str,
+    "crf": int,
     "metadata": bool,
     "allow_flat": bool,
 }
@@ -89,6 +91,7 @@ class Call:
     fields: dict[str, Any]
     """The fields of GenerateRequest that were set, without the prompt; also `seconds` and `preset`."""
     metadata: bool = True
+    crf: int | None = None
     allow_flat: bool = False
     latents: Path | None = None
     """The file that `--latents` names."""
@@ -100,6 +103,7 @@ class Call:
     def replay_flags(self, *, allow_flat: bool) -> list[str]:
         """Flags of the replay line that are not in the request. `allow_flat`: whether the video needs it."""
         flags = ["--allow-flat"] if allow_flat else []
+        flags += [] if self.crf is None else ["--crf", str(self.crf)]
         return flags + ([] if self.metadata else ["--set", "metadata=false"])
 
 
@@ -142,6 +146,7 @@ def read_call(
         options=LoadOptions(model=model, **load),
         prompt=prompt,
         metadata=values.pop("metadata", True),
+        crf=values.pop("crf", None),
         allow_flat=values.pop("allow_flat", False),
         fields=values,
         model_from=config if model == layers[0].get("model") and not demo else None,
@@ -288,12 +293,14 @@ def _typed(key: str, value: Any, source: str) -> Any:
     if key in LoadOptions.model_fields and not is_name:
         return value  # LoadOptions validates it
     try:
+        if kind == FrameRate:
+            return frame_rate(value)
         if not is_tuple:
             adapter = TypeAdapter(kind)
             is_text = isinstance(value, str)
             return adapter.validate_strings(value) if is_text else adapter.validate_python(value, strict=True)
         items = value.split(",") if isinstance(value, str) else value
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
-    except ValidationError:
+    except ValueError:  # also pydantic's
         flag = _FLAGS.get(key, f"--{key.replace('_', '-')}") if source == "flags" else ""
         raise bad_value(key, value, hint, source, flag) from None

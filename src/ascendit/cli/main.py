@@ -166,7 +166,7 @@ def report_error(error: BaseException, output: Output, args: Sequence[str] = ())
     if isinstance(error, AscenditError):
         if output.verbose:
             print(traceback_text(error), file=sys.stderr, end="")
-        output.fail(error.as_dict())
+        output.fail(error.as_dict(), error.details)
         return error.exit_code
     return report_internal_error(error, output)
 

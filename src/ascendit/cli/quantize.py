@@ -36,6 +36,10 @@ Lora = Annotated[
         "LoRA to fold in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
 ]
+LoraSkip = Annotated[
+    list[str] | None,
+    flag("--lora-skip GROUP", "LoRA keys to leave out: image, text or control; repeatable."),
+]
 Calibrate = Annotated[
     str | None,
     flag(
@@ -67,6 +71,7 @@ def quantize(
     scale_rule: ScaleRule = None,
     keep: Keep = None,
     loras: Lora = None,
+    lora_skip: LoraSkip = None,
     calibrate: Calibrate = None,
     alpha: Alpha = None,
     device: Device = None,

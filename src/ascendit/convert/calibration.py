@@ -66,11 +66,18 @@ class Calibrate(Protocol):
         """Settings of the run for `ascendit.json`. Raises all errors that can be detected without weights."""
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
+        self,
+        layout: Layout,
+        loras: Sequence[LoraSource],
+        rows: int,
+        journal: Journal,
+        *,
+        lora_skip: Sequence[str] = (),
     ) -> ExpertStatistics:
         """Run the model with the LoRA files folded in, and sample `rows` rows of each input.
 
-        Intermediate results are saved as `STATISTICS` in the root of `journal`.
+        `lora_skip`: groups of LoRA keys to leave out. Intermediate results are saved as `STATISTICS` in the
+        root of `journal`.
         """
 
 

@@ -142,13 +142,16 @@ def source_name(layout: Layout) -> str:
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
-    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with the names of folders, not their paths.
+    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
     A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    source = f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
-    args = ["ascendit", verb, source, "-o", escaped(dst.name)]
+    sources = [f"{hub}:{layout.source}" if layout.source else escaped(layout.name)]
+    if layout.kind == "file":
+        sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
+        sources = sources if len(sources) > 1 else [escaped(layout.root.name)]
+    args = ["ascendit", verb, *sources, "-o", escaped(dst.name)]
     for flag, setting in flags:
         for value in setting if isinstance(setting, list | tuple) else [setting]:
             if value is True:
@@ -193,8 +196,8 @@ def _versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed("torch")}
 
 
-def read_base(base: Path | str, source: Layout) -> Layout:
-    """Read the layout of `--base`.
+def read_base(base: Path | str, source: Layout | None = None) -> Layout:
+    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model.
 
     Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
     experts differs, and the errors of `model_folder` and `recognise`.
@@ -206,7 +209,7 @@ def read_base(base: Path | str, source: Layout) -> Layout:
             needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
             fix="pass the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         )
-    if len(layout.experts) != len(source.experts):
+    if source is not None and len(layout.experts) != len(source.experts):
         raise _other_model(
             f"{source.root} has {_experts(source)}, but --base {layout.root} has {_experts(layout)}",
         )

@@ -46,7 +46,7 @@ from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
+from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, parse_lora, require_skipped
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
@@ -63,6 +63,7 @@ def quantize(
     scale_rule: str | None = None,
     keep: Sequence[str] = (),
     loras: Sequence[LoraSource | str] = (),
+    lora_skip: Sequence[str] = (),
     smoothing: Smoothing | None = None,
     calibrate: Calibrate | None = None,
     engine: str | None = None,
@@ -80,12 +81,13 @@ def quantize(
     `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as
     `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
     `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
-    first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
-    multiplied by 1 / mul_scale. `calibrate`: a `pipeline.calibrate.Calibrator`, which runs the model to
-    compute the smoothing. `engine`: write the format of this engine. `copy`: copy other components instead of
-    linking them. `resume`: continue a killed run with the same arguments. `force`: quantize even if a loss of
-    accuracy is known. `report`: measure SQNR. `hash`: store the sha256 of every file in `ascendit.json`;
-    doubles the run time. `dry_run`: only check and report.
+    first, in order. `lora_skip`: groups of their keys to leave out, such as `image`. `smoothing`: expert ->
+    layer -> mul_scale, float32 [K], which is stored; weights are multiplied by 1 / mul_scale. `calibrate`: a
+    `pipeline.calibrate.Calibrator`, which runs the model to compute the smoothing. `engine`: write the format
+    of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
+    with the same arguments. `force`: quantize even if a loss of accuracy is known. `report`: measure SQNR.
+    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
+    report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -95,11 +97,7 @@ def quantize(
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
     if calibrate is not None and smoothing:
-        raise UsageError(
-            "both smoothing and calibrate",
-            needs="only one of them: a calibration computes the smoothing",
-            fix="omit one of them",
-        )
+        raise _two_smoothings()
     files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
@@ -107,6 +105,7 @@ def quantize(
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
         ("--lora", [f"{f'{x.expert}=' if x.expert else ''}{x.path.name}:{x.weight:g}" for x in files]),
+        ("--lora-skip", list(lora_skip)),
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
@@ -121,6 +120,7 @@ def quantize(
         recipe=load_recipe(recipe or "default", scheme, scale_rule),
         keep=tuple(keep),
         loras=files,
+        lora_skip=tuple(lora_skip),
         target=target_format(engine),
         smoothing=smoothing or {},
         calibrate=calibrate,
@@ -136,6 +136,14 @@ def quantize(
     return job.run(resume, on_progress)
 
 
+def _two_smoothings() -> UsageError:
+    return UsageError(
+        "both smoothing and calibrate",
+        needs="only one of them: a calibration computes the smoothing",
+        fix="omit one of them",
+    )
+
+
 @dataclass
 class QuantizeJob:
     """One run of `quantize`, with everything that is decided before the first byte is written."""
@@ -145,6 +153,7 @@ class QuantizeJob:
     recipe: Recipe
     keep: tuple[str, ...]
     loras: tuple[LoraSource, ...]
+    lora_skip: tuple[str, ...]
     target: TargetFormat
     smoothing: Smoothing
     calibrate: Calibrate | None
@@ -157,6 +166,8 @@ class QuantizeJob:
     """The flags of the command line for the model card, with file names instead of paths."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
+    folds: dict[str, Folds] = field(init=False)
+    """Expert -> its changes by LoRA files."""
     others: OtherFiles | None = field(init=False, default=None)
     """None if the output has only transformers."""
     planned: dict[str, ExpertOutput] = field(init=False)
@@ -180,15 +191,17 @@ class QuantizeJob:
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        self.experts = []
+        self.experts, self.folds = [], {}
         for expert in experts:
             smoothing = self.smoothing.get(expert.name)
             applied = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
             if self.calibrate is not None:
                 applied = replace(applied, smoothing=placeholders(applied))
             shapes = {name: info.shape for name, info in expert.tensors.items()}
-            folds = Folds.open(self.loras, expert.name, shapes, experts=names)
+            folds = Folds.open(self.loras, expert.name, shapes, experts=names, skip=self.lora_skip)
+            self.folds[expert.name] = folds
             self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
+        require_skipped(self.lora_skip, self.folds.values())
         if self.others:
             self.others.record()
 
@@ -268,7 +281,7 @@ class QuantizeJob:
         if self.calibrate is None:
             return {}
         rows = SAMPLED_ROWS if self.measure else 0
-        statistics = self.calibrate(self.layout, self.loras, rows, staging.journal)
+        statistics = self.calibrate(self.layout, self.loras, rows, staging.journal, lora_skip=self.lora_skip)
         for expert in self.experts:
             inputs = statistics.get(expert.applied.expert.name, {})
             smoothing = mul_scales(expert.applied, inputs, self.calibrate.alpha)
@@ -297,7 +310,8 @@ class QuantizeJob:
 
     def fingerprint(self) -> str:
         """A hash that is the same for two runs that write the same bytes."""
-        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
+        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes]
+        parts += [self.loras, lora_report(self.loras, self.folds)]
         if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
@@ -331,7 +345,6 @@ class QuantizeJob:
 
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
         """The report of the run, or of the planned run with `dry_run`."""
-        loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
             warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
@@ -345,7 +358,7 @@ class QuantizeJob:
             seconds=seconds,
             linked=self.others.names if self.others else (),
             omitted=self.others.omitted if self.others else (),
-            loras=tuple(loras),
+            loras=tuple(lora_report(self.loras, self.folds)),
             calibration=self.calibration,
             engine=self.target.engine,
             warnings=tuple(warnings),

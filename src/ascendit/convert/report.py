@@ -240,7 +240,7 @@ class QuantizeReport(ConversionReport):
         ratio = self.bytes_after / max(self.bytes_before, 1)
         size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}  ({ratio:.0%})"
         rows = [["Source", f"{self.source}  ({self.model_kind})"], ["Recipe", self.recipe]]
-        rows += [["LoRA", f"{lora['file']} at {lora['weight']:g}"] for lora in self.loras]
+        rows += [["LoRA", line] for line in lora_lines(self.loras)]
         rows += [["Smoothing", calibration_text(self.calibration)]] if self.calibration else []
         rows += [row for expert in self.experts for row in expert.rows()]
         rows += [["Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"]]
@@ -248,6 +248,16 @@ class QuantizeReport(ConversionReport):
         lines = columns(rows)
         lines += [line for expert in self.experts for line in expert.worst_lines()]
         return lines + [line for expert in self.experts for line in expert.output_lines()]
+
+
+def lora_lines(loras: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The notes of `Folds`, once for all experts if they are the same."""
+    lines: list[str] = []
+    for lora in loras:
+        notes = {expert: applied["note"] for expert, applied in lora.get("applied", {}).items()}
+        same = len(set(notes.values())) == 1 and lora["expert"] == "all"
+        lines += list(notes.values())[:1] if same else [f"{expert}: {note}" for expert, note in notes.items()]
+    return lines
 
 
 def calibration_text(record: Mapping[str, Any]) -> str:
@@ -318,6 +328,8 @@ class RepackReport(ConversionReport):
     experts: tuple[RepackedExpert, ...]
     linked: tuple[str, ...]
     """Other components and files that were linked or copied."""
+    parts: tuple[Mapping[str, Any], ...] = ()
+    """Text encoder and VAE from files: name, file, tensors, bytes_before, bytes_after."""
 
     @property
     def checked(self) -> bool:
@@ -328,7 +340,7 @@ class RepackReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        data |= selected(self, "experts", "linked", "omitted", "warnings")
+        data |= selected(self, "experts", "parts", "linked", "omitted", "warnings")
         return {"placed" if key == "linked" else key: value for key, value in data.items()}
 
     def lines(self) -> list[str]:
@@ -336,5 +348,8 @@ class RepackReport(ConversionReport):
         rows = [("Source", [f"{self.source}  ({self.layout})"])]
         rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
         rows += [(expert.name, expert.texts()) for expert in self.experts]
+        for part in self.parts:
+            sizes = " -> ".join(human_bytes(part[key]) for key in ("bytes_before", "bytes_after"))
+            rows += [(part["name"], [f"all {part['tensors']} tensors of {part['file']}, {sizes}"])]
         rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
         return columns([*titled(rows), *self.closing(self.linked)])

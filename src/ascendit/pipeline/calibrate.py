@@ -126,7 +126,13 @@ class Calibrator:
         return requests
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
+        self,
+        layout: Layout,
+        loras: Sequence[LoraSource],
+        rows: int,
+        journal: Journal,
+        *,
+        lora_skip: Sequence[str] = (),
     ) -> ExpertStatistics:
         """Run the prompts that `journal` has no results for, and sample `rows` rows of each input."""
         requests = self.requests(layout)
@@ -134,7 +140,7 @@ class Calibrator:
         done, inputs = _read(file, rows) if journal.complete(file) else (0, {})
         if done < len(requests):
             pipe = load(layout.root, device=self.device, on_progress=self.on_progress)
-            fold_loras(pipe.experts, loras)
+            fold_loras(pipe.experts, loras, lora_skip)
             inputs = inputs_of(pipe, rows) | inputs
             for i in range(done, len(requests)):
                 pictures = fitted_pictures(requests[i], {})
@@ -161,12 +167,14 @@ class Calibrator:
 
 
 @torch.no_grad()
-def fold_loras(experts: Mapping[str, WanTransformer], loras: Sequence[LoraSource]) -> None:
+def fold_loras(
+    experts: Mapping[str, WanTransformer], loras: Sequence[LoraSource], skip: Sequence[str] = ()
+) -> None:
     """Fold LoRA files into the parameters as `quantize` does, so that the layers get the same inputs."""
     for expert, model in experts.items():
         parameters = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        folds = Folds.open(loras, expert, shapes, experts=list(experts))
+        folds = Folds.open(loras, expert, shapes, experts=list(experts), skip=skip)
         for name in sorted(folds.names):
             parameters[name].copy_(folds.fold(name, parameters[name].cpu(), 0))
 

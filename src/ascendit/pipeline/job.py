@@ -3,14 +3,16 @@
     prepared = prepare(LoadOptions(model="demo"), "a red circle moves right", seed=7)
     video = run(prepared)
 
-Headers are read once, by `prepare`; `run`, and `load` for a pipeline that makes many videos, reuse them.
+Headers are read once, by `prepare`; `run`, and `load` for a pipeline that makes many videos, reuse them. For
+many videos, `prepare_model` and `load_model` run once, `prepare_request` and `run` for each.
 torch is imported only when a pipeline is built.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import library_config
+from ascendit.checkpoint.part_files import read_part_files, with_part_files
 from ascendit.checkpoint.tensor_info import common_dtype
 from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
@@ -100,6 +103,8 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
+    if options.parts:
+        layout = with_part_files(layout, read_part_files(options.parts, len(layout.experts)))
     checked, defaults = require_model(layout, options.defaults)
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
@@ -159,17 +164,35 @@ def prepare(
     seconds: float | None = None,
     **fields: Any,
 ) -> Prepared:
-    """Check one video as far as possible without weights.
+    """Check one video as far as possible without weights. For the arguments, see `prepare_request`.
 
-    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
-    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
-    `prepare_model`, `request.resolve` and `images.pictures_of`.
+    Raises the errors of `prepare_model` and `prepare_request`.
     """
     check_names(fields)
     model = prepare_model(options, [name for name, value in fields.items() if value is not None])
+    return prepare_request(model, prompt, pixels=pixels, seconds=seconds, **fields)
+
+
+def prepare_request(
+    model: PreparedModel,
+    prompt: str,
+    *,
+    pixels: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+    **fields: Any,
+) -> Prepared:
+    """Check one video against its model.
+
+    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
+    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
+    `request.resolve` and `images.pictures_of`.
+    """
+    check_names(fields)
     defaults = model.defaults
     if seconds is not None:
-        fps = fields.get("fps") or defaults.fps
+        fps = defaults.fps
+        with suppress(ValueError):  # GenerateRequest refuses it
+            fps = geometry.frame_rate(fields.get("fps") or defaults.fps)
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
     pictures = Pictures.of(pixels or {})
     picture = size_source(defaults, fields, pictures)
@@ -179,7 +202,7 @@ def prepare(
     return Prepared(model=model, request=request, pixels=pictures)
 
 
-def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None = None) -> Prepared:
+def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: Any = None) -> Prepared:
     """Check that kept latents can be decoded. `fps`: replaces that of the request.
 
     Raises the errors of `prepare_model` and `request.check`, and UsageError (E-USE-01) for latents of another
@@ -227,21 +250,49 @@ load.__dict__["__signature__"] = load_signature(
 load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for name, row in OPTIONS.items())
 
 
+def load_model(model: PreparedModel, events: OnProgress | None = None) -> Pipeline:
+    """Load a prepared model for several calls of `run`.
+
+    Raises the errors of `load.build`, and OutOfMemory (E-MEM-01), which names the stage.
+    """
+    from ascendit.pipeline.load import build
+
+    with _stage_in_errors(model, events) as on_progress:
+        return build(model, on_progress)
+
+
 def run(
     prepared: Prepared,
     events: OnProgress | None = None,
     cancel: Stop | None = None,
     *,
     allow_flat: bool = False,
+    pipe: Pipeline | None = None,
 ) -> Video:
-    """Load the model and generate the video, or decode its latents.
+    """Generate the video, or decode its latents.
 
     `events` gets each Progress event; `cancel` stops between steps and frames; `allow_flat` accepts a black,
-    single-coloured or noise video.
-    Raises the errors of `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
+    single-coloured or noise video. `pipe`: the model, loaded by `load_model`; None: it is loaded first.
+    Raises the errors of `load_model` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
     """
     from ascendit.pipeline.load import build, decode_kept
 
+    model, kept = prepared.model, prepared.latents
+    with _stage_in_errors(model, events) as on_progress:
+        if kept is not None:
+            return decode_kept(model, kept, on_progress, cancel, allow_flat=allow_flat)
+        return (pipe or build(model, on_progress)).run(
+            prepared.request,
+            pixels=prepared.pixels,
+            on_progress=on_progress,
+            cancel=cancel,
+            allow_flat=allow_flat,
+        )
+
+
+@contextmanager
+def _stage_in_errors(model: PreparedModel, events: OnProgress | None) -> Iterator[OnProgress]:
+    """A function that passes on events; a lack of memory becomes OutOfMemory with the stage of the last."""
     stage = ""
 
     def on_progress(event: Progress) -> None:
@@ -251,20 +302,10 @@ def run(
             events(event)
 
     try:
-        model, kept = prepared.model, prepared.latents
-        if kept is not None:
-            return decode_kept(model, kept, on_progress, cancel, allow_flat=allow_flat)
-        pipe = build(model, on_progress)
-        return pipe.run(
-            prepared.request,
-            pixels=prepared.pixels,
-            on_progress=on_progress,
-            cancel=cancel,
-            allow_flat=allow_flat,
-        )
+        yield on_progress
     except Exception as error:
         if is_out_of_memory(error):
-            shortage = out_of_memory(error, stage, prepared.model.options.device)
+            shortage = out_of_memory(error, stage, model.options.device)
             shortage.latents = getattr(error, "latents", None)
             raise shortage from error
         raise

@@ -71,6 +71,13 @@ def _patterns(value: object) -> object:
     return () if value is None else value
 
 
+def _texts(value: object) -> object:
+    """A sequence of texts and paths, or a single one, as texts."""
+    if isinstance(value, (str, os.PathLike)):
+        return (os.fspath(value),)
+    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else () if value is None else value
+
+
 def _schedule(value: object) -> object:
     """A schedule as text. Raises UsageError for a StepSchedule that its text cannot express."""
     if value is None or isinstance(value, str):
@@ -112,6 +119,11 @@ class LoadOptions(Checked):
     title = "load"
 
     model: Annotated[str, BeforeValidator(_path), Option("Folder, demo, hf:org/name or ms:org/name.")]
+    parts: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_texts),
+        Option("Weights of one component in place of the model's: [NAME=]FILE."),
+    ] = ()
     defaults: Annotated[
         Source,
         Option(

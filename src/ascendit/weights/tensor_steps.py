@@ -238,7 +238,9 @@ def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
         return TensorStep(name=name, how="repeat", specs=specs, sources=sources, check=check, make=_repeat)
     if info.dtype != spec.dtype:
         return TensorStep(name=name, how="widen", specs=specs, sources=sources, check=check)
-    return TensorStep(name=name, how="copy" if check else "move", specs=specs, sources=sources, check=check)
+    if check is None:
+        return replace(moved(name, info), specs=specs)
+    return TensorStep(name=name, how="copy", specs=specs, sources=sources, check=check)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
