@@ -33,6 +33,7 @@ CONFIG: dict[str, Any] = {
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0, torch.float8_e4m3fnuz: 240.0, torch.float8_e5m2fnuz: 57344.0}
 Tensors = dict[str, Tensor]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass

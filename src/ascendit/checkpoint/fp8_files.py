@@ -51,7 +51,7 @@ def decoded(
             fix="save the tensors again after .contiguous()",
             code="E-CKP-04",
         )
-    return replace(info, dtype="BF16", encoding=Encoding(dtype or info.dtype, scale, label))
+    return replace(info, dtype="BF16", encoding=Encoding(dtype or info.dtype, scale, label=label))
 
 
 def plain(tensors: Tensors) -> dict[str, TensorInfo]:
