@@ -441,7 +441,7 @@ def _refused(stored: Stored, label: str, names: list[str]) -> CheckpointError:
     command = "ascendit quantize MODEL -o DST --scheme mxfp8"
     return CheckpointError(
         f"{file} is quantized by {label}" + (f": {listed(names, 3)}" if names else " (config.json)"),
-        needs="weights in BF16, float16 or float32, or in a kind of file that docs/formats.md lists",
+        needs="weights in BF16, float16 or float32, or in a kind of file that docs/files.md lists",
         fix=f"use the {stored.part} of the BF16 model"
         if stored.part in _PARTS
         else f"start from the BF16 weights of the model: {command}",
