@@ -8,7 +8,8 @@ refused by their names. `KINDS` is the only table of kinds. Imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -201,6 +202,24 @@ def kinds_text(kinds: Collection[str]) -> str:
     rows = [KINDS[kind] for kind in kinds]
     read = [row.read_as for row in rows if row.read_as][-1:]
     return ", ".join([*(row.label for row in rows), *(f"read as {text}" for text in read)])
+
+
+def method_text(config: Mapping[str, Any]) -> str:
+    """The quantizer that a config names, as text; "" without one."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return f"quant_method {method:.60} in config.json" if isinstance(method, str) else ""
+
+
+@contextmanager
+def naming_kind(text: str) -> Iterator[None]:
+    """Add the kind of a file to the errors of a block, a CheckpointError that does not name it yet."""
+    try:
+        yield
+    except CheckpointError as e:
+        if text and text not in e.got:
+            e.got = f"{e.got} ({text})"
+        raise
 
 
 def interpret(
