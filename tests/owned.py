@@ -334,6 +334,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "TurboDiffusion": turbodiffusion,
     "TurboDiffusion, dense": lambda: turbodiffusion(attention=False),
     "TurboDiffusion, BF16": lambda: turbodiffusion(quantize=False),
+    "rCM": lambda: turbodiffusion(quantize=False, attention=False),
     "TurboDiffusion, net.": lambda: renamed(turbodiffusion(), lambda n: f"net.{n}"),
     "all in one, BF16": lambda: all_in_one(floats(wan)),
     "all in one, fp8": lambda: all_in_one(renamed(plain(), wan)),

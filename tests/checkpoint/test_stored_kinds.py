@@ -106,6 +106,7 @@ def test_reports_name_the_kind_and_the_loss(tmp_path: Path) -> None:
     assert f"stored as {kinds}" in text and "the file also has text_encoder (1 tensor) and vae (1" in text
     assert data["stored_as"] == ["all-in-one", "comfy-scaled-fp8"]
     assert data["dtypes"].keys() == {"BF16", "F8_E4M3", "F32"}
+    assert report.runs_on is not None and report.runs_on.engines[0].reason == f"stored as {kinds}"
     done = quantize(source, tmp_path / "q", scheme="int8", dry_run=True)
     copied = repack(source, tmp_path / "r", dry_run=True)
     for warnings in (done.as_dict()["warnings"], copied.as_dict()["warnings"]):
@@ -116,7 +117,7 @@ def test_reports_name_the_kind_and_the_loss(tmp_path: Path) -> None:
 
 def test_a_quantized_file_of_another_tool_is_named_when_it_is_refused(tmp_path: Path) -> None:
     source = owned.turbodiffusion().write(tmp_path / "wan.safetensors")
-    with pytest.raises(UsageError, match="already quantized .int8_block, TurboDiffusion, read as") as e:
+    with pytest.raises(UsageError, match="quantized .int8_block, TurboDiffusion or rCM, read as") as e:
         quantize(source, tmp_path / "q", scheme="mxfp8")
     assert e.value.code == "E-QNT-01"
 

@@ -77,8 +77,9 @@ KINDS: dict[str, Kind] = {
         read_as="scheme mxfp4",
     ),
     "turbodiffusion": Kind(
-        label="TurboDiffusion",
-        marks="`<layer>.int8_weight` with `<layer>.scale`; `attn_op.local_attn.proj_l`",
+        label="TurboDiffusion or rCM",
+        marks="`<layer>.int8_weight` with `<layer>.scale`; `attn_op.local_attn.proj_l`; "
+        "`patch_embedding` [N, K]",
         read_as="scheme int8_block or floats, with dense attention",
     ),
     "gguf": Kind(
@@ -243,7 +244,7 @@ def interpret(
     if comfy is not None:
         return comfy
     _refuse_quantizer(stored, roles, quantization if isinstance(quantization, dict) else {})
-    if "int8_weight" in roles or any(_PROJECTION in name for name in stored.tensors):
+    if "int8_weight" in roles or any(_of_turbodiffusion(*item) for item in stored.tensors.items()):
         return _turbodiffusion(stored)
     dtypes = {info.dtype for info in stored.tensors.values()}
     if "F4" in dtypes:
@@ -388,6 +389,11 @@ def _f4(stored: Stored) -> Stored:
     return _add(stored, "mxfp4-f4", tensors)
 
 
+def _of_turbodiffusion(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor is of its sparse attention, or the patch embedding as a linear layer, as in rCM."""
+    return _PROJECTION in name or (len(info.shape) == 2 and name.endswith("patch_embedding.weight"))
+
+
 def _turbodiffusion(stored: Stored) -> Stored:
     """`int8_weight` and `scale` as the weight and scale of int8_block; its sparse attention is not used.
 
@@ -406,8 +412,8 @@ def _turbodiffusion(stored: Stored) -> Stored:
                 fix="download the file again and compare its sha256 with the source",
                 code="E-CKP-09",
             )
-        linear = len(info.shape) == 2 and info.shape[1] % 4 == 0 and info.encoding is None
-        if linear and new.endswith("patch_embedding.weight"):
+        linear = new.endswith("patch_embedding.weight") and len(info.shape) == 2
+        if linear and info.shape[1] % 4 == 0 and info.encoding is None:
             info = replace(
                 info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2)
             )  # stored as a linear layer
