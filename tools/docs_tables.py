@@ -353,7 +353,7 @@ def settings_table() -> str:
     from ascendit.pipeline.options import OPTIONS
 
     values = {key: value_text(hint) for key, hint in KEYS.items()}
-    values["max_memory"] = "a size, as 24GiB or 8e9"
+    values |= {"max_memory": "a size, as 24GiB or 8e9", "loras": "`FILE[:WEIGHT]`, or a list of them"}
     meanings = {p.name: p.help for p in command("generate").params if p.param_type_name == "option"}
     meanings |= {name: row.help for name, row in OPTIONS.items()} | MEANINGS
     rows = ((f"`{key}`", text, escape(meanings[key])) for key, text in values.items())
@@ -366,7 +366,7 @@ def value_text(hint: Any) -> str:
     if get_origin(types[0]) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(types[0]))
     texts: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
-    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, separated by spaces or ;"}
+    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "names or patterns, separated by spaces or ;"}
     texts[FrameRate] = "number or fraction, as `24000/1001`"
     return texts[types[0]]
 

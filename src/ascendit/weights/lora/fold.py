@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,12 @@ class LoraSource:
         if self.expert not in (None, *EXPERTS):
             raise _bad_source(f"LoRA {self.path} is for {self.expert!r}", " or ".join(EXPERTS))
 
+    def __str__(self) -> str:
+        """The text that `parse_lora` reads."""
+        text = f"{self.expert}={self.path}" if self.expert else str(self.path)
+        plain = self.weight == 1 and ":" not in text
+        return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
+
 
 def parse_lora(text: str) -> LoraSource:
     """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`.
@@ -104,7 +111,23 @@ def parse_lora(text: str) -> LoraSource:
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
         raise _bad_source(f"no LoRA file in {text!r}", _SYNTAX)
-    return LoraSource(Path(path), weight, expert)
+    return LoraSource(Path(os.path.expanduser(path)), weight, expert)
+
+
+def lora_sources(value: object) -> tuple[LoraSource, ...]:
+    """LoRA files from one or a sequence of texts for `parse_lora`, paths or LoraSources; none from None.
+
+    Raises UsageError (E-USE-01) for anything else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(source for item in value for source in lora_sources(item))
+    if isinstance(value, os.PathLike):
+        return (LoraSource(Path(value)),)
+    if isinstance(value, str):
+        return (parse_lora(value),)
+    if value is not None and not isinstance(value, LoraSource):
+        raise _bad_source(f"LoRA {value!r}", "a text, a path or a LoraSource")
+    return () if value is None else (value,)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
