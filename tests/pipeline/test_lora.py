@@ -286,6 +286,20 @@ def test_a_file_that_changes_before_loading_is_noticed(
         load_expert(expert, applied, bind("cpu", "reference"))
 
 
+def test_a_warning_about_a_file_for_one_noise_level(
+    cascade: Path, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "Wan22_HighNoise.safetensors"
+    file.write_bytes(files["details"].read_bytes())
+    text = "Wan22_HighNoise.safetensors is added to both experts; for the high-noise one: --lora high=FILE"
+    prepare_model(LoadOptions(model=str(cascade), loras=file))  # type: ignore[arg-type]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
+    report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[file], dry_run=True)
+    assert report.warnings == (text,)
+    report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[f"high={file}"], dry_run=True)
+    assert report.warnings == ()
+
+
 # ---- records -------------------------------------------------------------------------------------
 
 
