@@ -27,7 +27,7 @@ from ascendit.ops.operators import bind
 from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.options import LoadOptions
 from ascendit.quant.schemes import QUANTIZED
-from ascendit.weights.lora.fold import LoraSource
+from ascendit.weights.lora.fold import LoraSource, lora_sources
 
 PROMPT = "a red circle moves right"
 LAYER = "blocks.1.attn2.to_v"
@@ -311,6 +311,8 @@ def test_loras_are_texts_paths_or_sources() -> None:
     ]
     options = LoadOptions(model="demo", loras=mixed)  # type: ignore[arg-type]
     assert options.loras == ("a.safetensors", "transformer=b.safetensors:0.5", "transformer=c:1.5:2")
+    strange = LoadOptions(model="demo", loras=Path("high=a.safetensors"))  # type: ignore[arg-type]
+    assert lora_sources(strange.loras) == (LoraSource(Path("high=a.safetensors")),)
     assert LoadOptions.from_json(options.to_json()) == options
     assert LoadOptions(model="demo", **options.record) == options
     assert LoadOptions(model="demo", loras="a.safetensors").loras == ("a.safetensors",)  # type: ignore[arg-type]
