@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from demo_data import WORDINGS
 
+from ascendit.checkpoint.stored_kinds import KINDS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
@@ -28,6 +29,7 @@ from ascendit.names import ROLES
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
+from ascendit.weights.lora.keys import SKIPPED
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -139,6 +141,11 @@ def schedules_table() -> str:
             for cells in (row(solver, "diffusers", diffusers), row(solver, "official", theirs))
         ),
     )
+
+
+def file_kinds_table() -> str:
+    rows = ((kind.label, kind.marks, kind.read_as or "no: refused by name") for kind in KINDS.values())
+    return table(("kind", "recognised by", "read as"), rows)
 
 
 # ---- schemes, engines, chips, files -------------------------------------------------------------
@@ -464,6 +471,11 @@ def world_table() -> str:
     )
 
 
+def lora_groups_table() -> str:
+    rows = ((f"`{name}`", group.keys) for name, group in SKIPPED.items())
+    return table(("`--lora-skip`", "keys"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "defaults": defaults_table,
     "shapes": shapes_table,
@@ -477,7 +489,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensors": tensors_table,
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
+    "file-kinds": file_kinds_table,
     "recipes": recipes_table,
+    "lora-groups": lora_groups_table,
     "errors": errors_table,
     "exits": exits_table,
     "commands": commands_table,

@@ -139,7 +139,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         part_dtypes={
             name: str(vae_dtype)
             if name == "vae"
-            else common_dtype((info.dtype, info.nbytes) for info in x.tensors.values())
+            else common_dtype((info.dtype, info.read_nbytes) for info in x.tensors.values())
             for name, x in shards.items()
             if name not in EXPERTS
         },

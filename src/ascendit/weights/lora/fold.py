@@ -43,7 +43,6 @@ from ascendit.weights.lora.file import (
 )
 from ascendit.weights.lora.keys import SKIPPED, LoraKey, Targets, refusal
 from ascendit.weights.lora.strength import (
-    DISAGREE_FIX,
     ROUNDING,
     AppliedLora,
     OwnAlpha,
@@ -399,10 +398,10 @@ class DeltaReader:
             own = OwnAlpha(self._scalar(group["alpha"]), ROUNDING.get(info.dtype, 1e-6), root)
         key = next(key for role, key in group.items() if role in infos)
         layer = target.removesuffix(".weight")
-        names = (key.path, layer, to_wan(layer) or layer)
+        names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
         strength = self.settings.of(key, names, self.expert, rank, own, has_rank=kind != "lokr")
         if strength.problem:
-            self.problem(key, strength.problem, DISAGREE_FIX)
+            self.problem(key, strength.problem, strength.fix)
         self.strengths.append(strength)
         return strength.scale
 
