@@ -49,6 +49,7 @@ from ascendit.weights.applied_recipe import (
     AppliedRecipe,
     apply_recipe,
     check_kind,
+    lora_warnings,
     open_folds,
     warnings_for,
 )
@@ -387,6 +388,7 @@ class QuantizeJob:
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
         """The report of the run, or of the planned run with `dry_run`."""
         warnings = warnings_for(self.applied, self.recipe, self.kind)
+        warnings += lora_warnings(self.loras, self.folds.values())
         if dry_run and os.path.lexists(self.dst):
             warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
         return QuantizeReport(
