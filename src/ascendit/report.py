@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,6 +91,16 @@ def json_text(data: Any) -> str:
     """Indented JSON, with paths and other objects as text, and `errors.UNSAFE` characters escaped."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
     return UNSAFE.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
+
+
+def short_path(path: Path) -> str:
+    """A path as text: relative if it is below the working directory. Does not begin with a hyphen."""
+    absolute = Path(os.path.abspath(path))
+    try:
+        text = str(absolute.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(absolute)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def shell_line(args: Iterable[str]) -> str:

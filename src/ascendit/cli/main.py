@@ -57,6 +57,9 @@ Copy = Annotated[bool, flag("--copy", "Copy the other components instead of link
 Resume = Annotated[
     bool, flag("--resume", "Continue an interrupted run of the same command; a shard is checked by its size.")
 ]
+Overwrite = Annotated[
+    bool, flag("--overwrite", "Replace an output of ascendit when the new one is complete.")
+]
 DryRun = Annotated[bool, flag("--dry-run", "Show the plan; write nothing.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 

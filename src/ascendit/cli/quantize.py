@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
+from ascendit.cli.main import Copy, DryRun, Engine, Json, Overwrite, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
 from ascendit.errors import Cancelled, OutOfMemory, UsageError, is_out_of_memory
@@ -74,6 +74,7 @@ def quantize(
     engine: Engine = None,
     copy: Copy = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     force: Force = False,
     report: Report = False,
     hash: Hash = False,

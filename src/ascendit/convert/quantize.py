@@ -23,6 +23,7 @@ from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.replacement import check_replaceable
 from ascendit.checkpoint.sources import record_source, recording
 from ascendit.checkpoint.transformer import num_weights
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
@@ -68,6 +69,7 @@ def quantize(
     engine: str | None = None,
     copy: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     force: bool = False,
     report: bool = False,
     hash: bool = False,
@@ -83,8 +85,9 @@ def quantize(
     first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
     multiplied by 1 / mul_scale. `calibrate`: a `pipeline.calibrate.Calibrator`, which runs the model to
     compute the smoothing. `engine`: write the format of this engine. `copy`: copy other components instead of
-    linking them. `resume`: continue a killed run with the same arguments. `force`: quantize even if a loss of
-    accuracy is known. `report`: measure SQNR. `hash`: store the sha256 of every file in `ascendit.json`;
+    linking them. `resume`: continue a killed run with the same arguments. `overwrite`: `dst` may be an output
+    of ascendit, which is replaced when the new one is complete. `force`: quantize even if a loss of accuracy
+    is known. `report`: measure SQNR. `hash`: store the sha256 of every file in `ascendit.json`;
     doubles the run time. `dry_run`: only check and report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
@@ -132,8 +135,10 @@ def quantize(
     )
     job.check(force)
     if dry_run:
-        return job.report(0.0, dry_run=True)
-    return job.run(resume, on_progress)
+        if overwrite:
+            check_replaceable(job.dst)
+        return job.report(0.0, dry_run=True, overwrite=overwrite)
+    return job.run(resume, on_progress, overwrite)
 
 
 @dataclass
@@ -236,7 +241,7 @@ class QuantizeJob:
             attention=source.attention | attention,
         )
 
-    def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
+    def run(self, resume: bool, on_progress: OnProgress | None, overwrite: bool = False) -> QuantizeReport:
         """Write the folder. Raises the errors of `Staging`, `Calibrate` and `write_expert`."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
@@ -248,6 +253,7 @@ class QuantizeJob:
             fingerprint=self.fingerprint(),
             resume=resume,
             needs_bytes=needed,
+            overwrite=overwrite,
         ) as staging:
             statistics = self._calibrate(staging)
             total = sum(applied.bytes_before for applied in self.applied)
@@ -329,12 +335,13 @@ class QuantizeJob:
             notes=_notes(report),
         )
 
-    def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
+    def report(self, seconds: float, *, dry_run: bool = False, overwrite: bool = False) -> QuantizeReport:
         """The report of the run, or of the planned run with `dry_run`."""
         loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
-            warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
+            end = "it would be replaced" if overwrite else "without --dry-run this is an error"
+            warnings.append(f"{self.dst} already exists: {end}")
         return QuantizeReport(
             path=self.dst,
             source=provenance.source_name(self.layout),
@@ -349,6 +356,13 @@ class QuantizeJob:
             calibration=self.calibration,
             engine=self.target.engine,
             warnings=tuple(warnings),
+            next=provenance.next_command(
+                self.dst,
+                self.applied[0].expert.config,
+                self.layout,
+                is_pipeline=self.others is not None,
+                engine=self.target.engine,
+            ),
         )
 
     def _expert_report(self, expert: RecipeSteps) -> QuantizedExpert:

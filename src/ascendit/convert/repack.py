@@ -27,6 +27,7 @@ from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recogni
 from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes
+from ascendit.checkpoint.replacement import check_replaceable
 from ascendit.checkpoint.sources import recording
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.trust import Home
@@ -75,6 +76,7 @@ def repack(
     check: bool = False,
     copy: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     on_progress: OnProgress | None = None,
 ) -> RepackReport:
@@ -83,8 +85,8 @@ def repack(
     `src`: a path in any layout of `checkpoint.layout`, hf:org/name or ms:org/name. `base`: the Diffusers
     folder of the model, for the other components and the configs. `to`: `diffusers` (default) or `wan` names.
     `engine`: a key of `ENGINES`, to write its format. `check`: decode source and output and compare. `copy`:
-    copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
-    report.
+    copy other components instead of linking them. `resume`: continue a killed run. `overwrite`: `dst` may be
+    an output of ascendit, which is replaced when the new one is complete. `dry_run`: only check and report.
 
     Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01, -02, -03 and -06 for
     arguments and paths; CheckpointError (E-CKP-..) for the source and the base; EnvironmentProblem (E-ENV-02,
@@ -116,8 +118,13 @@ def repack(
         warnings=_warnings(outputs, target, pipeline),
         dry_run=dry_run,
         seconds=0.0,
+        next=provenance.next_command(
+            dst, outputs[0].config, source, is_pipeline=others is not None, engine=engine
+        ),
     )
     if dry_run:
+        if overwrite:
+            check_replaceable(dst)
         return replace(report, seconds=time.monotonic() - started)
     with Staging(
         dst,
@@ -125,6 +132,7 @@ def repack(
         fingerprint=fingerprint(outputs, (check, copy), others.copied if others else ()),
         resume=resume,
         needs_bytes=report.bytes_after + (others.nbytes if others else 0),
+        overwrite=overwrite,
     ) as staging:
         meter = Meter(sum(step.source_bytes() for output in outputs for step in output.steps), on_progress)
         files: dict[str, str] = {}

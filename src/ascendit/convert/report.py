@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
+from ascendit.report import (
+    columns,
+    counted,
+    group_by,
+    human_bytes,
+    json_data,
+    selected,
+    short_path,
+    titled,
+    totals,
+)
 
 # ---- common to both -----------------------------------------------------------------------------
 
@@ -49,6 +60,8 @@ class ConversionReport:
     warnings: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
     """Links that lead out of the checkpoint and are not in the output, as `name -> path`."""
+    next: str = ""
+    """The command line that uses the output."""
 
     @property
     def schemes(self) -> dict[str, int]:
@@ -89,7 +102,12 @@ class ConversionReport:
         if self.dry_run:
             return [*rows, ["Dry run", f"nothing written; the output would be {self.path}"]]
         pace = f", {self.gib_per_s:.2f} GiB/s" if speed else ""
-        return [*rows, ["Time", f"{self.seconds:.1f} s{pace}"]]
+        rows += [["Time", f"{self.seconds:.1f} s{pace}"], ["Output", short_path(self.path)]]
+        return [*rows, ["Next", self.next]] if self.next else rows
+
+    def ends(self) -> dict[str, str]:
+        """The last entries for `--json`: the output, and the command line that uses it."""
+        return {"output": os.path.abspath(self.path), "next": self.next}
 
 
 # ---- quantize -----------------------------------------------------------------------------------
@@ -233,7 +251,8 @@ class QuantizeReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "recipe", "model_kind", "dry_run", "engine")
         data |= {"layers": self.schemes, **selected(self, "bytes_before", "bytes_after"), **self.measured()}
-        return data | selected(self, "experts", "linked", "omitted", "loras", "calibration", "warnings")
+        data |= selected(self, "experts", "linked", "omitted", "loras", "calibration", "warnings")
+        return data | self.ends()
 
     def lines(self) -> list[str]:
         """Lines for a terminal: titled rows, then the ten worst layers of each expert."""
@@ -329,7 +348,7 @@ class RepackReport(ConversionReport):
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
         data |= selected(self, "experts", "linked", "omitted", "warnings")
-        return {"placed" if key == "linked" else key: value for key, value in data.items()}
+        return {"placed" if key == "linked" else key: value for key, value in data.items()} | self.ends()
 
     def lines(self) -> list[str]:
         """Lines for a terminal: titled rows."""
