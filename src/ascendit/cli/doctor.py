@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ascendit.cli.main import Json, flag
-from ascendit.cli.output import Output, check_report, write_report
+from ascendit.cli.output import Output
 from ascendit.errors import UsageError, escaped
+from ascendit.pages.page import check_report_file, write_json
 from ascendit.report import columns
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _check_device(device: str, file: Path | None, out: Output) -> int:
                 fix="--out self-check.json",
                 code="E-USE-02",
             )
-        check_report("--out", file)
+        check_report_file(file, flag="--out", any_name=True)
     disable_device_plugins()  # the self-check imports torch_npu explicitly
     from ascendit.doctor.self_check import self_check
 
@@ -109,7 +110,7 @@ def _check_device(device: str, file: Path | None, out: Output) -> int:
     data = check.as_dict()
     out.result(data, page(check))
     if file is not None:
-        write_report(file, data)
+        write_json(file, data)
         out.note(f"{file} has the full results; attach it to a bug report")
     return 0 if check.ok else 1
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ascendit.checkpoint.file_copy import check_writable
 from ascendit.cli.kept_latents import check_latents_file, keep_latents, latents_kept_on_failure
 from ascendit.cli.output import Output, log_warnings, quiet_libraries
 from ascendit.errors import Cancelled, UsageError
@@ -152,7 +153,7 @@ def _prepare(
     from ascendit.pipeline import video
 
     if output is not None:
-        video.check_writable(output)
+        check_writable(output)
     if call.model_from is not None:
         _find_model(call, call.model_from)
     prepared = _prepare_request(call, latents)

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from ascendit.errors import AscenditError, UsageError, escaped
+from ascendit.errors import AscenditError, escaped
 from ascendit.report import json_text
 from ascendit.version import __version__, installed
 
@@ -103,30 +102,6 @@ def quiet_libraries() -> None:
     except ImportError:
         return  # reported when the model loads
     logging.disable_progress_bar()
-
-
-def check_report(flag: str, file: Path) -> None:
-    """Check before a long run that the report can be written.
-
-    Raises UsageError (E-USE-03) if `file` exists, EnvironmentProblem (E-ENV-02) if the folder is not
-    writable.
-    """
-    from ascendit.pipeline.video import check_writable
-
-    if file.exists():
-        raise UsageError(
-            f"{flag} {file} already exists",
-            needs="a new name: reports are not overwritten",
-            fix="use another name, or remove the file",
-            code="E-USE-03",
-        )
-    check_writable(file)
-
-
-def write_report(file: Path, data: dict[str, Any]) -> None:
-    """Write `data` as JSON; creates the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json_text(data) + "\n", encoding="utf-8")
 
 
 def print_error(error: dict[str, str]) -> None:

@@ -52,7 +52,10 @@ Set = Annotated[
     flag("--set KEY=VALUE", "With --calibrate: a request field, like num_inference_steps=20; repeatable."),
 ]
 Force = Annotated[bool, flag("--force", "Allow quantization that is known to lose accuracy.")]
-Report = Annotated[bool, flag("--report", "Measure every layer and list the ten worst.")]
+Report = Annotated[
+    str | None,
+    flag("--report [FILE]", "Measure every layer and list the ten worst; also write FILE.html or FILE.json."),
+]
 Hash = Annotated[
     bool, flag("--hash", "Write the sha256 of every file into ascendit.json; takes about twice as long.")
 ]
@@ -76,7 +79,7 @@ def quantize(
     resume: Resume = False,
     overwrite: Overwrite = False,
     force: Force = False,
-    report: Report = False,
+    report: Report = None,
     hash: Hash = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -88,7 +91,8 @@ def quantize(
     from ascendit.convert.quantize import quantize as run
 
     out: Output = ctx.obj
-    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings"))
+    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings", "report"))
+    options["report"] = report is not None and (report or True)  # `--report` without a file is ""
     with out.work(), progress_view(silent=out.silent) as view, _ended_early(view):
         calibrator = _calibrator(calibrate, alpha, device, settings or [], view)
         result = run(**options, calibrate=calibrator, on_progress=view)

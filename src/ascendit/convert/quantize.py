@@ -8,8 +8,10 @@ written under a temporary name and renamed at the end: it appears complete or no
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,9 +42,10 @@ from ascendit.convert.calibration import (
 )
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.other_files import OtherFiles, require_inside
-from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_text
+from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, StoredLayer, calibration_text
 from ascendit.errors import UsageError
 from ascendit.family import Task
+from ascendit.pages.page import check_report_file, is_page, write_report
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
@@ -71,7 +74,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     force: bool = False,
-    report: bool = False,
+    report: bool | Path | str = False,
     hash: bool = False,
     dry_run: bool = False,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
@@ -79,16 +82,17 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as
-    `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
+    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as `default`).
+    `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
     `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
     first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
     multiplied by 1 / mul_scale. `calibrate`: a `pipeline.calibrate.Calibrator`, which runs the model to
-    compute the smoothing. `engine`: write the format of this engine. `copy`: copy other components instead of
-    linking them. `resume`: continue a killed run with the same arguments. `overwrite`: `dst` may be an output
-    of ascendit, which is replaced when the new one is complete. `force`: quantize even if a loss of accuracy
-    is known. `report`: measure SQNR. `hash`: store the sha256 of every file in `ascendit.json`;
-    doubles the run time. `dry_run`: only check and report.
+    compute the smoothing. `engine`: write the format of this engine. `copy`: copy other components
+    instead of linking them. `resume`: continue a killed run with the same arguments. `overwrite`: `dst`
+    may be an output of ascendit, which is replaced when the new one is complete. `force`: quantize even
+    if a loss of accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or
+    .json file. `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time.
+    `dry_run`: only check and report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -113,7 +117,7 @@ def quantize(
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
-        ("--report", report),
+        ("--report", report is not False),
         ("--hash", hash),
     ]
     if recipe and recipe.endswith(".toml") and Path(recipe).is_file():
@@ -129,11 +133,13 @@ def quantize(
         calibrate=calibrate,
         max_shard_bytes=max_shard_bytes,
         copy=copy,
-        measure=report,
+        measure=report is not False,
+        report_file=None if isinstance(report, bool) else Path(os.path.abspath(Path(report).expanduser())),
         hash=hash,
         flags=[*flags, *(calibrate.flags if calibrate else ())],
     )
     job.check(force)
+    job.check_report(overwrite)
     if dry_run:
         if overwrite:
             check_replaceable(job.dst)
@@ -157,6 +163,7 @@ class QuantizeJob:
     max_shard_bytes: int | None
     copy: bool
     measure: bool
+    report_file: Path | None
     hash: bool
     flags: list[tuple[str, object]]
     """The flags of the command line for the model card, with file names instead of paths."""
@@ -225,6 +232,26 @@ class QuantizeJob:
             self.calibration = self.calibrate.record(self.layout)
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
+    def check_report(self, overwrite: bool) -> None:
+        """Check the name of the report. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem."""
+        if (file := self.report_file) is None:
+            return
+        check_report_file(file, overwrite=overwrite)
+        if file.is_relative_to(self.dst) and not is_page(file):
+            raise UsageError(
+                f"the report {file} is inside the output, where it could be taken for a file of the model",
+                needs="a .json report outside the output, or a .html report",
+                fix=f"for example --report {self.dst.with_name(f'{self.dst.name}-report.json')}",
+                code="E-USE-06",
+            )
+
+    def save_report(self, report: QuantizeReport, staging: Staging | None = None) -> None:
+        """Write the report: one inside the output before it is published (`staging`), others after that."""
+        if (file := self.report_file) is None or file.is_relative_to(self.dst) != (staging is not None):
+            return
+        target = file if staging is None else staging.path / file.relative_to(self.dst)
+        write_report(target, report.as_dict(), report.page)
+
     # ---- writing --------------------------------------------------------------------------------
 
     def output_of(self, expert: RecipeSteps) -> ExpertOutput:
@@ -265,9 +292,12 @@ class QuantizeJob:
             if self.others:
                 self.others.write(staging.path, staging.journal)
             staging.journal.remove(staging.path / STATISTICS)
+            self.save_report(self.report(time.perf_counter() - start), staging)
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name, hash=self.hash)
             staging.publish()
-        return self.report(time.perf_counter() - start)
+        report = self.report(time.perf_counter() - start)
+        self.save_report(report)
+        return report
 
     def _calibrate(self, staging: Staging) -> ExpertStatistics:
         """Run the model, or read the statistics of a killed run, and set the smoothing of each expert."""
@@ -325,7 +355,7 @@ class QuantizeJob:
             verb="quantize",
             layout=self.layout,
             model_kind=self.kind,
-            command=provenance.command_line("quantize", self.layout, self.dst, self.flags),
+            command=report.command,
             files=self.files,
             schemes=report.schemes,
             bits_per_weight=report.bits_per_weight,
@@ -353,6 +383,8 @@ class QuantizeJob:
             linked=self.others.names if self.others else (),
             omitted=self.others.omitted if self.others else (),
             loras=tuple(loras),
+            report_file=self.report_file,
+            command=provenance.command_line("quantize", self.layout, self.dst, self.flags),
             calibration=self.calibration,
             engine=self.target.engine,
             warnings=tuple(warnings),
@@ -376,7 +408,20 @@ class QuantizeJob:
             num_weights=num_weights(applied.expert),
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
+            layers=_stored_layers(applied, self.planned[applied.expert.name]),
         )
+
+
+def _stored_layers(applied: AppliedRecipe, output: ExpertOutput) -> dict[str, StoredLayer]:
+    """Linear layer -> its format in the output."""
+    nbytes: Counter[str] = Counter()
+    for spec in output.specs:
+        layer, _, role = spec.name.rpartition(".")
+        nbytes[layer] += 0 if role == "bias" else spec.nbytes
+    return {
+        name: StoredLayer(scheme, 8 * nbytes[name] / math.prod(applied.weight(name).shape))
+        for name, scheme in applied.layer_schemes.items()
+    }
 
 
 def _notes(report: QuantizeReport) -> list[str]:

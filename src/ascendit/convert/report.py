@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ascendit.pages import charts
+from ascendit.pages.page import Figure, Page, Section, Table
 from ascendit.report import (
     columns,
     counted,
@@ -102,8 +104,13 @@ class ConversionReport:
         if self.dry_run:
             return [*rows, ["Dry run", f"nothing written; the output would be {self.path}"]]
         pace = f", {self.gib_per_s:.2f} GiB/s" if speed else ""
-        rows += [["Time", f"{self.seconds:.1f} s{pace}"], ["Output", short_path(self.path)]]
-        return [*rows, ["Next", self.next]] if self.next else rows
+        return [*rows, ["Time", f"{self.seconds:.1f} s{pace}"]]
+
+    def end_rows(self) -> list[list[str]]:
+        """The very last rows for a terminal: the output, and the command that uses it."""
+        if self.dry_run:
+            return []
+        return [["Output", short_path(self.path)], *([["Next", self.next]] if self.next else [])]
 
     def ends(self) -> dict[str, str]:
         """The last entries for `--json`: the output, and the command line that uses it."""
@@ -158,6 +165,18 @@ def _mean(layers: Sequence[OutputQuality]) -> OutputQuality:
     )
 
 
+class StoredLayer(NamedTuple):
+    """The format of a linear layer in the output."""
+
+    scheme: str
+    bits: float
+    """Bits per weight, with scales, without the bias."""
+
+    def text(self) -> str:
+        """`mxfp8, 8.25 bits`."""
+        return f"{self.scheme}, {self.bits:.2f} bits"
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizedExpert(ConvertedExpert):
     """Results for one quantized transformer."""
@@ -170,6 +189,8 @@ class QuantizedExpert(ConvertedExpert):
     """Layer -> signal to quantization noise ratio of its weight in dB; empty without `report`."""
     outputs: Outputs = field(default_factory=Outputs)
     """SQNR of the outputs of smoothed layers, with and without smoothing; from a calibration."""
+    layers: Mapping[str, StoredLayer] = field(default_factory=dict)
+    """Linear layer -> its format."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -236,6 +257,9 @@ class QuantizeReport(ConversionReport):
     loras: tuple[Mapping[str, Any], ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How the activations for smoothing were captured: alpha, prompts, steps."""
+    report_file: Path | None = None
+    command: str = ""
+    """The command line, with the names of folders instead of their paths."""
 
     @property
     def bytes_before(self) -> int:
@@ -252,6 +276,8 @@ class QuantizeReport(ConversionReport):
         data = selected(self, "path", "source", "recipe", "model_kind", "dry_run", "engine")
         data |= {"layers": self.schemes, **selected(self, "bytes_before", "bytes_after"), **self.measured()}
         data |= selected(self, "experts", "linked", "omitted", "loras", "calibration", "warnings")
+        if self.report_file:
+            data["report"] = str(self.report_file)
         return data | self.ends()
 
     def lines(self) -> list[str]:
@@ -264,9 +290,106 @@ class QuantizeReport(ConversionReport):
         rows += [row for expert in self.experts for row in expert.rows()]
         rows += [["Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"]]
         rows += self.closing(self.linked, self.engine, speed=not self.calibration)
-        lines = columns(rows)
-        lines += [line for expert in self.experts for line in expert.worst_lines()]
-        return lines + [line for expert in self.experts for line in expert.output_lines()]
+        measured = [line for expert in self.experts for line in expert.worst_lines()]
+        measured += [line for expert in self.experts for line in expert.output_lines()]
+        end = self.end_rows()
+        if self.report_file and not self.dry_run:
+            end.insert(0, ["Report", short_path(self.report_file)])
+        if not measured or not end:
+            return columns(rows + end) + measured
+        width = max(len(title) for title, _ in rows)
+        return [*columns(rows), *measured, "", *columns(end, first_width=width)]
+
+    def page(self) -> Page:
+        """The HTML report. Imports matplotlib."""
+        about = {"model": f"{self.source} ({self.model_kind})", "output": self.path.name}
+        about |= {"recipe": self.recipe, "command": self.command}
+        about |= {"LoRA": ", ".join(f"{lora['file']} at {lora['weight']:g}" for lora in self.loras)}
+        about |= {"smoothing": calibration_text(self.calibration) if self.calibration else ""}
+        about |= {"warnings": "; ".join(self.warnings)}
+        return Page(title=f"Quantized: {self.path.name}", about=about, sections=tuple(_sections(self)))
+
+
+def _sections(report: QuantizeReport) -> Iterator[Section]:
+    """The sections of the page: summary, SQNR, formats, outputs of layers, all layers."""
+    experts = report.experts
+    before = {f"{x.name}, before": x.bytes_before for x in experts}
+    after = {f"{x.name}, after": x.bytes_after for x in experts}
+    sizes = {name: n for pair in zip(before.items(), after.items(), strict=True) for name, n in pair}
+    texts = {name: human_bytes(n) for name, n in sizes.items()}
+    bars = charts.bars({name: n / 2**20 for name, n in sizes.items()}, "MiB", texts)
+    sizes_figure = Figure(svg=bars, caption="Size of the tensors of each transformer, scales included.")
+    yield Section("Summary", [_summary_table(report), sizes_figure])
+    sqnr = {x.name: x.sqnr for x in experts if x.sqnr}
+    if sqnr:
+        caption = (
+            "Signal-to-quantization-noise ratio of each weight, by block and kind of layer. Higher is better."
+        )
+        yield Section(
+            "SQNR of the weights",
+            [
+                Figure(svg=charts.by_depth(sqnr, "SQNR in dB"), caption=caption),
+                *(_worst_table(x) for x in experts if x.sqnr),
+            ],
+        )
+    caption = "Scheme and bits per weight of each linear layer of the blocks, scales included."
+    formats = {x.name: {name: layer.text() for name, layer in x.layers.items()} for x in experts}
+    rows = [(x.name, reason, ", ".join(names)) for x in experts for reason, names in x.kept.items()]
+    excluded = Table(head=("transformer", "reason", "layers"), rows=rows, title="Not quantized")
+    yield Section("Formats", [Figure(svg=charts.grid(formats), caption=caption), excluded])
+    for expert in experts:
+        if expert.outputs.layers:
+            yield Section(f"Outputs of layers of {expert.name}", [_outputs_table(expert)], _OUTPUTS_TEXT)
+    yield Section("Layers", [_layers_table(expert) for expert in experts])
+
+
+_OUTPUTS_TEXT = "SQNR on captured activations, with both weight and activation quantized."
+
+
+def _summary_table(report: QuantizeReport) -> Table:
+    head = ("transformer", "layers", "before", "after", "bits per weight", "mean SQNR", "worst SQNR")
+    rows = []
+    for x in report.experts:
+        values = list(x.sqnr.values())
+        decibels = (f"{sum(values) / len(values):.2f} dB", f"{min(values):.2f} dB") if values else ("-", "-")
+        sizes = (human_bytes(x.bytes_before), human_bytes(x.bytes_after), f"{x.bits_per_weight:.2f}")
+        rows.append((x.name, x.counts(), *sizes, *decibels))
+    total = (human_bytes(report.bytes_before), human_bytes(report.bytes_after))
+    rows.append(("in all", "", *total, f"{report.bits_per_weight:.2f}", "", ""))
+    return Table(head=head, rows=rows)
+
+
+def _worst_table(expert: QuantizedExpert) -> Table:
+    rows = [(name, _format(expert, name), f"{value:.2f} dB") for name, value in expert.worst]
+    title = f"The {len(rows)} worst layers of {expert.name}"
+    return Table(head=("layer", "format", "SQNR"), rows=rows, title=title)
+
+
+def _outputs_table(expert: QuantizedExpert) -> Table:
+    rows = [
+        (name, f"{q.plain:.2f} dB", f"{q.smoothed:.2f} dB", f"{q.smoothed - q.plain:+.2f} dB")
+        for name, q in expert.outputs.rows(WORST)
+    ]
+    return Table(head=("layers", "without smoothing", "smoothed", "gain"), rows=rows)
+
+
+def _layers_table(expert: QuantizedExpert) -> Table:
+    rows = [
+        (
+            name,
+            layer.scheme,
+            f"{layer.bits:.2f}",
+            f"{expert.sqnr[name]:.2f} dB" if name in expert.sqnr else "-",
+        )
+        for name, layer in expert.layers.items()
+    ]
+    title = f"All {len(rows)} linear layers of {expert.name}"
+    return Table(head=("layer", "scheme", "bits per weight", "SQNR"), rows=rows, title=title, folded=True)
+
+
+def _format(expert: QuantizedExpert, name: str) -> str:
+    layer = expert.layers.get(name)
+    return layer.text() if layer else ""
 
 
 def calibration_text(record: Mapping[str, Any]) -> str:
@@ -356,4 +479,4 @@ class RepackReport(ConversionReport):
         rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
         rows += [(expert.name, expert.texts()) for expert in self.experts]
         rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
-        return columns([*titled(rows), *self.closing(self.linked)])
+        return columns([*titled(rows), *self.closing(self.linked), *self.end_rows()])
