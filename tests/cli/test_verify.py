@@ -14,7 +14,7 @@ from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
 from ascendit.pipeline import job
 from ascendit.verify import quality
-from ascendit.verify.quality_table import Quality, QualityRow
+from ascendit.verify.quality_table import BASE, Quality, QualityRow, default_cases
 
 
 class Painter:
@@ -155,8 +155,8 @@ class Measure:
     def __call__(self, model, chosen, scenes, seeds, *, jobs, cancel, on_video, on_row):
         self.calls.append((model, [c.name for c in chosen], len(scenes), list(seeds), jobs))
         total, rows = len(scenes) * len(seeds), []
-        for case in (quality.BASE, *chosen):
-            lost = 0 if case is quality.BASE else self.lost
+        for case in (BASE, *chosen):
+            lost = 0 if case is BASE else self.lost
             for i in range(total):
                 on_video(case.name, i >= lost)
             rows.append(
@@ -205,7 +205,7 @@ def test_quality_fails_below_a_limit(run, measure):
     losses = "; ".join(f"{name} loses 3, at most 2" for name in ("int8", "int8_block", "mxfp8"))
     assert losses in ended.json["error"]["got"]
     model, cases, scenes, seeds, jobs = measure.calls[0]
-    assert cases == [c.name for c in quality.default_cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
+    assert cases == [c.name for c in default_cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
     assert {c["case"]: c["lost"] for c in ended.json["cases"]}["recommended-fp4"] == 3
 
 
@@ -217,4 +217,4 @@ def test_quality_stores_finished_cases_when_cancelled(run, measure, monkeypatch,
     monkeypatch.setattr(quality, "measure_quality", stop)
     ended = run("verify", "--demo", "--quality", "--limit", "4", "--report", tmp_path / "q.json")
     assert ended.code == 130
-    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(quality.default_cases())
+    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(default_cases())

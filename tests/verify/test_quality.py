@@ -22,17 +22,21 @@ from ascendit.pipeline.generate import Pipeline
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import SCHEMES
 from ascendit.verify.quality import (
-    BASE,
     bits_per_weight,
-    choose_cases,
-    default_cases,
     fingerprint,
     layer_inputs,
     layer_sqnr,
     measure_quality,
     trace,
 )
-from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
+from ascendit.verify.quality_table import (
+    BASE,
+    Quality,
+    QualityCase,
+    QualityRow,
+    choose_cases,
+    default_cases,
+)
 
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 PROMPT = "a red circle moves right on a black background"

@@ -317,7 +317,8 @@ def _sections(report: QuantizeReport) -> Iterator[Section]:
     after = {f"{x.name}, after": x.bytes_after for x in experts}
     sizes = {name: n for pair in zip(before.items(), after.items(), strict=True) for name, n in pair}
     texts = {name: human_bytes(n) for name, n in sizes.items()}
-    bars = charts.bars({name: n / 2**20 for name, n in sizes.items()}, "MiB", texts)
+    unit, divisor = ("GiB", 2**30) if max(sizes.values()) >= 2**30 else ("MiB", 2**20)
+    bars = charts.bars({name: n / divisor for name, n in sizes.items()}, unit, texts)
     sizes_figure = Figure(svg=bars, caption="Size of the tensors of each transformer, scales included.")
     yield Section("Summary", [_summary_table(report), sizes_figure])
     sqnr = {x.name: x.sqnr for x in experts if x.sqnr}

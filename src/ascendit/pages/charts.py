@@ -118,7 +118,8 @@ def grid(panels: Mapping[str, Mapping[str, str]]) -> str:
                 for row, at in boxes.items():
                     spans = [(depth - 0.46, 0.92) for _, depth in at]
                     axis.broken_barh(spans, (row - 0.42, 0.84), color=colours[text], linewidth=0)
-            axis.set(title=_label(title), ylim=(len(kinds) - 0.4, -0.6), xlim=(-0.7, None))
+            last = max((depth for _, depth in cells), default=0)
+            axis.set(title=_label(title), ylim=(len(kinds) - 0.4, -0.6), xlim=(-0.7, last + 0.7))
             axis.set_yticks(range(len(kinds)), map(_label, kinds))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(False)
@@ -136,6 +137,8 @@ def bars(values: Mapping[str, float], label: str, texts: Mapping[str, str]) -> s
         axis.set_yticks(range(len(values)), map(_label, values))
         axis.set(xlabel=label, ylim=(len(values) - 0.4, -0.6))
         axis.margins(x=0.16)
+        if all(isinstance(value, int) for value in values.values()):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(False, axis="y")
         return _svg(figure)
 
@@ -145,7 +148,10 @@ def spread(groups: Mapping[str, Sequence[float]], label: str) -> str:
     with _figure(1, 0.5 + 0.3 * len(groups)) as (figure, [axis]):
         for row, values in enumerate(groups.values()):
             heights = [row + 0.2 * ((7 * i) % 11 - 5) / 5 for i in range(len(values))]
-            axis.plot(values, heights, "o", markersize=2.6, alpha=0.45, color=COLOURS[0], markeredgewidth=0)
+            size = (
+                {"markersize": 5.0, "alpha": 0.8} if len(values) < 30 else {"markersize": 2.6, "alpha": 0.45}
+            )
+            axis.plot(values, heights, "o", color=COLOURS[0], markeredgewidth=0, **size)
             if values:
                 axis.plot([median(values)] * 2, [row - 0.34, row + 0.34], color=COLOURS[1], linewidth=2)
         axis.set_yticks(range(len(groups)), map(_label, groups))

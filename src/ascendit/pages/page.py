@@ -25,7 +25,7 @@ from ascendit.version import __version__, installed
 
 SUFFIXES = (".html", ".json")
 PACKAGES = ("torch", "diffusers", "transformers")
-_NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?/ ?[\d.]+)?(?: ?(?:dB|%|x|[KMG]iB|B))?|-")
+_NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?/ ?[\d.]+)?(?: ?(?:dB|%|x|[KMG]iB|B))?(?: +[\d.]+%)?")
 Tone = str
 """`good`, `bad`, or "" for plain text."""
 
@@ -145,7 +145,8 @@ def _heading(title: str) -> str:
 def _is_numeric(column: Sequence[str | Cell]) -> bool:
     """Whether a column is right-aligned: most of its cells are numbers."""
     texts = [cell.text if isinstance(cell, Cell) else cell for cell in column]
-    return sum(bool(_NUMBER.fullmatch(text)) for text in texts) > len([t for t in texts if t]) / 2
+    texts = [text for text in texts if text not in ("", "-")]
+    return sum(bool(_NUMBER.fullmatch(text)) for text in texts) > len(texts) / 2
 
 
 def _cell(tag: str, cell: str | Cell, numeric: bool) -> str:
@@ -189,7 +190,7 @@ td.n,th.n{text-align:right}td.n{white-space:nowrap}
 figure{margin:14px 0}figcaption{color:var(--soft);font-size:13px;max-width:95ch}
 svg{max-width:100%;height:auto;color:var(--text)}
 .strips{display:flex;flex-wrap:wrap;gap:10px 18px}.strips figure{margin:0;max-width:100%}
-.strips img{display:block;max-width:100%;image-rendering:pixelated;border-radius:3px}
+.strips img{display:block;max-width:100%;image-rendering:pixelated;border:1px solid var(--line)}
 summary{cursor:pointer;font-weight:600;font-size:15px;margin:18px 0 6px}
 @media print{details{display:none}}
 """
