@@ -15,6 +15,7 @@ from ascendit.pages.page import (
     Cell,
     Figure,
     Page,
+    Part,
     Pictures,
     Section,
     Table,
@@ -64,7 +65,7 @@ def read(markup: str) -> Reader:
 
 def example(name: str) -> Page:
     table = Table(head=(name, "dB"), rows=[(name, "1.50 dB"), (Cell(name, "bad"), "-")], title=name)
-    parts = [
+    parts: list[Part] = [
         table,
         Figure(svg="<svg></svg>", caption=name),
         Pictures(images=[(name, b"\x89PNG")], title=name),
@@ -90,7 +91,7 @@ def test_the_page_is_readable_in_light_and_dark_and_loads_nothing() -> None:
 
 
 def test_numbers_are_aligned_by_column() -> None:
-    rows = [
+    rows: list[tuple[str | Cell, ...]] = [
         ("a", "1.50 dB", Cell("equal", "good")),
         ("b", "-", Cell("3/4", "bad")),
         ("c", "2 dB", "1/2  50.0%"),

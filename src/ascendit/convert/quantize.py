@@ -408,7 +408,7 @@ class QuantizeJob:
             num_weights=num_weights(applied.expert),
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
-            layers=_stored_layers(applied, self.planned[applied.expert.name]),
+            stored=_stored_layers(applied, self.planned[applied.expert.name]),
         )
 
 

@@ -189,7 +189,7 @@ class QuantizedExpert(ConvertedExpert):
     """Layer -> signal to quantization noise ratio of its weight in dB; empty without `report`."""
     outputs: Outputs = field(default_factory=Outputs)
     """SQNR of the outputs of smoothed layers, with and without smoothing; from a calibration."""
-    layers: Mapping[str, StoredLayer] = field(default_factory=dict)
+    stored: Mapping[str, StoredLayer] = field(default_factory=dict)
     """Linear layer -> its format."""
 
     @property
@@ -334,7 +334,7 @@ def _sections(report: QuantizeReport) -> Iterator[Section]:
             ],
         )
     caption = "Scheme and bits per weight of each linear layer of the blocks, scales included."
-    formats = {x.name: {name: layer.text() for name, layer in x.layers.items()} for x in experts}
+    formats = {x.name: {name: layer.text() for name, layer in x.stored.items()} for x in experts}
     rows = [(x.name, reason, ", ".join(names)) for x in experts for reason, names in x.kept.items()]
     excluded = Table(head=("transformer", "reason", "layers"), rows=rows, title="Not quantized")
     yield Section("Formats", [Figure(svg=charts.grid(formats), caption=caption), excluded])
@@ -382,14 +382,14 @@ def _layers_table(expert: QuantizedExpert) -> Table:
             f"{layer.bits:.2f}",
             f"{expert.sqnr[name]:.2f} dB" if name in expert.sqnr else "-",
         )
-        for name, layer in expert.layers.items()
+        for name, layer in expert.stored.items()
     ]
     title = f"All {len(rows)} linear layers of {expert.name}"
     return Table(head=("layer", "scheme", "bits per weight", "SQNR"), rows=rows, title=title, folded=True)
 
 
 def _format(expert: QuantizedExpert, name: str) -> str:
-    layer = expert.layers.get(name)
+    layer = expert.stored.get(name)
     return layer.text() if layer else ""
 
 

@@ -32,7 +32,7 @@ TEXT, GRID = "#010203", "#040506"
 WIDTH = 9.6  # inches
 _BLOCK = re.compile(r"(.*?)\bblocks?\.(\d+)\.(.+)")
 _IDS = re.compile(r'<g id="[^"]*">|<!--.*?-->\s*', re.DOTALL)
-_SETTINGS = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ascendit",
     "text.parse_math": False,
@@ -113,7 +113,7 @@ def grid(panels: Mapping[str, Mapping[str, str]]) -> str:
         from matplotlib.patches import Patch
 
         for axis, (title, cells) in zip(axes, located.items(), strict=True):
-            for text, group in group_by(cells, lambda where, cells=cells: cells[where]).items():
+            for text, group in group_by(cells, cells.__getitem__).items():
                 boxes = group_by(group, lambda where: kinds.index(where[0]))
                 for row, at in boxes.items():
                     spans = [(depth - 0.46, 0.92) for _, depth in at]

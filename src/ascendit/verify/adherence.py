@@ -9,7 +9,7 @@ from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Stop
 from ascendit.pages import charts
-from ascendit.pages.page import Cell, Figure, Page, Section, Table
+from ascendit.pages.page import Cell, Figure, Page, Part, Section, Table
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.generate import Pipeline
 from ascendit.report import counted
@@ -89,7 +89,7 @@ def adherence_page(result: Adherence, model: str) -> Page:
         (TITLES[key], f"at least {LIMITS[key]:.0%}", c.text(), _verdict(result, key))
         for key, c in _groups(result).items()
     ]
-    summary = [
+    summary: list[Part] = [
         Table(head=("group", "limit", "right", "verdict"), rows=verdicts),
         Table(head=("right", *groups), rows=counts),
         Figure(svg=svg, caption="Read from the pixels of each video, without a neural network."),
