@@ -80,7 +80,7 @@ FLAGS = {
         "--dry-run",
         "--json",
     ],
-    "inspect": ["--layers", "--check", "--diff", "--values", "--json"],
+    "inspect": ["--layers", "--check", "--diff", "--values", "--report", "--overwrite", "--json"],
     "verify": [
         "--demo",
         "--adherence",
@@ -90,6 +90,7 @@ FLAGS = {
         "--limit",
         "--jobs",
         "--report",
+        "--overwrite",
         "--json",
         "--swap-experts",
     ],

@@ -71,7 +71,8 @@ def _inspect(out: Output, path: str, layers: bool, check: bool) -> bool:
 
     with out.work(), progress_view(silent=out.silent or not check) as view:
         report = inspect_checkpoint(path, check=True, on_progress=view) if check else inspect_checkpoint(path)
-    out.result(report.as_dict(layers=layers), report.layer_lines() if layers else report.lines())
+    lines = report.layer_lines(out.width) if layers else report.lines(out.width)
+    out.result(report.as_dict(layers=layers), lines, colour=True)
     for problem in report.problem_texts() if layers else ():
         out.note(problem)
     return report.ok
@@ -84,7 +85,7 @@ def _diff(out: Output, path: str, other: str, **options: Any) -> bool:
     reads = options["check"] or options["values"]
     with out.work(), progress_view(silent=out.silent or not reads) as view:
         result = diff(path, other, **options, on_progress=view)
-    out.result(result.as_dict(), result.lines())
+    out.result(result.as_dict(), result.lines(out.width), colour=True)
     if options["report"]:
         out.note(f"report: {options['report']}")
     return result.same and result.a.ok and result.b.ok

@@ -5,6 +5,7 @@ Only this module and the views of `progress` print, so every text of a file pass
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
@@ -31,6 +32,11 @@ class Output:
         """Whether only the result is printed."""
         return self.quiet or self.json
 
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None if the result goes to a file or another program."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
     def line(self, text: str = "") -> None:
         """Print one line of the result; line breaks in `text` are escaped."""
         if not self.json:
@@ -51,14 +57,24 @@ class Output:
         if self.json:
             print(json_text(data))
 
-    def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
-        """Print the result of a command: `data` with `--json`, else `lines`.
+    def result(
+        self,
+        data: dict[str, Any],
+        lines: Iterable[str],
+        error: AscenditError | None = None,
+        *,
+        colour: bool = False,
+    ) -> None:
+        """Print the result of a command: `data` with `--json`, else `lines`, with `colour` on a terminal.
 
         With `error`, a QualityError, print it too and raise typer.Exit with its exit code.
         """
         self.emit(data | ({"error": error.as_dict()} if error else {}))
-        for line in lines:
-            self.line(line)
+        if colour and not self.json and sys.stdout.isatty():
+            print_coloured(lines)
+        else:
+            for line in lines:
+                self.line(line)
         if error:
             if not self.json:
                 print_error(error.as_dict())
@@ -102,6 +118,29 @@ def quiet_libraries() -> None:
     except ImportError:
         return  # reported when the model loads
     logging.disable_progress_bar()
+
+
+WORDS_BY_STYLE = {
+    "green": "ok|works|PASS|passed|exact|close|same size|unchanged",
+    "bold red": "NOT OK|DAMAGED|FAIL|failed|missing|too old|too little|broken|probe failed|differs",
+    "yellow": "absent|unlisted|not checked|not recorded",
+}
+"""Style -> statuses that have it, if they are a cell of a table."""
+
+
+def print_coloured(lines: Iterable[str]) -> None:
+    """Print lines on a terminal: titles bold, statuses coloured. Without colour if NO_COLOR is set."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        text = Text(escaped(line))
+        text.highlight_regex(r"^\S.*?(?=  )", "bold")
+        for style, words in WORDS_BY_STYLE.items():
+            text.highlight_regex(rf"(?:(?<=  )|^)(?:{words})(?=  |$)", style)
+        text.highlight_regex(r"(?<=  )E-[A-Z]{3}-\d\d|^Problem(?=  )", "bold red")
+        console.print(text)
 
 
 def print_error(error: dict[str, str]) -> None:

@@ -102,19 +102,20 @@ class Diff:
             "values": json_data(self.values),
         }
 
-    def lines(self) -> list[str]:
-        """Lines for a terminal."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lines for a terminal. `width`: of the terminal."""
         sides = {"A": self.a, "B": self.b}
         head = [(title, _side_text(_side(report))) for title, report in sides.items()]
         head += [
             ("Problem", f"{x}  {text}") for x, report in sides.items() for text in report.problem_texts()
         ]
-        lines = columns(head, first_width=TITLE_WIDTH)
+        lines = columns(head, first_width=TITLE_WIDTH, width=width)
         by_part = group_by(self.changes, lambda c: c.part)
         alike = group_by(by_part, lambda part: repr([(c.kind, c.name, c.a, c.b) for c in by_part[part]]))
         for parts in alike.values():
             blocks = _blocks(by_part[parts[0]], self)
-            lines += ["", ", ".join(parts), *columns(titled(blocks), indent="  ", first_width=TITLE_WIDTH)]
+            table = columns(titled(blocks), indent="  ", first_width=TITLE_WIDTH, width=width)
+            lines += ["", ", ".join(parts), *table]
         before, after = (_side(report)["nbytes"] for report in sides.values())
         ratio = f"   {after / before:.3f} x" if before else ""
         size = f"{human_bytes(before)} -> {human_bytes(after)} in the transformers{ratio}"
@@ -124,10 +125,10 @@ class Diff:
             result = SAME_HEADERS if self.hashes == "different" else "same headers and configs"
         end = [("Bytes", size), ("Values", hashes)]
         if self.values is not None:
-            lines += self.values.lines()
+            lines += self.values.lines(width)
             end = [("Bytes", size), ("Hashes", hashes), ("Values", self.values.summary())]
             result += ", equal numbers" if self.values.same else ", different numbers"
-        return [*lines, "", *columns([*end, ("Result", result)], first_width=TITLE_WIDTH)]
+        return [*lines, "", *columns([*end, ("Result", result)], first_width=TITLE_WIDTH, width=width)]
 
     def page(self) -> Page:
         """The HTML report of the numbers. Imports matplotlib."""

@@ -100,15 +100,15 @@ class ValueDiff:
         parts = {name: _summary(rows) for name, rows in by_part.items()}
         return {"same": self.same, "parts": parts, "rows": [row.as_dict() for row in self.rows]}
 
-    def lines(self) -> list[str]:
-        """Lines for a terminal: for each part a summary, then its worst rows."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lines for a terminal: for each part a summary, then its worst rows. `width`: of the terminal."""
         lines = []
         worst = group_by(self.worst, lambda row: row.part)
         for part, rows in group_by(self.rows, lambda row: row.part).items():
             lines += ["", f"{part}   {_summary_text(_summary(rows))}"]
             if shown := worst.get(part, [])[:MAX_ROWS]:
                 head = ("SQNR", "max difference", "values that differ", "worst first", "A -> B")
-                lines += columns([head, *(row.cells() for row in shown)], indent="  ")
+                lines += columns([head, *(row.cells() for row in shown)], indent="  ", width=width)
             if (more := len(worst.get(part, [])) - MAX_ROWS) > 0:
                 lines.append(f"  and {more} more; --json has all")
         return lines
