@@ -90,7 +90,18 @@ def test_a_black_video_is_a_wrong_answer(run, painter):
 def test_a_group_without_videos_is_not_judged(run, painter):
     ended = run("verify", "--demo", "--adherence", "--limit", "1", "--seeds", "1")
     assert ended.code == 0
-    assert "-     held out" in ended.out
+    assert "-     held out    no videos" in ended.out and " 0/0" not in ended.out and " 0.0%" not in ended.out
+
+
+def test_the_report_is_a_page(run, painter, tmp_path):
+    painter.wrong = set(world.held_out())
+    file = tmp_path / "r.html"
+    args = ("verify", "--demo", "--adherence", "--limit", "8", "--seeds", "1", "--report", file)
+    ended = run(*args)
+    text = file.read_text()
+    assert ended.code == 1 and "<td class='bad'>FAIL</td>" in text and text.count("<svg") == 1
+    assert text.partition("Failures</h2>")[2].count("<tr>") == 1 + 1, "a header and the held-out scene"
+    assert run(*args).code == 2 and run(*args, "--overwrite").code == 1
 
 
 def test_cancelled(run, painter, monkeypatch):
@@ -195,6 +206,17 @@ def test_quality_prints_a_table_and_passes(run, measure, tmp_path):
     assert "fp8: right 190/192   video 576/576" in ended.err
     data = json.loads(report.read_text())
     assert data["pass"] is True and [c["case"] for c in data["cases"]] == ["bf16", "int8", "fp8"]
+
+
+def test_a_quality_page_has_every_case(run, measure, tmp_path):
+    measure.lost = 3
+    names = ["int8", "mxfp4, default:w4a8"]
+    cases = [part for name in names for part in ("--case", name)]
+    args = ("verify", "--demo", "--quality", "--limit", "4", *cases, "--report", tmp_path / "q.html")
+    assert run(*args).code == 1
+    text = (tmp_path / "q.html").read_text()
+    assert all(f"<td>{name}</td>" in text for name in names) and text.count("FAIL") == 1
+    assert "1 of 4" in text and text.count("<svg") == 4
 
 
 def test_quality_fails_below_a_limit(run, measure):
