@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ascendit.convert.report import (
     QuantizeReport,
     RepackedExpert,
     RepackReport,
+    StoredLayer,
     add_up,
 )
 
@@ -89,7 +91,8 @@ def test_measurements_follow_the_summary() -> None:
         "  blocks.11.attn1.to_q   19.00",
         "  blocks.10.attn1.to_q   20.00",
     ]
-    assert lines[-7:] == [
+    assert lines[-3:] == ["", "Output       out", "Next         ascendit generate out 'a cat'"]
+    assert lines[-10:-3] == [
         "",
         "transformer: SQNR in dB of the outputs of 2 layers with captured activations",
         "                       without  smoothed    gain",
@@ -198,3 +201,24 @@ def test_repack_as_json() -> None:
         "checked": 299,
         "decoded_sha256": "ab12",
     }
+
+
+def test_the_page_of_quantize() -> None:
+    evil = "<b>blocks</b>"
+    sqnr = {f"blocks.{n}.attn1.to_q": 30.0 - n for n in range(12)}
+    stored = {name: StoredLayer("mxfp8", 8.25) for name in sqnr} | {"proj_out": StoredLayer("bf16", 16.0)}
+    expert = replace(EXPERT, sqnr=sqnr, stored=stored, kept={evil: ("proj_out",)})
+    text = replace(QUANTIZED, experts=(expert,), recipe=evil, source=evil).page().markup()
+    assert evil not in text and text.count("&lt;b&gt;blocks&lt;/b&gt;") == 3
+    worst = text.partition("The 10 worst layers of transformer")[2].partition("</table>")[0]
+    rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td><td class='n'>(.*?)</td>", worst)
+    assert rows == [
+        (f"blocks.{n}.attn1.to_q", "mxfp8, 8.25 bits", f"{30 - n:.2f} dB") for n in range(11, 1, -1)
+    ]
+    assert "<td>proj_out</td><td>bf16</td><td class='n'>16.00</td><td class='n'>-</td>" in text
+    assert "3.0 MiB" in text and "1.5 MiB" in text and "24.50 dB" in text  # the mean
+
+
+def test_a_page_without_measurements_has_no_plot_of_them() -> None:
+    text = replace(QUANTIZED, experts=(EXPERT,)).page().markup()
+    assert "SQNR of the weights" not in text and "Formats" in text

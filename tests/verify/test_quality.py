@@ -119,6 +119,20 @@ def test_table_and_json() -> None:
     assert case["steps"]["worst_cosine"] <= min(case["steps"]["cosine"])
 
 
+def test_the_report_shows_the_worst_video() -> None:
+    quality = short_quality()
+    base, mxfp8, mxfp4 = quality.rows
+    assert base.strips == {} and set(mxfp8.strips) == set(mxfp4.strips) == {0, 1}
+    assert next(iter(mxfp4.strips)) == mxfp4.psnr.index(min(mxfp4.psnr))
+    assert [seed for _, seed in quality.videos] == [0, 0]
+    text = quality.page().markup()
+    assert text.count("src='data:image/png;base64,") == 4
+    for prompt, _ in quality.videos:
+        assert f"<td>{prompt}</td>" in text
+    for value in (*mxfp8.psnr, *mxfp4.psnr):
+        assert f" {value:.1f}</td>" in text
+
+
 def test_equal_cases_are_run_once() -> None:
     """The two recipes differ only in attention, which is BF16 here."""
     reported: list[str] = []

@@ -120,7 +120,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-WORDS_BY_STYLE = {
+STATUSES = {
     "green": "ok|works|PASS|passed|exact|close|same size|unchanged",
     "bold red": "NOT OK|DAMAGED|FAIL|failed|missing|too old|too little|broken|probe failed|differs",
     "yellow": "absent|unlisted|not checked|not recorded",
@@ -137,8 +137,8 @@ def print_coloured(lines: Iterable[str]) -> None:
     for line in lines:
         text = Text(escaped(line))
         text.highlight_regex(r"^\S.*?(?=  )", "bold")
-        for style, words in WORDS_BY_STYLE.items():
-            text.highlight_regex(rf"(?:(?<=  )|^)(?:{words})(?=  |$)", style)
+        for style, statuses in STATUSES.items():
+            text.highlight_regex(rf"(?:(?<=  )|^)(?:{statuses})(?=  |$)", style)
         text.highlight_regex(r"(?<=  )E-[A-Z]{3}-\d\d|^Problem(?=  )", "bold red")
         console.print(text)
 

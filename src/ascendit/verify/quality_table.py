@@ -227,7 +227,7 @@ def _sections(quality: Quality) -> Iterator[Section]:
         )
     if layers := _layers_by_depth(others):
         svg = charts.by_depth(layers, "SQNR in dB")
-        caption = "Outputs of the layers on the activations of a BF16 run, median over each block."
+        caption = "SQNR of the outputs with the activations of a BF16 run, median over each block."
         yield Section("Layers", [Figure(svg=svg, caption=caption)])
     if strips := list(_strips(quality)):
         yield Section("Videos", strips, "Top row: BF16. Bottom row: the case. The least PSNR first.")
@@ -245,11 +245,11 @@ _RIGHT, _WRONG = "\u2713", "\u2717"
 
 def _summary_table(quality: Quality) -> Table:
     verdicts = {row.name: within for row, within in quality.verdicts()}
-    words = {True: Cell("PASS", "good"), False: Cell("FAIL", "bad")}
+    texts = {True: Cell("PASS", "good"), False: Cell("FAIL", "bad")}
     rows = []
     for row in quality.rows:
         name, bits, layers, _, _, psnr, ssim, right, lost = row.cells(quality.base)
-        verdict = words[verdicts[row.name]] if row.name in verdicts else Cell("-")
+        verdict = texts[verdicts[row.name]] if row.name in verdicts else Cell("-")
         rows.append((name, bits, layers, psnr, ssim, right, lost, verdict))
     head = ("case", "bits", *(MEASURES[i] for i in (1, 4, 5)), "right", "lost / won", "verdict")
     return Table(head=head, rows=rows)
