@@ -13,6 +13,7 @@ import pytest
 import torch
 from convert.models import TI2V, read, write_model, write_transformer
 from kill import contents, run_and_kill
+from safetensors.torch import save_file
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.convert.quantize import quantize
@@ -126,6 +127,33 @@ def test_invalid_calls_are_refused_and_leave_no_file(run, model, tmp_path, args,
     ended = run("quantize", model, "-o", tmp_path / "out", *args)
     assert ended.code == 2 and f"error[{code}]" in ended.err and text in ended.err
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+def test_lora_keys_that_the_model_lacks_are_skipped_on_request(run, model, tmp_path):
+    a, b = torch.ones(2, 64), torch.ones(64, 2)
+    layers = ("self_attn.q", "cross_attn.k_img")
+    lora = {f"blocks.0.{x}.lora_{y}.weight": t.clone() for x in layers for y, t in (("A", a), ("B", b))}
+    save_file(lora, tmp_path / "a.safetensors", metadata={"lora_alpha": "1"})
+    args = (
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--scheme",
+        "int8",
+        "--lora",
+        tmp_path / "a.safetensors",
+    )
+    ended = run(*args, "--dry-run")
+    assert ended.code == 1 and "or add --lora-skip image" in ended.err
+    ended = run(*args, "--lora-skip", "image", "--dry-run")
+    note = "2 keys, 2 keys of group image skipped, scale 0.5 (alpha 1, rank 2; from header lora_alpha)"
+    assert ended.code == 0 and f"LoRA           a.safetensors: {note} x weight 1" in ended.out
+    ended = run(*args, "--lora-skip", "image", "--dry-run", "--json")
+    assert ended.json["loras"][0]["applied"]["transformer_2"]["skipped"] == {"image": 2}
+    assert ended.json["loras"][0]["applied"]["transformer"]["scale"] == [0.5, 0.5]
+    ended = run(*args, "--lora-skip", "image", "--lora-skip", "text", "--dry-run")
+    assert ended.code == 2 and "error[E-USE-05]" in ended.err and "omit --lora-skip text" in ended.err
 
 
 def test_force(run, tmp_path):

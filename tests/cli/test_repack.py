@@ -69,7 +69,7 @@ def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         call(exports.MXFP8, "-o", tmp_path / "out", *args)
     del passed["on_progress"]
     assert passed == {
-        "src": str(exports.MXFP8),
+        "src": [str(exports.MXFP8)],
         "dst": tmp_path / "out",
         "base": str(exports.MXFP4),
         "to": "wan",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from ascendit.convert.report import (
     QuantizeReport,
     RepackedExpert,
     RepackReport,
-    StoredLayer,
     add_up,
 )
 
@@ -35,7 +33,16 @@ QUANTIZED = QuantizeReport(
     dry_run=False,
     seconds=2.0,
     linked=("vae", "LICENSE"),
-    loras=({"file": "style.safetensors", "weight": 0.5},),
+    loras=(
+        {
+            "file": "style.safetensors",
+            "weight": 0.5,
+            "expert": "all",
+            "applied": dict.fromkeys(
+                ("transformer", "transformer_2"), {"note": "style: 8 keys x weight 0.5"}
+            ),
+        },
+    ),
     engine="mindie",
     warnings=("mind the gap",),
     next="ascendit generate out 'a cat'",
@@ -52,7 +59,7 @@ def test_quantize_on_a_screen() -> None:
     assert QUANTIZED.lines() == [
         "Source         org/name@rev  (t2v)",
         "Recipe         default",
-        "LoRA           style.safetensors at 0.5",
+        "LoRA           style: 8 keys x weight 0.5",
         "transformer    80 mxfp8, 6 bf16   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
         "  excluded     patch_embedding, proj_out  (outside the blocks)",
         "transformer_2  1 bf16, 2 int8   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
@@ -201,24 +208,3 @@ def test_repack_as_json() -> None:
         "checked": 299,
         "decoded_sha256": "ab12",
     }
-
-
-def test_the_page_of_quantize() -> None:
-    evil = "<b>blocks</b>"
-    sqnr = {f"blocks.{n}.attn1.to_q": 30.0 - n for n in range(12)}
-    stored = {name: StoredLayer("mxfp8", 8.25) for name in sqnr} | {"proj_out": StoredLayer("bf16", 16.0)}
-    expert = replace(EXPERT, sqnr=sqnr, stored=stored, kept={evil: ("proj_out",)})
-    text = replace(QUANTIZED, experts=(expert,), recipe=evil, source=evil).page().markup()
-    assert evil not in text and text.count("&lt;b&gt;blocks&lt;/b&gt;") == 3
-    worst = text.partition("The 10 worst layers of transformer")[2].partition("</table>")[0]
-    rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td><td class='n'>(.*?)</td>", worst)
-    assert rows == [
-        (f"blocks.{n}.attn1.to_q", "mxfp8, 8.25 bits", f"{30 - n:.2f} dB") for n in range(11, 1, -1)
-    ]
-    assert "<td>proj_out</td><td>bf16</td><td class='n'>16.00</td><td class='n'>-</td>" in text
-    assert "3.0 MiB" in text and "1.5 MiB" in text and "24.50 dB" in text  # the mean
-
-
-def test_a_page_without_measurements_has_no_plot_of_them() -> None:
-    text = replace(QUANTIZED, experts=(EXPERT,)).page().markup()
-    assert "SQNR of the weights" not in text and "Formats" in text

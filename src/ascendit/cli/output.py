@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,16 @@ class Output:
         if not self.silent:
             print(f"note: {escaped(text)}", file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr, also with `--quiet`."""
+        if not self.json:
+            print(f"warning: {escaped(text)}", file=sys.stderr)
+
+    def problem(self, error: dict[str, str]) -> None:
+        """Print the error of one of many results, from `AscenditError.as_dict`; `--json` has it elsewhere."""
+        if not self.json:
+            print_error(error)
+
     def emit(self, data: dict[str, Any]) -> None:
         """Print the JSON object of a `--json` run."""
         if self.json:
@@ -80,10 +90,13 @@ class Output:
                 print_error(error.as_dict())
             raise typer.Exit(error.exit_code)
 
-    def fail(self, error: dict[str, str]) -> None:
-        """Print an error: as the JSON object, or as text on stderr. `error`: from `AscenditError.as_dict`."""
+    def fail(self, error: dict[str, str], details: Mapping[str, Any] | None = None) -> None:
+        """Print an error: as the JSON object, or as text on stderr. `error`: from `AscenditError.as_dict`.
+
+        `details`: more keys of the object.
+        """
         if self.json:
-            self.emit({"error": error})
+            self.emit({**(details or {}), "error": error})
         else:
             print_error(error)
 
@@ -167,6 +180,12 @@ def traceback_text(error: BaseException) -> str:
 
 def report_internal_error(error: BaseException, output: Output) -> int:
     """Print an unexpected exception briefly and write its traceback to a log file. Returns exit code 1."""
+    output.fail(internal_error(error, output))
+    return 1
+
+
+def internal_error(error: BaseException, output: Output) -> dict[str, str]:
+    """The record of an unexpected exception, whose traceback is written to a log file."""
     import tempfile
 
     trace = traceback_text(error)
@@ -176,15 +195,13 @@ def report_internal_error(error: BaseException, output: Output) -> int:
         log.write(f"{versions()}\n{sys.argv}\n{trace}")
     if output.verbose:
         print(trace, file=sys.stderr, end="")
-    data = {
+    return {
         "code": "internal",
         "got": f"internal error, {type(error).__name__}: {str(error).strip() or 'no message'}",
         "needs": "a fix in ascendit or in a library: this is a bug",
         "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
         "log": log.name,
     }
-    output.fail(data)
-    return 1
 
 
 def versions() -> dict[str, str]:

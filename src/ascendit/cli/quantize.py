@@ -17,7 +17,10 @@ from ascendit.quant.schemes import QUANTIZED
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
 
-Scheme = Annotated[str | None, flag("--scheme NAME", f"{', '.join(QUANTIZED)}.")]
+Scheme = Annotated[
+    str | None,
+    flag("--scheme NAME", f"{', '.join(QUANTIZED)}; or bf16 with --lora, for a float folder."),
+]
 Recipe = Annotated[
     str | None,
     flag(
@@ -35,6 +38,10 @@ Lora = Annotated[
         "--lora FILE[:WEIGHT]",
         "LoRA to fold in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
+]
+LoraSkip = Annotated[
+    list[str] | None,
+    flag("--lora-skip GROUP", "LoRA keys to leave out: image, text or control; repeatable."),
 ]
 Calibrate = Annotated[
     str | None,
@@ -70,6 +77,7 @@ def quantize(
     scale_rule: ScaleRule = None,
     keep: Keep = None,
     loras: Lora = None,
+    lora_skip: LoraSkip = None,
     calibrate: Calibrate = None,
     alpha: Alpha = None,
     device: Device = None,

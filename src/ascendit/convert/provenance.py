@@ -87,10 +87,10 @@ def model_card(record: ConversionRecord, name: str) -> str:
     """The content of README.md for a hub: YAML front matter and a description. `name`: name of the folder."""
     from huggingface_hub import CardData  # 0.1 s
 
-    base = record.layout.source
+    base, is_float = record.layout.source, not {*record.schemes} - {"bf16"}
     front = {
         "base_model": base.rsplit("@", 1)[0] if base else escaped(record.layout.name),
-        "base_model_relation": "quantized",
+        "base_model_relation": "merge" if is_float and record.loras else "quantized",
         "library_name": "diffusers",
         "pipeline_tag": PIPELINE_TAGS[record.model_kind],
         "tags": ["ascendit", *(scheme for scheme in record.schemes if scheme != "bf16")],
@@ -108,11 +108,13 @@ def model_card(record: ConversionRecord, name: str) -> str:
     lines += ["Created with:", "", "```bash", record.command, "```", ""]
     for note in record.notes:
         lines += [note, ""]
+    rules = "the command of this folder" if is_float else "the quantization rules with their scale rules"
     hashes = ", and the sha256 of each file" if record.files else ""
-    lines += [
-        f"`{RECORD_FILE}` contains the quantization rules with their scale rules{hashes}.",
-        "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor.",
-    ]
+    lines.append(f"`{RECORD_FILE}` contains {rules}{hashes}.")
+    if not is_float:
+        lines.append(
+            "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -144,13 +146,16 @@ def source_name(layout: Layout) -> str:
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
-    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with the names of folders, not their paths.
+    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
     A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    source = f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
-    args = ["ascendit", verb, source, "-o", escaped(dst.name)]
+    sources = [f"{hub}:{layout.source}" if layout.source else escaped(layout.name)]
+    if layout.kind == "file":
+        sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
+        sources = sources if len(sources) > 1 else [escaped(layout.root.name)]
+    args = ["ascendit", verb, *sources, "-o", escaped(dst.name)]
     for flag, setting in flags:
         for value in setting if isinstance(setting, list | tuple) else [setting]:
             if value is True:
@@ -216,8 +221,8 @@ def _versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed("torch")}
 
 
-def read_base(base: Path | str, source: Layout) -> Layout:
-    """Read the layout of `--base`.
+def read_base(base: Path | str, source: Layout | None = None) -> Layout:
+    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model.
 
     Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
     experts differs, and the errors of `model_folder` and `recognise`.
@@ -229,7 +234,7 @@ def read_base(base: Path | str, source: Layout) -> Layout:
             needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
             fix="pass the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         )
-    if len(layout.experts) != len(source.experts):
+    if source is not None and len(layout.experts) != len(source.experts):
         raise _other_model(
             f"{source.root} has {_experts(source)}, but --base {layout.root} has {_experts(layout)}",
         )

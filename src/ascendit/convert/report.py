@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ascendit.pages import charts
-from ascendit.pages.page import Figure, Page, Section, Table
 from ascendit.report import (
     columns,
     counted,
@@ -285,7 +283,7 @@ class QuantizeReport(ConversionReport):
         ratio = self.bytes_after / max(self.bytes_before, 1)
         size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}  ({ratio:.0%})"
         rows = [["Source", f"{self.source}  ({self.model_kind})"], ["Recipe", self.recipe]]
-        rows += [["LoRA", f"{lora['file']} at {lora['weight']:g}"] for lora in self.loras]
+        rows += [["LoRA", line] for line in lora_lines(self.loras)]
         rows += [["Smoothing", calibration_text(self.calibration)]] if self.calibration else []
         rows += [row for expert in self.experts for row in expert.rows()]
         rows += [["Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"]]
@@ -300,97 +298,15 @@ class QuantizeReport(ConversionReport):
         width = max(len(title) for title, _ in rows)
         return [*columns(rows), *measured, "", *columns(end, first_width=width)]
 
-    def page(self) -> Page:
-        """The HTML report. Imports matplotlib."""
-        about = {"model": f"{self.source} ({self.model_kind})", "output": self.path.name}
-        about |= {"recipe": self.recipe, "command": self.command}
-        about |= {"LoRA": ", ".join(f"{lora['file']} at {lora['weight']:g}" for lora in self.loras)}
-        about |= {"smoothing": calibration_text(self.calibration) if self.calibration else ""}
-        about |= {"warnings": "; ".join(self.warnings)}
-        return Page(title=f"Quantized: {self.path.name}", about=about, sections=tuple(_sections(self)))
 
-
-def _sections(report: QuantizeReport) -> Iterator[Section]:
-    """The sections of the page: summary, SQNR, formats, outputs of layers, all layers."""
-    experts = report.experts
-    before = {f"{x.name}, before": x.bytes_before for x in experts}
-    after = {f"{x.name}, after": x.bytes_after for x in experts}
-    sizes = {name: n for pair in zip(before.items(), after.items(), strict=True) for name, n in pair}
-    texts = {name: human_bytes(n) for name, n in sizes.items()}
-    unit, divisor = ("GiB", 2**30) if max(sizes.values()) >= 2**30 else ("MiB", 2**20)
-    bars = charts.bars({name: n / divisor for name, n in sizes.items()}, unit, texts)
-    sizes_figure = Figure(svg=bars, caption="Size of the tensors of each transformer, scales included.")
-    yield Section("Summary", [_summary_table(report), sizes_figure])
-    sqnr = {x.name: x.sqnr for x in experts if x.sqnr}
-    if sqnr:
-        caption = (
-            "Signal-to-quantization-noise ratio of each weight, by block and kind of layer. Higher is better."
-        )
-        yield Section(
-            "SQNR of the weights",
-            [
-                Figure(svg=charts.by_depth(sqnr, "SQNR in dB"), caption=caption),
-                *(_worst_table(x) for x in experts if x.sqnr),
-            ],
-        )
-    caption = "Scheme and bits per weight of each linear layer of the blocks, scales included."
-    formats = {x.name: {name: layer.text() for name, layer in x.stored.items()} for x in experts}
-    rows = [(x.name, reason, ", ".join(names)) for x in experts for reason, names in x.kept.items()]
-    excluded = Table(head=("transformer", "reason", "layers"), rows=rows, title="Not quantized")
-    yield Section("Formats", [Figure(svg=charts.grid(formats), caption=caption), excluded])
-    for expert in experts:
-        if expert.outputs.layers:
-            yield Section(f"Outputs of layers of {expert.name}", [_outputs_table(expert)], _OUTPUTS_TEXT)
-    yield Section("Layers", [_layers_table(expert) for expert in experts])
-
-
-_OUTPUTS_TEXT = "SQNR on captured activations, with both weight and activation quantized."
-
-
-def _summary_table(report: QuantizeReport) -> Table:
-    head = ("transformer", "layers", "before", "after", "bits per weight", "mean SQNR", "worst SQNR")
-    rows = []
-    for x in report.experts:
-        values = list(x.sqnr.values())
-        decibels = (f"{sum(values) / len(values):.2f} dB", f"{min(values):.2f} dB") if values else ("-", "-")
-        sizes = (human_bytes(x.bytes_before), human_bytes(x.bytes_after), f"{x.bits_per_weight:.2f}")
-        rows.append((x.name, x.counts(), *sizes, *decibels))
-    total = (human_bytes(report.bytes_before), human_bytes(report.bytes_after))
-    rows.append(("in all", "", *total, f"{report.bits_per_weight:.2f}", "", ""))
-    return Table(head=head, rows=rows)
-
-
-def _worst_table(expert: QuantizedExpert) -> Table:
-    rows = [(name, _format(expert, name), f"{value:.2f} dB") for name, value in expert.worst]
-    title = f"The {len(rows)} worst layers of {expert.name}"
-    return Table(head=("layer", "format", "SQNR"), rows=rows, title=title)
-
-
-def _outputs_table(expert: QuantizedExpert) -> Table:
-    rows = [
-        (name, f"{q.plain:.2f} dB", f"{q.smoothed:.2f} dB", f"{q.smoothed - q.plain:+.2f} dB")
-        for name, q in expert.outputs.rows(WORST)
-    ]
-    return Table(head=("layers", "without smoothing", "smoothed", "gain"), rows=rows)
-
-
-def _layers_table(expert: QuantizedExpert) -> Table:
-    rows = [
-        (
-            name,
-            layer.scheme,
-            f"{layer.bits:.2f}",
-            f"{expert.sqnr[name]:.2f} dB" if name in expert.sqnr else "-",
-        )
-        for name, layer in expert.stored.items()
-    ]
-    title = f"All {len(rows)} linear layers of {expert.name}"
-    return Table(head=("layer", "scheme", "bits per weight", "SQNR"), rows=rows, title=title, folded=True)
-
-
-def _format(expert: QuantizedExpert, name: str) -> str:
-    layer = expert.stored.get(name)
-    return layer.text() if layer else ""
+def lora_lines(loras: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The notes of `Folds`, once for all experts if they are the same."""
+    lines: list[str] = []
+    for lora in loras:
+        notes = {expert: applied["note"] for expert, applied in lora.get("applied", {}).items()}
+        same = len(set(notes.values())) == 1 and lora["expert"] == "all"
+        lines += list(notes.values())[:1] if same else [f"{expert}: {note}" for expert, note in notes.items()]
+    return lines
 
 
 def calibration_text(record: Mapping[str, Any]) -> str:
@@ -461,6 +377,8 @@ class RepackReport(ConversionReport):
     experts: tuple[RepackedExpert, ...]
     linked: tuple[str, ...]
     """Other components and files that were linked or copied."""
+    parts: tuple[Mapping[str, Any], ...] = ()
+    """Text encoder and VAE from files: name, file, tensors, bytes_before, bytes_after."""
 
     @property
     def checked(self) -> bool:
@@ -471,7 +389,7 @@ class RepackReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        data |= selected(self, "experts", "linked", "omitted", "warnings")
+        data |= selected(self, "experts", "parts", "linked", "omitted", "warnings")
         return {"placed" if key == "linked" else key: value for key, value in data.items()} | self.ends()
 
     def lines(self) -> list[str]:
@@ -479,5 +397,8 @@ class RepackReport(ConversionReport):
         rows = [("Source", [f"{self.source}  ({self.layout})"])]
         rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
         rows += [(expert.name, expert.texts()) for expert in self.experts]
+        for part in self.parts:
+            sizes = " -> ".join(human_bytes(part[key]) for key in ("bytes_before", "bytes_after"))
+            rows += [(part["name"], [f"all {part['tensors']} tensors of {part['file']}, {sizes}"])]
         rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
         return columns([*titled(rows), *self.closing(self.linked), *self.end_rows()])

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ascendit.checkpoint.component import CONFIG_FILES, Part, check_regular
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
-from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.sources import sha256_of
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES
 from ascendit.errors import CheckpointError, UsageError

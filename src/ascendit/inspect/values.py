@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ascendit.checkpoint.layer_format import Layer
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_tensor
+from ascendit.checkpoint.reader import RowReader, as_tensor
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import dtype_name
 from ascendit.names import sort_names
