@@ -38,6 +38,7 @@ ORDER = (
     "quant",
     "geometry",
     "checkpoint",
+    "pages",
     "weights",
     "convert",
     "device",

@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.metadata import read_metadata
 from pipeline.refusals import refused
 
+from ascendit.checkpoint.file_copy import check_writable
 from ascendit.demo import world
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.native import build
@@ -32,7 +33,6 @@ from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
     Video,
     check_output,
-    check_writable,
     installed_versions,
 )
 

@@ -113,8 +113,8 @@ def plan_many(
 
 def _check_model(call: Call, output: str | None) -> None:
     """Raise the errors of an output folder that cannot be written, and of a model that does not exist."""
+    from ascendit.checkpoint.file_copy import check_writable
     from ascendit.checkpoint.hub import model_folder
-    from ascendit.pipeline.video import check_writable
 
     if output is not None:
         check_writable(os.path.join(output, "x") if os.path.isdir(output) else output)

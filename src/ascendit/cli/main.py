@@ -37,6 +37,7 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
+REPORT_SUFFIXES = (".html", ".json")
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
@@ -57,6 +58,9 @@ Engine = Annotated[str | None, flag("--for ENGINE", "Write the files for vllm-om
 Copy = Annotated[bool, flag("--copy", "Copy the other components instead of linking them.")]
 Resume = Annotated[
     bool, flag("--resume", "Continue an interrupted run of the same command; a shard is checked by its size.")
+]
+Overwrite = Annotated[
+    bool, flag("--overwrite", "Replace an output of ascendit when the new one is complete.")
 ]
 DryRun = Annotated[bool, flag("--dry-run", "Show the plan; write nothing.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
@@ -142,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
+    args = with_report_value(args)
     command = typer.main.get_command(app)
     try:
         code = command.main(args, "ascendit", standalone_mode=False, obj=output)
@@ -165,6 +170,20 @@ def common_flags(args: list[str]) -> tuple[list[str], Output]:
     output = Output(quiet="quiet" in names, verbose="verbose" in names, json="--json" in args[:end])
     remaining = [arg for arg in args[:end] if arg not in COMMON] + args[end:]
     return flags + remaining, output
+
+
+def with_report_value(args: list[str]) -> list[str]:
+    """Give `--report` of quantize a value: the next word if it is the name of a report, else none."""
+    if next((arg for arg in args if not arg.startswith("-")), None) != "quantize":
+        return args
+    end = args.index("--") if "--" in args else len(args)
+    joined: list[str] = []
+    for arg in args[:end]:
+        if joined and joined[-1] == "--report=" and arg.lower().endswith(REPORT_SUFFIXES):
+            joined[-1] += arg
+        else:
+            joined.append("--report=" if arg == "--report" else arg)
+    return joined + args[end:]
 
 
 def report_error(error: BaseException, output: Output, args: Sequence[str] = ()) -> int:

@@ -13,12 +13,11 @@ from ascendit.checkpoint.layout_check import CheckedPart
 from ascendit.checkpoint.transformer import TensorMismatch
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
-from ascendit.family import WanSpec
+from ascendit.family import WanSpec, spec_of
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.pipeline.defaults import spec_of
 from ascendit.pipeline.model_check import check_model
 from ascendit.progress import OnProgress
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ascendit.checkpoint.file_copy import write_error
+from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import UsageError, escaped
 from ascendit.geometry import rate_text
-from ascendit.pipeline.video import Video, check_name, check_writable
+from ascendit.pipeline.video import Video, check_name
 from ascendit.pipeline.video_codecs import import_library
 from ascendit.report import shell_line
 
