@@ -50,6 +50,7 @@ def test_rows_with_fields(tmp_path: Path) -> None:
         ("a.jsonl", b'["a"]', "E-USE-01", "has no prompt"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "E-USE-01", "line 2 of"),
         ("a.jsonl", b'{"prompt": "a", "device": "cuda"}', "E-USE-01", "device"),
+        ("a.jsonl", b'{"prompt": "a", "steps": 4}', "E-USE-01", "unknown key steps"),
         ("a.jsonl", b'{"prompt": "a", "seed": "x"}', "E-USE-01", "seed"),
     ],
 )
