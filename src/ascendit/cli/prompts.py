@@ -20,6 +20,8 @@ from ascendit.validation import MAX_BYTES, parse
 
 MAX_VIDEOS = 10_000
 STDIN = "-"
+OTHER_SYNTAX = (".json", ".toml", ".yaml", ".yml", ".csv", ".tsv")
+"""Extensions of files whose lines are not prompts."""
 ROW_KEYS = frozenset(GenerateRequest.model_fields) | {"seconds", "preset"}
 
 
@@ -41,6 +43,9 @@ def read_prompts(file: str) -> list[Row]:
     invalid rows.
     """
     label = "standard input" if file == STDIN else file
+    if file.lower().endswith(OTHER_SYNTAX):
+        needs = "text with one prompt per line, or a .jsonl file with one object per line"
+        raise UsageError(f"--prompts {file}", needs=needs, fix="--prompts prompts.txt")
     rows = []
     for number, line in enumerate(_text_of(file, label).split("\n"), 1):
         line = line.strip()
