@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ascendit.report import (
+    beginning,
     columns,
     counted,
     group_by,
@@ -156,3 +157,9 @@ def test_a_shell_reads_the_arguments_of_a_printed_line(tmp_path: Path) -> None:
     out = subprocess.run(["bash", "-c", line], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
     assert out.stdout.decode(errors="surrogateescape").split("\0")[:-1] == arguments
     assert shell_line(["a b", "it's"]) == shlex.join(["a b", "it's"])
+
+
+def test_the_beginning_of_a_text() -> None:
+    assert beginning("a" * 60) == "a" * 60
+    assert beginning("a" * 61) == "a" * 57 + " .."
+    assert beginning("one two three", 8) == "one t .."

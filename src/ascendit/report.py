@@ -81,6 +81,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def beginning(text: str, length: int = 60) -> str:
+    """The first characters of a long text, with `..`."""
+    return text if len(text) <= length else f"{text[: length - 3].rstrip()} .."
+
+
 def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Key -> its items, in the order of first occurrence."""
     groups: dict[K, list[T]] = {}

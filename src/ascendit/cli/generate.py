@@ -135,7 +135,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
         else:
             plan = [plan_one(call, output, latents=latents, **checks)]
         file, overwrite = params["sheet"], params["overwrite"]
-        sheet = None if file is None else Sheet(file, len(plan), overwrite=overwrite)
+        outputs = [planned.output for planned in plan]
+        sheet = None if file is None else Sheet(file, outputs, overwrite=overwrite)
     if params["dry_run"]:
         from ascendit.cli.dry_run import print_dry_run
 
