@@ -30,9 +30,7 @@ def llama_cpp_name(name: str) -> str:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_all_names_of_an_encoder(gated: bool) -> None:
-    config = TextEncoderConfig(
-        num_layers=BLOCKS, feed_forward_proj="gated-gelu" if gated else "relu", is_gated_act=gated
-    )
+    config = TextEncoderConfig(num_layers=BLOCKS, feed_forward_proj="gated-gelu" if gated else "relu")
     ours = text_encoder_tensors(config)
     theirs = {llama_cpp_name(name): name for name in ours}
     assert len(theirs) == len(ours) and llama_cpp_names(theirs) == theirs

@@ -38,6 +38,7 @@ FLAGS = {
         "--device",
         "--scheme",
         "--recipe",
+        "--lora",
         "--step-policy",
         "--emulate",
         "--set",
@@ -108,6 +109,7 @@ HIDDEN = {
         "--timesteps",
         "--defaults",
         "--text-on",
+        "--lora-skip",
         "--max-memory",
     ]
 }
@@ -330,3 +332,15 @@ def test_errors_are_red_on_a_terminal_unless_no_color(run, model, monkeypatch, n
     err = run("inspect", "/no/such").err
     assert "error[E-USE-02]" in err and "no model at /no/such" in err
     assert ("\x1b[1;31m" in err) is not no_color
+
+
+@pytest.mark.parametrize("args", ["inspect demo --layers", "inspect nosuch"])
+def test_a_reader_that_ends_first(args, environ):
+    """As `| head` does: the exit code is 141, not that of a failed check, and there is no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ascendit", *args.split()]
+    errors = write if "nosuch" in args else subprocess.PIPE
+    done = subprocess.run(command, stdout=write, stderr=errors, env=environ, timeout=60)
+    os.close(write)
+    assert done.returncode == 141 and not done.stderr

@@ -20,6 +20,7 @@ from ascendit.checkpoint.part_configs import (
 from ascendit.checkpoint.part_names import canonical_part
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
+    PROJECTION,
     VISION_PREFIX,
     autoencoder_tensors,
     image_encoder_tensors,
@@ -56,7 +57,10 @@ def check_part(part: Part) -> Shards | None:
     if part.has_weights:
         config = library_config(part) if part.name in LIBRARY_PARTS else None
         shards = Shards.from_part(part)
-        shards = replace(shards, tensors=canonical_part(part.name, shards.tensors))
+        tensors = canonical_part(part.name, shards.tensors)
+        if part.class_name == "CLIPVisionModel":
+            tensors.pop(PROJECTION, None)
+        shards = replace(shards, tensors=tensors)
         if config is not None:
             read = interpret(shards.tensors, part.config, part=part.name)
             shards = replace(shards, tensors=read.tensors, kinds=read.kinds)

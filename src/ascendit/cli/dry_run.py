@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ascendit.convert.report import lora_lines
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.memory import memory_of
@@ -52,6 +53,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "video_tokens": estimate.work.tokens,
         "text_tokens": request.max_sequence_length,
         **{name: getattr(options, name) for name in FLAGS},
+        "loras": prepared.loras,
         "dtype": denoiser.dtype,
         "schemes": schemes,
         **estimate.as_dict(),
@@ -78,6 +80,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "defaults from",
         *(f"  {source}" for source in _sources(prepared, call, out)),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
+        *(f"LoRA       {line}" for line in lora_lines(prepared.loras)),
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
         f"replay     {replay}",

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli.output import Output
+from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
-from ascendit.pipeline.options import OPTIONS
+from ascendit.pipeline.options import FLAGS, OPTIONS
 from ascendit.report import shell_line
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ PARAMETERS = (
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
     _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
     _flag("fit", str, FIT, "HOW"),
-    *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
+    *(
+        _flag(name, list[str] if x.repeatable else str, x.help, x.metavar, FLAGS[name], hidden=x.hidden)
+        for name, x in OPTIONS.items()
+        if x.metavar
+    ),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
     _flag("config", Path, "TOML file with the keys of --set, or the .json beside a video.", "FILE"),
     _flag("sheet", str, SHEET, "FILE"),
@@ -95,8 +100,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     ascendit generate --demo "a red circle moves right on a black background"
 
-    More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --max-memory;
-    see docs/cli.md.
+    More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --lora-skip,
+    --max-memory; see docs/cli.md.
     """
     _check_length(ctx, params)
     from ascendit.cli.generate_options import read_call
@@ -139,6 +144,8 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     from ascendit.cli.generate_run import run_many, run_one
 
     _warn_about_size(plan, out)
+    for line in lora_lines(plan[0].prepared.loras):
+        out.note(f"LoRA {line}")
     if many:
         run_many(plan, out, sheet=sheet, **checks)
     else:

@@ -46,6 +46,8 @@ MEANINGS = {
     "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
     "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
     "max_sequence_length": "Tokens of the prompt, at most 512.",
+    "crf": "Quality of the file: lower is better and larger; default 18. Command line only.",
+    "seed": "The same seed gives the same video; default: random, and printed.",
     "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
     "seconds": "Length in seconds, instead of num_frames. Command line only.",
 }

@@ -155,7 +155,6 @@ def _check_output(planned: Planned, *, overwrite: bool, keep: bool) -> None:
     prepared, call, request = planned.prepared, planned.call, planned.prepared.request
     load = prepared.model.options.record if prepared.latents is None else dict(prepared.latents.loaded)
     record = {
-        "model": prepared.model.defaults.model,
         "source": prepared.model.options.model,
         "load": load,
         "request": json.loads(request.to_json()),

@@ -61,6 +61,7 @@ class Runner:
         seconds = round(time.perf_counter() - start, 3)
         record = {"output": str(path), **video.describe()}
         record["replay"] = planned.replay(allow_flat=bool(video.warnings))
+        record["loras"] = prepared.loras
         record |= {"warnings": list(dict.fromkeys([*video.warnings, *warnings])), "seconds": seconds}
         return Finished(video=video, path=path, seconds=seconds, record=record)
 

@@ -152,7 +152,10 @@ class ModelReport:
             return []
         recipe = self.record.get("recipe")
         name = recipe.get("name") if isinstance(recipe, dict) else None
-        return [f"{self.record.get('made_by', 'ascendit')}{f', recipe {name}' if name else ''}"]
+        first = f"{self.record.get('made_by', 'ascendit')}{f', recipe {name}' if name else ''}"
+        loras = self.record.get("loras")
+        loras = [x for x in loras if isinstance(x, dict)] if isinstance(loras, list) else []
+        return [first, *(f"LoRA {x.get('file')} at {x.get('weight')}, {x.get('expert')}" for x in loras)]
 
     def _formats(self) -> list[str]:
         if self.bits_per_weight is None:

@@ -27,7 +27,7 @@ log = logging.getLogger("ascendit")
 
 COLUMNS = 6
 MAX_WIDTH, MIN_WIDTH = 160, 48  # pixels of a frame
-MAX_PIXELS = 2_400_000  # of all frames: a PNG of noise has 3 bytes per pixel and more
+MAX_PIXELS = 1_500_000  # of all frames; a PNG of noise has 3 bytes per pixel
 MARGIN, GAP, TEXT = 12, 4, 14
 BACKGROUND, INK, GREY = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")

@@ -323,7 +323,7 @@ def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) ->
             raise _taken(target, f"needs {target.sidecar} beside it, which already exists")
 
 
-SAME = ("model", "source", "load", "request")
+SAME = ("source", "load", "request")
 """Keys of the `.json` beside a video that are equal for two files of one video."""
 
 

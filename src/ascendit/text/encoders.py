@@ -105,18 +105,19 @@ class TextEncoder:
 
     def _warn_of_words(self, prompt: str, ids: Tensor) -> None:
         """Log the words without a token; `ids`: token numbers of the prompt, int64 [1, length]."""
-        unk, vocabulary = self.tokenizer.unk_token_id, set[str]()
+        unk = self.tokenizer.unk_token_id
         if self.few_words:
             vocabulary = {"a", *(x[1:] for x in self.tokenizer.get_vocab() if len(x) > 2 and x[0] == "▁")}
             unknown = [w for w in re.findall(r"\w+", prompt.lower()) if w not in vocabulary]
+            ending = f"; its vocabulary: {', '.join(sorted(vocabulary))}"
         elif unk is not None and bool((ids == unk).any()):
             unknown = [w for w in prompt.split() if unk in self.tokenizer(w)["input_ids"]]
+            ending = ""
         else:
             return
         if unknown:
-            rest_of_text = f"; it knows: {', '.join(sorted(vocabulary))}" if vocabulary else ""
             listed = ", ".join(dict.fromkeys(unknown))
-            log.warning("the text encoder does not know: %s%s", listed, rest_of_text)
+            log.warning("the text encoder does not know: %s%s", listed, ending)
 
     def _tokenize(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
         """(token numbers, attention mask), int64 [1, length], of a prompt.
