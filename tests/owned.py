@@ -33,6 +33,7 @@ CONFIG: dict[str, Any] = {
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0, torch.float8_e4m3fnuz: 240.0, torch.float8_e5m2fnuz: 57344.0}
 Tensors = dict[str, Tensor]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass
@@ -333,6 +334,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "TurboDiffusion": turbodiffusion,
     "TurboDiffusion, dense": lambda: turbodiffusion(attention=False),
     "TurboDiffusion, BF16": lambda: turbodiffusion(quantize=False),
+    "rCM": lambda: turbodiffusion(quantize=False, attention=False),
     "TurboDiffusion, net.": lambda: renamed(turbodiffusion(), lambda n: f"net.{n}"),
     "all in one, BF16": lambda: all_in_one(floats(wan)),
     "all in one, fp8": lambda: all_in_one(renamed(plain(), wan)),

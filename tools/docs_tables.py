@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from demo_data import WORDINGS
 
+from ascendit.checkpoint.stored_kinds import KINDS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
@@ -140,6 +141,11 @@ def schedules_table() -> str:
             for cells in (row(solver, "diffusers", diffusers), row(solver, "official", theirs))
         ),
     )
+
+
+def file_kinds_table() -> str:
+    rows = ((kind.label, kind.marks, kind.read_as or "no: refused by name") for kind in KINDS.values())
+    return table(("kind", "recognised by", "read as"), rows)
 
 
 # ---- schemes, engines, chips, files -------------------------------------------------------------
@@ -483,6 +489,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensors": tensors_table,
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
+    "file-kinds": file_kinds_table,
     "recipes": recipes_table,
     "lora-groups": lora_groups_table,
     "errors": errors_table,

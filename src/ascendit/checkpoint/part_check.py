@@ -57,13 +57,12 @@ def check_part(part: Part) -> Shards | None:
     if part.has_weights:
         config = library_config(part) if part.name in LIBRARY_PARTS else None
         shards = Shards.from_part(part)
-        tensors = canonical_part(part.name, shards.tensors)
-        if part.class_name == "CLIPVisionModel":
-            tensors.pop(PROJECTION, None)
-        shards = replace(shards, tensors=tensors)
         if config is not None:
             read = interpret(shards.tensors, part.config, part=part.name)
-            shards = replace(shards, tensors=read.tensors, kinds=read.kinds)
+            tensors = canonical_part(part.name, read.tensors)
+            if part.class_name == "CLIPVisionModel":
+                tensors.pop(PROJECTION, None)
+            shards = replace(shards, tensors=tensors, kinds=read.kinds)
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
             _check_tensors(part, _expected_tensors(part, config, stored), stored)
         return shards

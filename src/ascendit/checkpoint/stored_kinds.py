@@ -8,7 +8,8 @@ refused by their names. `KINDS` is the only table of kinds. Imports no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from ascendit.checkpoint.fp8_files import COMFY_FORMATS, FP8, LAYER_MARKER, MARK
 from ascendit.checkpoint.gguf_file import SUFFIX
 from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_ROLES, DeclaredScheme
 from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
 from ascendit.mx.ggml import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
@@ -77,8 +79,9 @@ KINDS: dict[str, Kind] = {
         read_as="scheme mxfp4",
     ),
     "turbodiffusion": Kind(
-        label="TurboDiffusion",
-        marks="`<layer>.int8_weight` with `<layer>.scale`; `attn_op.local_attn.proj_l`",
+        label="TurboDiffusion or rCM",
+        marks="`<layer>.int8_weight` with `<layer>.scale`; `attn_op.local_attn.proj_l`; "
+        "`patch_embedding` [N, K]",
         read_as="scheme int8_block or floats, with dense attention",
     ),
     "gguf": Kind(
@@ -89,7 +92,7 @@ KINDS: dict[str, Kind] = {
     ),
     "pickle": Kind(
         label="PyTorch pickle",
-        marks="`.pth`, `.pt`, `.bin`, `.ckpt`, `.pkl`",
+        marks="`.pth`, `.pt`, `.bin`, `.ckpt`",
         read_as="the dtypes of its tensors",
     ),
     "all-in-one": Kind(
@@ -158,7 +161,6 @@ KINDS: dict[str, Kind] = {
 VOCABULARY = "spiece_model"
 """The vocabulary of a tokenizer, which ComfyUI's files of a text encoder contain as bytes."""
 _SCALES = frozenset({*SCALE_ROLES, "mul_scale", "scale_weight", "scale"})
-_PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _PARTS = {
     "vae": r"vae|first_stage_model",
     "text_encoder": r"text_encoders?|cond_stage_model|conditioner",
@@ -208,6 +210,24 @@ def kinds_text(kinds: Collection[str]) -> str:
     return ", ".join([*(row.label for row in rows), *(f"read as {text}" for text in read)])
 
 
+def method_text(config: Mapping[str, Any]) -> str:
+    """The quantizer that a config names, as text; "" without one."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return f"quant_method {method:.60} in config.json" if isinstance(method, str) else ""
+
+
+@contextmanager
+def naming_kind(text: str) -> Iterator[None]:
+    """Add the kind of a file to the errors of a block, a CheckpointError that does not name it yet."""
+    try:
+        yield
+    except CheckpointError as e:
+        if text and text not in e.got:
+            e.got = f"{e.got} ({text})"
+        raise
+
+
 def interpret(
     tensors: Tensors, config: Mapping[str, Any], *, part: str = "transformer", described: bool = False
 ) -> Stored:
@@ -229,7 +249,7 @@ def interpret(
     if comfy is not None:
         return comfy
     _refuse_quantizer(stored, roles, quantization if isinstance(quantization, dict) else {})
-    if "int8_weight" in roles or any(_PROJECTION in name for name in stored.tensors):
+    if "int8_weight" in roles or any(_of_turbodiffusion(*item) for item in stored.tensors.items()):
         return _turbodiffusion(stored)
     dtypes = {info.dtype for info in stored.tensors.values()}
     if "F4" in dtypes:
@@ -299,7 +319,7 @@ def _container(stored: Stored) -> Stored:
         stored = _add(stored, "gguf", stored.tensors)
     elif SUFFIX in suffixes:
         stored = _add(stored, "gguf-floats", stored.tensors)
-    if suffixes & {*_PICKLES}:
+    if suffixes & {*PICKLED}:
         stored = _add(stored, "pickle", stored.tensors)
     return stored
 
@@ -375,6 +395,11 @@ def _f4(stored: Stored) -> Stored:
     return _add(stored, "mxfp4-f4", tensors)
 
 
+def _of_turbodiffusion(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor is of its sparse attention, or the patch embedding as a linear layer, as in rCM."""
+    return _PROJECTION in name or (len(info.shape) == 2 and name.endswith("patch_embedding.weight"))
+
+
 def _turbodiffusion(stored: Stored) -> Stored:
     """`int8_weight` and `scale` as the weight and scale of int8_block; its sparse attention is not used.
 
@@ -393,7 +418,8 @@ def _turbodiffusion(stored: Stored) -> Stored:
                 fix="download the file again and compare its sha256 with the source",
                 code="E-CKP-09",
             )
-        if new.endswith("patch_embedding.weight") and len(info.shape) == 2 and info.shape[1] % 4 == 0:
+        linear = new.endswith("patch_embedding.weight") and len(info.shape) == 2
+        if linear and info.shape[1] % 4 == 0 and info.encoding is None:
             info = replace(
                 info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2)
             )  # stored as a linear layer
@@ -446,7 +472,7 @@ def _refused(stored: Stored, label: str, names: list[str]) -> CheckpointError:
     command = "ascendit quantize MODEL -o DST --scheme mxfp8"
     return CheckpointError(
         f"{file} is quantized by {label}" + (f": {listed(names, 3)}" if names else " (config.json)"),
-        needs="weights in BF16, float16 or float32, or in a kind of file that docs/formats.md lists",
+        needs="weights in BF16, float16 or float32, or in a kind of file that docs/files.md lists",
         fix=f"use the {stored.part} of the BF16 model"
         if stored.part in _PARTS
         else f"start from the BF16 weights of the model: {command}",

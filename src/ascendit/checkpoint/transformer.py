@@ -29,7 +29,7 @@ from ascendit.checkpoint.quant_metadata import (
     read_manifest,
     read_quantization_config,
 )
-from ascendit.checkpoint.stored_kinds import interpret, kinds_text
+from ascendit.checkpoint.stored_kinds import interpret, kinds_text, method_text, naming_kind
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
@@ -131,10 +131,14 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     quantization = read_quantization_config(part.config, tolerant=manifest is not None)
     declared = manifest.declared_schemes() if manifest else {}
     declared |= read.declared({name: canonical(name, naming) for name in stored} if read.schemes else {})
-    layers = read_layers(tensors, (quantization.declared_schemes(tensors) if quantization else {}) | declared)
+    stored_as = kinds_text(read.kinds) or method_text(part.config)
+    with naming_kind(stored_as):
+        schemes = quantization.declared_schemes(tensors) if quantization else {}
+        layers = read_layers(tensors, schemes | declared)
     config, problem = _config(part, tensors, layers)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
+    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
