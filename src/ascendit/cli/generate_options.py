@@ -19,7 +19,8 @@ from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
-from ascendit.pipeline.options import FLAGS, VARIABLES, LoadOptions
+from ascendit.foreign import KEYWORD_OF, hint, normal, value_for
+from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
 from ascendit.validation import bad_value, non_optional, read_settings
@@ -57,27 +58,8 @@ _REPLACES = {
     "seconds": ("num_frames",),
     "num_frames": ("seconds",),
 }
-_FLAGS = FLAGS | {
-    "num_inference_steps": "--steps",
-    "num_frames": "--frames",
-    "flow_shift": "--shift",
-    "negative_prompt": "--negative",
-}
-"""Key -> its flag, if that has another name."""
 SHOWN_KEYS = 6
 """Keys in the error of an unknown one."""
-
-OTHER_NAMES = {
-    "num_inference_steps": "steps sample_steps infer_steps",
-    "flow_shift": "shift sample_shift",
-    "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale",
-    "solver": "sampler scheduler sample_solver",
-    "negative_prompt": "negative n_prompt",
-    "num_frames": "frames frame_num target_video_length",
-    "boundary_ratio": "boundary",
-    "image": "image_path",
-}
-"""Key -> its names in other tools and in flags, for the fix of an unknown key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,13 +252,25 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
     Raises UsageError (E-USE-01) for bad keys or values.
     """
     if unknown := sorted(set(layer) - set(KEYS)):
-        close = [key for key, others in OTHER_NAMES.items() if unknown[0] in others.split()]
-        close = close or get_close_matches(unknown[0], KEYS, n=1)
-        fix = f"did you mean {close[0]}?" if close else "ascendit generate --help; all keys: docs/cli.md"
-        near = get_close_matches(unknown[0], KEYS, n=SHOWN_KEYS, cutoff=0) if close else KEYS
-        needs = f"a key of --set, as {', '.join([*dict.fromkeys([*close, *near])][:SHOWN_KEYS])}, .."
-        raise UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
+        raise _unknown_key(unknown, layer, source)
     return {key: _typed(key, value, source) for key, value in layer.items()}
+
+
+def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> UsageError:
+    name, allowed = unknown[0], [*KEYS]
+    value = layer[name] if isinstance(layer[name], str | int | float) else None
+    key = KEYWORD_OF.get(normal(name)) or next(iter(get_close_matches(normal(name), KEYS, n=1)), None)
+    if key in KEYS:
+        text = value_for(key, value) or value
+        setting = f"{key} = {text}" if source.startswith("--config") else f"--set {key}={text}"
+        fix = f"{setting} instead of {name}" if value is not None else f"{key} instead of {name}"
+    elif key in SPLIT and value is not None:
+        fix = f"--{key} {value}"
+    else:
+        fix = hint(name, value, allowed) or "ascendit generate --help; all keys are in docs/cli.md"
+    near = get_close_matches(key or name, KEYS, n=SHOWN_KEYS, cutoff=0 if key else 1)
+    needs = f"a key of --set, as {', '.join((near or allowed)[:SHOWN_KEYS])}, .."
+    return UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
 
 
 def _typed(key: str, value: Any, source: str) -> Any:
@@ -295,5 +289,4 @@ def _typed(key: str, value: Any, source: str) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
     except ValidationError:
-        flag = _FLAGS.get(key, f"--{key.replace('_', '-')}") if source == "flags" else ""
-        raise bad_value(key, value, hint, source, flag) from None
+        raise bad_value(key, value, hint, "" if source == "flags" else source) from None

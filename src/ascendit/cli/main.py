@@ -25,6 +25,7 @@ from ascendit.errors import (
     is_out_of_memory,
     out_of_memory,
 )
+from ascendit.option_text import command_line
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -122,18 +123,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
-    try:
-        code = command.main(args, "ascendit", standalone_mode=False, obj=output)
-        error: BaseException | None = KeyboardInterrupt() if code == 130 else None  # typer's, after Ctrl-C
-    except (Exception, KeyboardInterrupt) as e:
-        error = e
-    if error is None:
-        return code or 0
-    if argv is None:  # the process ends
-        from ascendit.cli.interruptions import ignore_ctrl_c
+    with command_line():
+        try:
+            code = command.main(args, "ascendit", standalone_mode=False, obj=output)
+            error: BaseException | None = (
+                KeyboardInterrupt() if code == 130 else None
+            )  # typer's, after Ctrl-C
+        except (Exception, KeyboardInterrupt) as e:
+            error = e
+        if error is None:
+            return code or 0
+        if argv is None:  # the process ends
+            from ascendit.cli.interruptions import ignore_ctrl_c
 
-        ignore_ctrl_c()
-    return report_error(error, output, args)
+            ignore_ctrl_c()
+        return report_error(error, output, args)
 
 
 def common_flags(args: list[str]) -> tuple[list[str], Output]:

@@ -42,6 +42,7 @@ from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_text
 from ascendit.errors import UsageError
 from ascendit.family import Task
+from ascendit.foreign import checked_keywords
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
@@ -53,6 +54,7 @@ Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
 
 
+@checked_keywords
 @recording()
 def quantize(
     src: Path | str,

@@ -37,6 +37,7 @@ from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.family import Task
+from ascendit.foreign import checked_keywords
 from ascendit.names import listed
 from ascendit.progress import Advance, Meter, OnProgress
 from ascendit.weights.decoded_rows import NonFinite, layer_rows, tensor_rows
@@ -64,6 +65,7 @@ REWRITE_LABELS = {
 }
 
 
+@checked_keywords
 @recording()
 def repack(
     src: Path | str,

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
+from ascendit.foreign import unknown_arguments
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import Fit, size_for
@@ -212,15 +213,17 @@ def resolve(
     return request
 
 
+SAVE = {"save": ("metadata", "overwrite")}
+"""The keywords of `Video.save`, for the hints of other functions."""
+
+
 def check_names(fields: Mapping[str, Any]) -> None:
     """Raise UsageError (E-USE-01) for a name that is neither a field of GenerateRequest nor `preset`."""
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
-    if not (unknown := sorted(set(fields) - allowed - {"preset"})):
-        return
-    needs, fix = f"one of {', '.join(sorted(allowed))}", "correct the name"
-    if options := [name for name in unknown if name in LoadOptions.model_fields]:
-        fix = f"{options[0]} is an option of the model: ascendit.load(model, {options[0]}=...)"
-    raise UsageError(f"unknown argument: {', '.join(unknown)}", needs=needs, fix=fix)
+    if unknown := {name: fields[name] for name in sorted(set(fields) - allowed - {"preset"})}:
+        raise unknown_arguments(
+            "generate", unknown, {*allowed, "on_progress"}, {"load": {*LoadOptions.model_fields}, **SAVE}
+        )
 
 
 def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from ascendit.checkpoint.file_copy import write_error
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.foreign import checked_keywords
 from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
@@ -122,6 +123,7 @@ class Video:
         flags = ["--allow-flat"] if self.warnings else []
         return self.request.replay_line(model, load=self.loaded, flags=flags)
 
+    @checked_keywords
     def save(self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False) -> Path:
         """Write the video and `<name>.json` beside it; returns the path of the file or folder.
 

@@ -1,0 +1,185 @@
+"""The two ways to write an option: `--scheme mxfp8` on the command line, `scheme="mxfp8"` in Python.
+
+Texts of errors are written for the command line; `for_reader` rewrites them unless a command runs:
+
+    for_reader("omit --steps, or --size 64x64")      # "omit num_inference_steps, or width=64, height=64"
+
+A line that begins with `ascendit` is a command for a shell and stays one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+KEYWORDS = {
+    "--activation-rule": "activation_rule",
+    "--alpha": "alpha",
+    "--base": "base",
+    "--defaults": "defaults",
+    "--device": "device",
+    "--emulate": "emulate",
+    "--fit": "fit",
+    "--for": "engine",
+    "--fps": "fps",
+    "--frames": "num_frames",
+    "--image": "image",
+    "--keep": "keep",
+    "--last-image": "last_image",
+    "--lora": "loras",
+    "--max-memory": "max_memory",
+    "--negative": "negative_prompt",
+    "--preset": "preset",
+    "--recipe": "recipe",
+    "--scale-rule": "scale_rule",
+    "--scheme": "scheme",
+    "--seed": "seed",
+    "--shift": "flow_shift",
+    "--solver": "solver",
+    "--step-policy": "step_policy",
+    "--steps": "num_inference_steps",
+    "--text-on": "text_on",
+    "--to": "to",
+}
+"""Flag with a value -> its keyword in Python."""
+FLAGS = {keyword: flag for flag, keyword in KEYWORDS.items()}
+"""Keyword -> its flag, if it has one; others are set with `--set keyword=value`."""
+SWITCHES = {
+    "--allow-flat": "allow_flat",
+    "--check": "check",
+    "--copy": "copy",
+    "--dry-run": "dry_run",
+    "--force": "force",
+    "--hash": "hash",
+    "--overwrite": "overwrite",
+    "--report": "report",
+    "--resume": "resume",
+    "--swap-experts": "swap_experts",
+    "--values": "values",
+}
+"""Flag without a value -> its keyword in Python, which is set to True."""
+SEVERAL = {
+    "--size": ("width", "height"),
+    "--guidance": ("guidance_scale", "guidance_scale_2"),
+    "--timesteps": ("timesteps",),
+}
+"""Flag with several numbers -> their keywords."""
+COMMAND_LINE_ONLY = frozenset(
+    "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers --limit"
+    " --out --quality --quiet --seconds --seeds --self-check --verbose --version".split()
+)
+"""Flags that Python has no keyword for; they stay in the text."""
+_LISTS = ("keep", "loras")
+_PROSE = frozenset("and are for from has in instead is of on or that to which with".split())
+"""Words that follow a flag in a sentence, and are not its value."""
+_VIDEO = re.compile(r"(?:/|\.(?:mp4|webm|gif|png|mov|mkv|webp))$")
+
+_VALUE = r"\"[^\"]*\"|'[^']*'|(?:[^\s,;()\"']|,(?=[^\s,;]))+"
+_COMMAND = rf"(?<![\w`/.-])`?ascendit [a-z]+(?: (?:{_VALUE}))*`?"
+_FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>(?!-){_VALUE}))?"
+_TEXT = re.compile(rf"(?P<command>{_COMMAND})|{_FLAG}")
+_OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")
+
+_commands_running = 0
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Inside, errors speak the language of the command line."""
+    global _commands_running
+    _commands_running += 1
+    try:
+        yield
+    finally:
+        _commands_running -= 1
+
+
+def option(keyword: str, value: object) -> str:
+    """An option with its value, in the form of the command line: `--steps 8`, `--set dtype=float32`."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if flag := FLAGS.get(keyword):
+        return f"{flag} {_quoted(text)}"
+    return f"--set {_quoted(f'{keyword}={text}')}"
+
+
+def option_name(keyword: str) -> str:
+    """An option without a value, in the form of the command line: `--steps`, `--size`, `--set dtype`."""
+    several = next((flag for flag, keywords in SEVERAL.items() if keyword in keywords), None)
+    return FLAGS.get(keyword) or several or f"--set {keyword}"
+
+
+def for_reader(text: str) -> str:
+    """`text` as its reader writes options: unchanged while a command runs, else with Python's keywords."""
+    return text if _commands_running or "-" not in text else python_text(text)
+
+
+def python_text(text: str) -> str:
+    """`text`, in the form of the command line, with Python's keywords; shell commands are unchanged."""
+    pieces, end, after_flag = [], 0, False
+    for match in _TEXT.finditer(text):
+        between = text[end : match.start()]
+        adjacent = after_flag and between == " " and match["flag"]
+        pieces += [", " if adjacent else between, _in_python(match) if match["flag"] else match[0]]
+        end, after_flag = match.end(), match["flag"] is not None
+    return "".join([*pieces, text[end:]])
+
+
+def _in_python(match: re.Match[str]) -> str:
+    flag, value = match["flag"], match["value"]
+    end = ""
+    if value is not None:
+        end = value[len(value.rstrip(".:")) :] if value[0] not in "\"'" else ""
+        value = value[: len(value) - len(end)]
+    if flag in SWITCHES:
+        omitted = _OMIT.search(match.string[: match.start()])
+        return (SWITCHES[flag] if omitted else f"{SWITCHES[flag]}=True") + match[0].removeprefix(flag)
+    if value is None or value in _PROSE or value.startswith("`"):
+        after = match[0].removeprefix(flag)
+        return _keyword(flag) + after
+    return _assigned(flag, _unquoted(value)) + end
+
+
+def _keyword(flag: str) -> str:
+    if flag in SEVERAL:
+        return " and ".join(SEVERAL[flag])
+    return {"-o": "the output path", "--output": "the output path", "--demo": '"demo"'}.get(
+        flag, KEYWORDS.get(flag, flag)
+    )
+
+
+def _assigned(flag: str, value: str) -> str:
+    if flag == "--set":
+        name, equals, text = value.partition("=")
+        return f"{name}={_literal(text)}" if equals else name
+    if flag in ("-o", "--output"):
+        return f'save("{value}")' if _VIDEO.search(value) else f'dst="{value}"'
+    if flag == "--timesteps":
+        return f"timesteps=[{value.replace(',', ', ')}]"
+    if flag in SEVERAL:
+        parts = re.split(r"[x*,]", value)
+        return ", ".join(f"{name}={part}" for name, part in zip(SEVERAL[flag], parts, strict=False))
+    if flag not in KEYWORDS:
+        return f"{_keyword(flag)} {value}"
+    keyword = KEYWORDS[flag]
+    return f"{keyword}=[{_literal(value)}]" if keyword in _LISTS else f"{keyword}={_literal(value)}"
+
+
+def _literal(text: str) -> str:
+    """The Python literal of a value: 8, 2.5, True, None, "mxfp8"."""
+    if text in ("true", "false", "none"):
+        return text.capitalize()
+    if re.fullmatch(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _quoted(text: str) -> str:
+    """The text as one argument of a shell."""
+    if re.fullmatch(r"[\w@%+=:,./*-]+", text):
+        return text
+    return '"' + re.sub(r'[\\"$`]', r"\\\g<0>", text) + '"'
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if text[0] in "\"'" else text
