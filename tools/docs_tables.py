@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from demo_data import WORDINGS
 
+from ascendit.cli.models import INPUTS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
@@ -67,11 +68,10 @@ def boundary_text(spec: WanSpec) -> str:
 
 def defaults_table() -> str:
     head = ("model", "input", "size", "frames", "fps", "steps", "shift", "guidance", "boundary")
-    inputs = {"t2v": "text", "i2v": "image + text", "ti2v": "text, image optional"}
     return table(
         head,
         (
-            (s.name, inputs[s.task], size_text(s.sizes[0]), s.num_frames, s.fps, s.num_inference_steps)
+            (s.name, INPUTS[s.task], size_text(s.sizes[0]), s.num_frames, s.fps, s.num_inference_steps)
             + (shift_text(s), guidance_text(s), boundary_text(s))
             for s in SPECS.values()
         ),

@@ -1,4 +1,4 @@
-"""The names that other tools use, and ascendit's: pure data, for the hints of errors. Nothing here is accepted.
+"""The names that other tools use, and ascendit's, for the hints of errors. No name here is accepted.
 
 Sources: Diffusers' WanPipeline; `generate.py` of Wan2.1 and Wan2.2; the command lines and request fields of
 SGLang, vLLM-Omni, LightX2V and FastVideo; nodes of ComfyUI; msModelSlim; mlx-video.
@@ -33,7 +33,8 @@ RENAMED = {
     "boundary_ratio": "boundary",
     "fps": "frame_rate framerate sample_fps video_fps target_fps",
     "max_sequence_length": "max_seq_len max_seq_length text_len t5_max_length",
-    "image": "image_path input_image start_image first_frame input_reference img src_image init_image first_image",
+    "image": "image_path input_image start_image first_frame input_reference img src_image init_image"
+    " first_image",
     "last_image": "end_image last_frame last_image_path tail_image final_frame last_frame_path",
     "timesteps": "denoising_step_list sample_timesteps own_timesteps",
     "size": "resolution video_size image_size",
@@ -100,18 +101,17 @@ ADVICE = {
     " cfg_parallel enable_cfg_parallel cfg_parallel_size cfg_size parallel world_size dp_degree vae_parallel"
     " use_usp parallelism hsdp_shard_dim hsdp_replicate_dim vae_parallel_size vae_patch_parallel_size"
     " pipefusion_parallel_degree use_cfg_parallel num_nodes tp parallel_attn_type",
-    "omit it: weights keep the dtype that they are stored in, and --set dtype=bfloat16 changes it":
-        "convert_model_dtype all_in_bf16 half force_fp16 bf16 fp16 variant",
+    "omit it: weights keep the dtype that they are stored in, and --set dtype=bfloat16 changes it": "convert_model_dtype all_in_bf16 half force_fp16 bf16 fp16 variant",
     "omit it, and write the longer prompt yourself": "use_prompt_extend prompt_extend_method"
     " prompt_extend_model prompt_extend_target_lang prompt_extend use_prompt_enhancer enhance_prompt"
     " prompt_upsampling",
     "omit it: prompts are encoded as plain text": "prompt_embeds negative_prompt_embeds clip_skip"
     " prompt_weighting attention_kwargs cross_attention_kwargs",
     "omit it: every run starts from noise; --image FILE sets the first frame": "denoise strength"
-    " denoising_strength add_noise latent latent_image start_at_step end_at_step return_with_leftover_noise"
-    " video_path input_video src_video",
-    "omit it: the solver sets its own sigmas; --timesteps 1000,750,500,250 sets the steps": "sigmas eta karras"
-    " use_karras_sigmas simple beta_schedule denoise_schedule",
+    " denoising_strength add_noise latent latent_image start_at_step end_at_step video_path"
+    " input_video src_video return_with_leftover_noise",
+    "omit it: the solver sets its own sigmas; --timesteps 1000,750,500,250 sets the steps": "sigmas eta"
+    " karras use_karras_sigmas simple beta_schedule denoise_schedule",
     "omit it: one call makes one video; call it again with another --seed": "num_videos_per_prompt batch_size"
     " num_outputs_per_prompt num_images_per_prompt batch n_iter samples repeat num_samples num_videos",
     "--seed 42 instead of a generator": "generator rng",
@@ -123,8 +123,8 @@ ADVICE = {
     "omit it: nothing has to be compiled": "compile enable_torch_compile torch_compile enforce_eager"
     " use_compile compilation_config cuda_graph",
     "omit it: code of a checkpoint is never run": "trust_remote_code",
-    "omit it: decoding is exact, in one piece": "vae_slicing enable_vae_slicing enable_vae_tiling vae_tile_size"
-    " tile_size vae_use_tiling use_tiling_vae tile_overlap",
+    "omit it: decoding is exact, in one piece": "vae_slicing enable_vae_slicing enable_vae_tiling"
+    " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap",
     "omit it: parts of the model are in the folder of MODEL": "vae vae_path t5_path text_encoder_path"
     " clip_path transformer_path clip_name vae_name text_encoder tokenizer scheduler_config high_noise_model"
     " low_noise_model dit_path high_noise_ckpt transformer_2 component_paths",
@@ -143,9 +143,8 @@ ADVICE = {
     " webui served_model_name",
     "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
     " from_flax subfolder",
-    "omit it: crf 18 and the codec follow from the name of the file, as out.mp4, out.webm or out.gif":
-        "codec crf quality bitrate video_codec pix_fmt video_format save_format",
-}  # fmt: skip
+    "omit it: crf 18 and the codec follow from the name of the file, as out.mp4, out.webm or out.gif": "codec crf quality bitrate video_codec pix_fmt video_format save_format",
+}
 """What to do instead -> names in other tools of what ascendit does not have, or does not need."""
 ADVICE_FOR = {name: text for text, names in ADVICE.items() for name in names.split()}
 
@@ -183,8 +182,8 @@ VALUES = {
     "dtype": _DTYPES,
     "vae_dtype": _DTYPES,
     "scheme": {
-        "int8": "w8a8 w8a8_dynamic int8_dynamic i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl q8 q8_0"
-        " int8_per_channel w8a8s",
+        "int8": "w8a8 w8a8_dynamic int8_dynamic i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl q8"
+        " q8_0 int8_per_channel w8a8s",
         "int8_block": "int8_block128 turbo int8-block w8a8_block",
         "fp8": "fp8_e4m3fn fp8_e4m3 e4m3 float8 fp8_scaled fp8_e4m3fn_fast fp8-vllm fp8-sgl fp8dq w8a8_fp8"
         " float8_e4m3fn fp8_e5m2 fp8-torchao fp8_per_token",
@@ -212,7 +211,11 @@ VALUES = {
         "pad": "letterbox contain black_bars keep_aspect",
         "stretch": "resize squash exact distort",
     },
-    "engine": {"vllm-omni": "vllm vllm_omni omni", "sglang": "sgl sglang-diffusion", "mindie": "mindie-sd mindiesd"},
+    "engine": {
+        "vllm-omni": "vllm vllm_omni omni",
+        "sglang": "sgl sglang-diffusion",
+        "mindie": "mindie-sd mindiesd",
+    },
     "to": {"diffusers": "hf huggingface", "wan": "original wan2.2 official native comfy comfyui"},
     "preset": {
         "lightning": "wan2.2-lightning 4steps 4-step 4step wan22-lightning",
@@ -225,7 +228,7 @@ VALUES = {
     "attention": {"fusion": "flash fa flash_attn sdpa torch_sdpa", "fused_infer": "fia infer"},
     "schedule": {"diffusers": "hf", "official": "wan original"},
     "metadata": {"true": "yes on 1", "false": "no off 0"},
-}  # fmt: skip
+}
 """Keyword -> value of ascendit -> its names in other tools, in lower case."""
 
 

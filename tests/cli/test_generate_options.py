@@ -201,7 +201,7 @@ def test_size(text):
 def test_bad_size(text):
     with pytest.raises(UsageError) as e:
         generate_options.parse_size(text)
-    assert e.value.code == "E-USE-01" and e.value.fix == "--size 832x480"
+    assert e.value.code == "E-USE-01" and e.value.fix == "omit --size for the model's own size"
 
 
 def test_guidance():

@@ -336,7 +336,7 @@ def test_two_experts_need_a_boundary() -> None:
     with pytest.raises(RequestError) as error:
         resolve(defaults, "a")
     assert error.value.got == "no boundary between the two experts"
-    assert (error.value.fix, error.value.code) == ("--set boundary_ratio=0.875", "E-REQ-03")
+    assert (error.value.fix, error.value.code) == ("boundary_ratio=0.875", "E-REQ-03")
     assert resolve(defaults, "a", boundary_ratio=0.9).boundary_ratio == 0.9
 
 
@@ -408,7 +408,7 @@ def test_an_unknown_preset_and_one_without_a_row_are_refused() -> None:
     with pytest.raises(UsageError) as error:
         with_preset("Wan2.2-T2V-A14B", "turbo")
     assert error.value.needs == "one of lightning, lightx2v, fastwan, causvid"
-    assert (error.value.fix, error.value.code) == ("--preset lightning", "E-USE-01")
+    assert (error.value.fix, error.value.code) == ('preset="lightning"', "E-USE-01")
     for other in ("", 5, ["lightning"]):
         with pytest.raises(UsageError, match="preset "):
             with_preset("Wan2.2-T2V-A14B", other)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli.kept_latents import check_latents_file, keep_latents, latents_kept_on_failure
+from ascendit.cli.main import completion
 from ascendit.cli.output import Output, log_warnings, quiet_libraries
 from ascendit.errors import Cancelled, UsageError
 from ascendit.family import PRESETS
@@ -33,7 +34,8 @@ def _flag(
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
     names = names or f"--{name.replace('_', '-')}"
-    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden)
+    complete = completion(names.split()[-1])
+    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, autocompletion=complete)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
     return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
@@ -48,7 +50,9 @@ PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
 NEGATIVE = "Negative prompt; the model's own if omitted, none if empty."
 SIZE = "Width and height in pixels: 832x480; default: the model's area in the ratio of --image."
 FIT = "Images of another ratio than --size: crop (default), pad or stretch."
-ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
+ARGS = typer.Argument(
+    metavar="[MODEL] PROMPT", hidden=True, autocompletion=completion("MODEL")
+)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
     inspect.Parameter("args", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, ARGS]),

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
-from ascendit.errors import UsageError
+from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
 from ascendit.foreign import KEYWORD_OF, hint, normal, value_for
 from ascendit.pipeline.options import VARIABLES, LoadOptions
@@ -108,7 +108,14 @@ def read_call(
     flag_values = {key: value for key, value in flags.items() if key in KEYS and value is not None}
     for flag, split in SPLIT.items():
         if flags.get(flag) is not None:
-            flag_values |= split(flags[flag])
+            try:
+                flag_values |= split(flags[flag])
+            except UsageError as e:
+                e.fix = (
+                    _own_value(flag, flags[flag], "demo" if demo else args[0] if len(args) == 2 else None)
+                    or e.fix
+                )
+                raise
     layers = [
         read_latents_config(latents) if latents else read_config(config) if config else {},
         environment,
@@ -130,6 +137,25 @@ def read_call(
         notes=notes,
         latents=latents,
     )
+
+
+def _own_value(flag: str, text: str, model: str | None) -> str | None:
+    """`--size` or `--guidance` with a value of the model itself, for a fix; None for an unknown model."""
+    from ascendit.pipeline.job import prepare_model
+
+    if model is None or flag not in ("size", "guidance"):
+        return None
+    try:
+        defaults = prepare_model(LoadOptions(model=model)).defaults
+    except AscenditError:
+        return None  # reported once the flag is corrected
+    if flag == "guidance":
+        scales = (defaults.guidance_scale, defaults.guidance_scale_2)
+        return f"--guidance {','.join(f'{scale:g}' for scale in scales if scale is not None)}"
+    sizes = defaults.spec.sizes if defaults.spec else ()
+    number = re.search(r"\d+", text)
+    near = [size for size in sizes if number and int(number[0]) in size]
+    return "--size {}x{}".format(*(near or [(defaults.width, defaults.height)])[0])
 
 
 def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
@@ -165,7 +191,9 @@ def parse_size(text: str) -> dict[str, int]:
     """Parse width and height: `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
     match = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
     if not match:
-        raise UsageError(f"--size {text}", needs="width x height in pixels", fix="--size 832x480")
+        raise UsageError(
+            f"--size {text}", needs="width x height in pixels", fix="omit --size for the model's own size"
+        )
     return {"width": int(match[1]), "height": int(match[2])}
 
 
@@ -178,7 +206,7 @@ def parse_guidance(text: str) -> dict[str, float]:
         numbers = []
     if not 1 <= len(numbers) <= 2:
         needs = "one number, or two: high-noise,low-noise"
-        raise UsageError(f"--guidance {text}", needs=needs, fix="--guidance 4,3")
+        raise UsageError(f"--guidance {text}", needs=needs, fix="omit --guidance for the model's own scale")
     return dict(zip(("guidance_scale", "guidance_scale_2"), numbers, strict=False))
 
 

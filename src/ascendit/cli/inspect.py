@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.main import ANY_MODEL, Json, flag
+from ascendit.cli.main import ANY_MODEL, Json, completion, flag
 from ascendit.cli.output import Output
 from ascendit.errors import UsageError
 
 
 def inspect(
     ctx: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="PATH", help=ANY_MODEL)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=ANY_MODEL, autocompletion=completion("MODEL"))],
     layers: Annotated[
         bool, flag("--layers", "One row per layer and tensor: scheme, shape, bytes, dtypes.")
     ] = False,
