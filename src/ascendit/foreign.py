@@ -101,7 +101,8 @@ ADVICE = {
     " cfg_parallel enable_cfg_parallel cfg_parallel_size cfg_size parallel world_size dp_degree vae_parallel"
     " use_usp parallelism hsdp_shard_dim hsdp_replicate_dim vae_parallel_size vae_patch_parallel_size"
     " pipefusion_parallel_degree use_cfg_parallel num_nodes tp parallel_attn_type",
-    "omit it: weights keep the dtype that they are stored in, and --set dtype=bfloat16 changes it": "convert_model_dtype all_in_bf16 half force_fp16 bf16 fp16 variant",
+    "omit it: weights keep their dtype; --set dtype=bfloat16 changes it": "convert_model_dtype half bf16"
+    " all_in_bf16 force_fp16 fp16 variant",
     "omit it, and write the longer prompt yourself": "use_prompt_extend prompt_extend_method"
     " prompt_extend_model prompt_extend_target_lang prompt_extend use_prompt_enhancer enhance_prompt"
     " prompt_upsampling",
@@ -143,7 +144,8 @@ ADVICE = {
     " webui served_model_name",
     "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
     " from_flax subfolder",
-    "omit it: crf 18 and the codec follow from the name of the file, as out.mp4, out.webm or out.gif": "codec crf quality bitrate video_codec pix_fmt video_format save_format",
+    "omit it: the name of the file selects the codec, as out.mp4, out.webm or out.gif": "codec crf"
+    " quality bitrate video_codec pix_fmt video_format save_format",
 }
 """What to do instead -> names in other tools of what ascendit does not have, or does not need."""
 ADVICE_FOR = {name: text for text, names in ADVICE.items() for name in names.split()}
@@ -280,7 +282,8 @@ def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str 
         return option(keyword, value_for(keyword, value) or str(value).removeprefix("torch."))
     if (setting := SETTINGS.get(other)) and setting.partition("=")[0] in allowed:
         return option(*setting.split("=", 1))
-    return ADVICE_FOR.get(other)
+    advice = ADVICE_FOR.get(other)
+    return advice and advice.replace("omit it", f"omit {name}")
 
 
 def unknown_arguments(
@@ -296,7 +299,7 @@ def unknown_arguments(
     name, value = next(iter(unknown.items()))
     value = value if isinstance(value, (str, int, float)) else None
     fix = hint(name, value, allowed)
-    if fix is None or fix == ADVICE_FOR.get(normal(name)):
+    if fix is None or normal(name) in ADVICE_FOR:
         keyword = KEYWORD_OF.get(normal(name), normal(name))
         for other, keywords in (others or {}).items():
             if keyword in keywords and other != function:

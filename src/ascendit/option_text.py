@@ -53,7 +53,6 @@ SWITCHES = {
     "--force": "force",
     "--hash": "hash",
     "--overwrite": "overwrite",
-    "--report": "report",
     "--resume": "resume",
     "--swap-experts": "swap_experts",
     "--values": "values",
@@ -67,17 +66,18 @@ SEVERAL = {
 """Flag with several numbers -> their keywords."""
 COMMAND_LINE_ONLY = frozenset(
     "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers --limit"
-    " --out --quality --quiet --seconds --seeds --self-check --verbose --version".split()
+    " --out --quality --quiet --report --seconds --seeds --self-check --verbose --version".split()
 )
 """Flags that Python has no keyword for; they stay in the text."""
 _LISTS = ("keep", "loras")
-_PROSE = frozenset("and are for from has in instead is of on or that to which with".split())
+_PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _VIDEO = re.compile(r"(?:/|\.(?:mp4|webm|gif|png|mov|mkv|webp))$")
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|(?:[^\s,;()\"']|,(?=[^\s,;]))+"
 _COMMAND = rf"(?<![\w`/.-])`?ascendit [a-z]+(?: (?:{_VALUE}))*`?"
-_FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>(?!-){_VALUE}))?"
+_NO_VALUE = rf"(?!-|`|(?:{'|'.join(_PROSE.split())})(?![\w:/.]))"
+_FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>{_NO_VALUE}(?:{_VALUE})))?"
 _TEXT = re.compile(rf"(?P<command>{_COMMAND})|{_FLAG}")
 _OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")
 
@@ -134,9 +134,8 @@ def _in_python(match: re.Match[str]) -> str:
     if flag in SWITCHES:
         omitted = _OMIT.search(match.string[: match.start()])
         return (SWITCHES[flag] if omitted else f"{SWITCHES[flag]}=True") + match[0].removeprefix(flag)
-    if value is None or value in _PROSE or value.startswith("`"):
-        after = match[0].removeprefix(flag)
-        return _keyword(flag) + after
+    if value is None:
+        return _keyword(flag)
     return _assigned(flag, _unquoted(value)) + end
 
 

@@ -47,9 +47,8 @@ ALIASES = {"help": "--help", "version": "--version"}
 """Words that are accepted for a flag, as in `ascendit help generate`."""
 
 
-COMPLETED = frozenset(
-    "MODEL --defaults --device --emulate --fit --for --preset --recipe --scheme --solver --text-on --to".split()
-)
+COMPLETED = ("--defaults", "--device", "--emulate", "--fit", "--for", "--preset", "--recipe", "--scheme")
+COMPLETED += ("--solver", "--text-on", "--to", "MODEL")
 
 
 def values_of(flag: str) -> list[str]:

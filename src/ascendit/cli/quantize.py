@@ -145,6 +145,6 @@ def _ended_early(view: ProgressView) -> Iterator[None]:
             raise OutOfMemory(
                 "out of memory while the float model ran to calibrate",
                 needs="memory for the unquantized model, with text encoder and VAE",
-                fix="use a --device with more memory, or omit --calibrate",
+                fix="use a device with more memory, or omit --calibrate",
             ) from e
         raise

@@ -284,7 +284,7 @@ def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) ->
 
 def _taken(target: OutputTarget, reason: str) -> UsageError:
     slash = "/" if target.kind == "folder" else ""
-    rule = "a new name; files are overwritten only with --overwrite (overwrite=True)"
+    rule = "a new name; files are overwritten only with --overwrite"
     fix = _option(f"{target.path}{slash}", 1 if target.kind == "png" else 2)
     return UsageError(f"{target.path}{slash} {reason}", needs=rule, fix=fix, code="E-USE-03")
 
