@@ -10,7 +10,10 @@ from typing import Any
 
 from ascendit.option_text import _PROSE, COMMAND_LINE_ONLY, KEYWORDS, SEVERAL, SWITCHES, python_text
 
-SHELL = re.compile(r"(?:^|(?<=[\s:`(]))(?:ascendit|pip|python|hf|docker|curl|mv|magick) [^;`]*")
+_VALUE = r"\"[^\"]*\"|'[^']*'|\$'[^']*'|(?:[^\s,;`()\"']|,(?=[^\s,;]))+"
+SHELL = re.compile(
+    rf"(?:^|(?<=[\s:`(]))(?:ascendit|pip|python|hf|docker|curl|mv|magick) (?:{_VALUE})(?: (?:{_VALUE}))*"
+)
 END = re.compile(r", (?!\d)|: | or (?=[a-z-])| \(|\)| and (?=[a-z])")
 """Where a command ends, and the sentence goes on."""
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)(?:[ =](\"[^\"]*\"|'[^']*'|[^\s;,()]+))?")
@@ -69,13 +72,11 @@ def problems(fix: str) -> Iterator[str]:
 
 
 def command_problems(line: str) -> Iterator[str]:
+    if not line.startswith("ascendit"):
+        return
     words = shlex.split(line)
     if words[-1:] == ["X1"] and words[0] == "ascendit":
         return  # variable arguments
-    if words[0] != "ascendit":
-        if words[0] == "pip" and words[1:2] != ["install"]:
-            yield f"{line}: not pip install"
-        return
     from ascendit.cli import main as cli
 
     args, _ = cli.common_flags(words[1:])
@@ -101,7 +102,9 @@ def value_problems(flag: str, value: str) -> Iterator[str]:
     if all(param.is_flag for param in flags()[flag]):
         return
     if flag == "--set":
-        key, _, value = value.partition("=")
+        key, equals, value = value.partition("=")
+        if not equals:  # as in "omit --set KEY"
+            value = "X1"
     elif flag in SEVERAL or flag not in KEYWORDS:
         return
     else:
@@ -110,11 +113,11 @@ def value_problems(flag: str, value: str) -> Iterator[str]:
     from ascendit.errors import AscenditError
     from ascendit.pipeline.options import LoadOptions
 
-    if PLACEHOLDER.fullmatch(value):
-        return
     if key not in KEYS:
-        if flag == "--set":
+        if flag == "--set" and not PLACEHOLDER.fullmatch(key):
             yield f"no key {key}"
+        return
+    if PLACEHOLDER.fullmatch(value):
         return
     try:
         layer = typed_layer({key: value}, source="--set")

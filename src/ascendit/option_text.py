@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 KEYWORDS = {
-    "--activation-rule": "activation_rule",
     "--alpha": "alpha",
     "--base": "base",
     "--defaults": "defaults",
@@ -72,6 +71,8 @@ COMMAND_LINE_ONLY = frozenset(
 _LISTS = ("keep", "loras")
 _PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
+_FREE = frozenset("--base --image --keep --last-image --lora --negative".split())
+"""Flags whose values are texts, files or patterns: a plain word after one is a part of the sentence."""
 _VIDEO = re.compile(r"(?:/|\.(?:mp4|webm|gif|png|mov|mkv|webp))$")
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|(?:[^\s,;()\"']|,(?=[^\s,;]))+"
@@ -81,18 +82,24 @@ _FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>{_NO_V
 _TEXT = re.compile(rf"(?P<command>{_COMMAND})|{_FLAG}")
 _OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")
 
-_commands_running = 0
+SET_ONLY = {
+    "generate": ("--keep",),
+    "quantize": ("--fps", "--frames", "--negative", "--seed", "--shift", "--solver", "--steps"),
+}
+"""Command -> flags of other commands that it has as a key of `--set` only."""
+
+_commands: list[str] = []
+"""The commands that are running, one inside another."""
 
 
 @contextmanager
-def command_line() -> Iterator[None]:
-    """Inside, errors speak the language of the command line."""
-    global _commands_running
-    _commands_running += 1
+def command_line(command: str = "") -> Iterator[None]:
+    """Inside, errors have the form of the command line, with the flags of this command."""
+    _commands.append(command)
     try:
         yield
     finally:
-        _commands_running -= 1
+        _commands.pop()
 
 
 def option(keyword: str, value: object) -> str:
@@ -111,7 +118,14 @@ def option_name(keyword: str) -> str:
 
 def for_reader(text: str) -> str:
     """`text` as its reader writes options: unchanged while a command runs, else with Python's keywords."""
-    return text if _commands_running or "-" not in text else python_text(text)
+    if "-" not in text:
+        return text
+    if not _commands:
+        return python_text(text)
+    for flag in SET_ONLY.get(_commands[-1], ()):
+        text = re.sub(rf"(?<![\w-]){flag} (?={_NO_VALUE})(?=\S)", f"--set {KEYWORDS[flag]}=", text)
+        text = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {KEYWORDS[flag]}", text)
+    return text
 
 
 def python_text(text: str) -> str:
@@ -134,8 +148,8 @@ def _in_python(match: re.Match[str]) -> str:
     if flag in SWITCHES:
         omitted = _OMIT.search(match.string[: match.start()])
         return (SWITCHES[flag] if omitted else f"{SWITCHES[flag]}=True") + match[0].removeprefix(flag)
-    if value is None:
-        return _keyword(flag)
+    if value is None or (flag in _FREE and value.isalpha() and value.islower()):
+        return _keyword(flag) + ("" if value is None else f" {value}{end}")
     return _assigned(flag, _unquoted(value)) + end
 
 

@@ -147,5 +147,5 @@ def _bad(text: str, problem: str) -> UsageError:
     return UsageError(
         f"step policy {text!r}: {problem}",
         needs=f"STEPS:PRECISION, .., the first step is 0; precisions: {', '.join(PRECISIONS)}",
-        fix="--step-policy 0-1:w4a8,default:w4a4",
+        fix="omit --step-policy, or for MXFP4 weights --step-policy 0-1:w4a8,default:w4a4",
     )

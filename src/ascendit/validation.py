@@ -48,8 +48,11 @@ TYPE_LABELS: dict[Any, tuple[str, str]] = {
     tuple[str, ...]: ("text", "some text"),
 }
 """Type -> label, example."""
-OF_THE_MODEL = frozenset({"width", "height", "num_frames", "boundary_ratio", "guidance_scale_2"})
-"""Numbers whose valid values depend on the model: the fix is to omit them."""
+OF_THE_MODEL = frozenset(
+    ("width", "height", "num_frames", "boundary_ratio", "guidance_scale_2")
+    + ("activation_rule", "attention", "recipe", "keep", "image", "last_image")
+)
+"""Options whose valid values depend on the model, or on files: the fix is to omit them."""
 MAX_BYTES = 16 * 2**20
 """Limit for a file of settings."""
 MAX_DEPTH = 64
@@ -189,7 +192,8 @@ def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageErr
         is_text = bool(choices) or value_type is str
         setting, fix = f"{source} {name}={value}", f"{name} = {json.dumps(example) if is_text else example}"
     if name in OF_THE_MODEL:
-        fix = f"omit {name if source else option_name(name)} for the model's default"
+        shown = f"--set {name}" if source == "--set" else name if source else option_name(name)
+        fix = f"omit {shown} for the model's default"
     return UsageError(setting, needs=f"{name}: {label}", fix=fix)
 
 

@@ -83,7 +83,7 @@ def _suggestion(name: str) -> str:
     short = re.sub(r"[^a-z0-9]", "", Path(name).name.lower()).removesuffix("diffusers")
     if close := [key for key in models if short and short in (key, key[len("wan22") :])]:
         return f"correct the path; for the model on Hugging Face, pass {models[close[0]]}"
-    return "correct the path; for a model on Hugging Face, pass hf:ORG/NAME; ascendit models lists names"
+    return "correct the path; for a model on Hugging Face, pass hf:ORG/NAME; for names: ascendit models"
 
 
 def fetch(

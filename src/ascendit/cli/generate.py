@@ -95,7 +95,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     More flags: --solver, --shift, --timesteps, --fps, --defaults, --text-on, --max-memory; see docs/cli.md.
     """
-    _check_length(ctx, params)
+    _check_length(params)
     from ascendit.cli.generate_options import read_call
 
     out: Output = ctx.obj
@@ -135,9 +135,9 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
 
 
-def _check_length(ctx: typer.Context, params: dict[str, Any]) -> None:
+def _check_length(params: dict[str, Any]) -> None:
     if params["num_frames"] is not None and params["seconds"] is not None:
-        raise typer.BadParameter("use --frames or --seconds, not both", ctx=ctx)
+        raise UsageError("--frames and --seconds", needs="one of the two", fix="omit --seconds")
 
 
 def _save(video: Video, output: str, *, metadata: bool, overwrite: bool) -> Path:

@@ -233,7 +233,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UsageError(f"--set {setting}", needs="KEY=VALUE", fix="--set solver=euler")
+            raise UsageError(
+                f"--set {setting}", needs="KEY=VALUE", fix=f"--set solver=euler instead of {setting}"
+            )
         layer[key.strip()] = value
     return typed_layer(layer, source="--set")
 

@@ -51,7 +51,11 @@ def _check_flags(other: str | None, *, layers: bool, values: bool) -> None:
     if other is None and values:
         raise UsageError("--values without --diff", needs="two models to compare", fix="add --diff OTHER")
     if other is not None and layers:
-        raise UsageError("--layers and --diff", needs="one of them", fix="omit one; --diff --json lists all")
+        raise UsageError(
+            "--layers and --diff",
+            needs="one of them",
+            fix="omit --layers; --json lists the differences of all layers",
+        )
 
 
 def _inspect(out: Output, path: str, layers: bool, check: bool) -> bool:

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_click_completion()
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
-    with command_line():
+    with command_line(next((arg for arg in args if arg in COMMANDS), "")):
         try:
             code = command.main(args, "ascendit", standalone_mode=False, obj=output)
             error: BaseException | None = (
@@ -234,7 +234,16 @@ def _usage(error: Any, args: Sequence[str]) -> UsageError:
     if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error):  # type: ignore[attr-defined]
         needs, fix = hint
         return UsageError(error.format_message(), needs=needs, fix=fix)
-    return UsageError(error.format_message(), needs=usage, fix=f"{command} --help")
+    return UsageError(error.format_message(), needs=usage, fix=_parameter_fix(error) or f"{command} --help")
+
+
+def _parameter_fix(error: Any) -> str | None:
+    """The fix for an option that is missing or has a bad value."""
+    param = getattr(error, "param", None)
+    if param is None or param.param_type_name != "option":
+        return None
+    flag = f"{param.opts[0]} {param.metavar or ''}".strip()
+    return f"add {flag}" if param.required else f"omit {param.opts[0]}, or {flag} as its help says"
 
 
 def _set_up_log(output: Output) -> None:

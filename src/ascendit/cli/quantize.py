@@ -124,7 +124,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a request field such as num_inference_steps, height, width or num_frames",
-            fix="omit it",
+            fix=f"omit --set {wrong[0]}",
         )
     return layer
 

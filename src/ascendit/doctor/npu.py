@@ -198,8 +198,7 @@ def nodes() -> list[ProbeRow]:
     """The device files, and whether this user can read and write them."""
     row = ProbeRow("NPU device files", "none", needed="read and write", part="npu", status="absent")
     if not (files := cards()):
-        fix = "install the driver; in a container: docker run --device /dev/davinci0 --device "
-            "/dev/davinci_manager"
+        fix = "install the driver; in a container: docker run --device /dev/davinci0 --device .."
         return [replace(row, status="missing" if has_npu_parts() else "absent", fix=fix)]
     shared = [str(DEV / name) for name in SHARED_NODES]
     missing = [p for p in shared if not Path(p).exists()]
