@@ -149,14 +149,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]]
     return call
 
 
-def texts(error: AscenditError) -> tuple[str, str]:
-    with cli.command_line():
+def texts(error: AscenditError, command: str) -> tuple[str, str]:
+    with cli.command_line(command):
         return error.got, error.fix
 
 
 def applied(args: list[str], fix: str) -> list[str] | None:
     """The call with its fix; None for a fix that is not a change of the call."""
-    fix = re.split(r"; |,? or (?=(?:--|-o|omit|add|ascendit|another|remove|use|exclude|an? ))", fix)[0]
+    fix = re.split(
+        r";? correct|; |,? or (?=(?:--|-o|omit|add|ascendit|another|remove|use|exclude|an? ))", fix
+    )[0]
     fix = re.sub(r",? (?:which|so that|where|with the).*", "", fix)
     if fix.startswith(PROSE):
         return None
@@ -171,6 +173,7 @@ def applied(args: list[str], fix: str) -> list[str] | None:
         omit = omit or word in ("omit", "without")
         omit = omit and word not in ("add", "use")
         following = words[n + 1] if n + 1 < len(words) else ""
+        word = word.rstrip(";,:")
         if not re.match(r"--[a-z]|-o$", word):
             continue
         if omit:
@@ -205,11 +208,11 @@ def test_the_fix_removes_the_error(case: str, run: Callable[[list[str]], Ascendi
     args = full(case)
     error = run(args)
     assert error is not None, "no error"
-    got, fix = texts(error)
+    got, fix = texts(error, args[0])
     call = applied(args, fix)
     if call is None and isinstance(error, EnvironmentProblem):
         return  # a library to install
     assert call is not None and call != args, f"{got} | {fix}"
     again = run(call)
     if again is not None and not isinstance(again, EnvironmentProblem):
-        raise AssertionError(f"{got} | {fix} | {shlex.join(call)} | {texts(again)}")
+        raise AssertionError(f"{got} | {fix} | {shlex.join(call)} | {texts(again, call[0])}")

@@ -180,21 +180,23 @@ _DTYPES = {
     "bfloat16": "bf16 torch.bfloat16 brain 16",
     "float16": "fp16 f16 half torch.float16 torch.half",
 }
+_SCHEMES = {
+    "w8a8 w8a8_dynamic int8_dynamic i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl "
+    "q8 q8_0 int8_per_channel w8a8s": "int8",
+    "int8_block128 turbo int8-block w8a8_block": "int8_block",
+    "fp8_e4m3fn fp8_e4m3 e4m3 float8 fp8_scaled fp8_e4m3fn_fast fp8-vllm fp8-sgl fp8dq "
+    "w8a8_fp8 float8_e4m3fn fp8_e5m2 fp8-torchao fp8_per_token": "fp8",
+    "w8a8_mxfp8 w8a8f8 mx8 mxfp8_e4m3 mxfp8_npu w8a8f8_mx mx-fp8 mx_fp8": "mxfp8",
+    "w4a4_mxfp4 w4a4 w4a4f4 mx4 mxfp4_e2m1 mxfp4_npu nvfp4 fp4 mx-fp4 mx_fp4 q4 q4_0 q4_k "
+    "int4 w4a8 w4a8_mxfp nf4": "mxfp4",
+    "w4a4_mxfp4_dualscale w4a4_dualscale dualscale w4a4f4_dual mxfp4_dual": "mxfp4_dualscale",
+    "none bfloat16 no float16 fp16 w16a16": "bf16",
+}
+"""Names in other tools -> scheme."""
 VALUES = {
     "dtype": _DTYPES,
     "vae_dtype": _DTYPES,
-    "scheme": {
-        "int8": "w8a8 w8a8_dynamic int8_dynamic i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl q8"
-        " q8_0 int8_per_channel w8a8s",
-        "int8_block": "int8_block128 turbo int8-block w8a8_block",
-        "fp8": "fp8_e4m3fn fp8_e4m3 e4m3 float8 fp8_scaled fp8_e4m3fn_fast fp8-vllm fp8-sgl fp8dq w8a8_fp8"
-        " float8_e4m3fn fp8_e5m2 fp8-torchao fp8_per_token",
-        "mxfp8": "w8a8_mxfp8 w8a8f8 mx8 mxfp8_e4m3 mxfp8_npu w8a8f8_mx mx-fp8 mx_fp8",
-        "mxfp4": "w4a4_mxfp4 w4a4 w4a4f4 mx4 mxfp4_e2m1 mxfp4_npu nvfp4 fp4 mx-fp4 mx_fp4 q4 q4_0 q4_k int4"
-        " w4a8 w4a8_mxfp nf4",
-        "mxfp4_dualscale": "w4a4_mxfp4_dualscale w4a4_dualscale dualscale w4a4f4_dual mxfp4_dual",
-        "bf16": "none bfloat16 no float16 fp16 w16a16",
-    },
+    "scheme": {ours: others for others, ours in _SCHEMES.items()},
     "solver": {
         "unipc": "uni_pc unipcmultistepscheduler uni_pc_bh2 unipcmultistep default",
         "dpm++": "dpmpp dpm dpmpp_2m dpm++_2m dpmsolver dpmsolver++ dpmsolvermultistepscheduler dpmpp_sde"

@@ -77,7 +77,7 @@ _VIDEO = re.compile(r"(?:/|\.(?:mp4|webm|gif|png|mov|mkv|webp))$")
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|(?:[^\s,;()\"']|,(?=[^\s,;]))+"
 _COMMAND = rf"(?<![\w`/.-])`?ascendit [a-z]+(?: (?:{_VALUE}))*`?"
-_NO_VALUE = rf"(?!-|`|(?:{'|'.join(_PROSE.split())})(?![\w:/.]))"
+_NO_VALUE = rf"(?!-|`|(?:{'|'.join(_PROSE.split())})(?=[\s,;)]|$))"
 _FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>{_NO_VALUE}(?:{_VALUE})))?"
 _TEXT = re.compile(rf"(?P<command>{_COMMAND})|{_FLAG}")
 _OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")

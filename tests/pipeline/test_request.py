@@ -234,7 +234,7 @@ def test_timesteps_and_another_number_of_steps_are_refused() -> None:
         resolve(CASCADE, "a", timesteps=[1000, 500], num_inference_steps=4)
     got, needs, fix, code = text_of(error)
     assert (got, needs) == ("2 timesteps and 4 steps", "as many steps as timesteps")
-    assert (fix, code) == ("pass only one of them", "E-REQ-03")
+    assert (fix, code) == ("omit --steps, or --timesteps", "E-REQ-03")
 
 
 # --- against the model
@@ -314,7 +314,7 @@ def test_image_rules() -> None:
     assert text_of(error) == (
         "image x.png",
         "Wan2.2-T2V-A14B is text-to-video and takes no image",
-        "omit the image, or use an I2V or TI2V model",
+        "omit --image, or use an I2V or TI2V model",
         "E-REQ-04",
     )
     assert resolve(I2V, "a", image="x.png").image == "x.png"
@@ -328,7 +328,7 @@ def test_one_expert_refuses_fields_of_a_second(extra: dict[str, Any]) -> None:
         resolve(SINGLE, "a", **extra)
     got, needs, fix, code = text_of(error)
     assert (got, needs) == ("a second guidance scale or a boundary", "Wan2.1-T2V-14B has one expert")
-    assert (fix, code) == ("pass one guidance scale and no boundary", "E-REQ-03")
+    assert (fix, code) == ("--guidance 5, without --set boundary_ratio", "E-REQ-03")
 
 
 def test_two_experts_need_a_boundary() -> None:
@@ -395,7 +395,7 @@ def test_a_preset_of_another_model_is_refused(name: str, model: str) -> None:
     got, needs, fix, code = text_of(error)
     assert (got, code) == (f"preset {name} with {model}", "E-REQ-03")
     assert all(m in needs for m in PRESETS[name].models)
-    flags = shlex.split(fix.partition(", ")[2])
+    flags = shlex.split(fix.partition(" instead of ")[0])
     positional, fields = parse_replay(shlex.join(["ascendit", "generate", *flags]))
     own = resolve(defaults_of(model), "a", **pictures(model), **fields)
     assert {k: getattr(own, k) for k in fields} == {
