@@ -80,10 +80,11 @@ def command_problems(line: str) -> Iterator[str]:
     from ascendit.cli import main as cli
 
     args, _ = cli.common_flags(words[1:])
+    args = [arg for arg in args if arg not in cli.COMMON]
     args = ["1" if re.fullmatch(r"N|S|X", word) else word for word in args]
     name = next((word for word in args if not word.startswith("-")), "")
     if name not in cli.COMMANDS:
-        if args not in (["--help"], ["--version"]) and args != ["-v"]:
+        if args not in (["--help"], ["--version"]) and args:
             yield f"{line}: no such command"
         return
     args.remove(name)

@@ -14,6 +14,7 @@ from ascendit.option_text import (
     COMMAND_LINE_ONLY,
     KEYWORDS,
     SET_ONLY,
+    SETTABLE,
     SEVERAL,
     SWITCHES,
     command_line,
@@ -73,6 +74,11 @@ def test_every_flag_of_every_command_is_in_a_table() -> None:
     flags = {flag for flag in fix_lines.flags() if flag not in ("-h", "--help")}
     assert flags - tables == set()
     assert tables - flags - {"-o", "--quiet", "--verbose", "--version"} == set()
+
+
+def test_every_key_of_set_has_a_flag_or_is_settable() -> None:
+    assert {*KEYWORDS.values(), *SWITCHES.values(), *SETTABLE} >= {*KEYS}
+    assert {*KEYS} >= SETTABLE and not SETTABLE & {*KEYWORDS.values()}
 
 
 def test_flags_and_switches_take_what_the_tables_say() -> None:

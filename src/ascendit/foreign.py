@@ -51,7 +51,7 @@ RENAMED = {
     "scheme": "quantization quant_type quant_mode dit_quant_scheme quantize quant q_mode quant_algo"
     " quantization_method quantization_config dit_quantized quant_scheme fmt format transformer_quant",
     "output": "save_file save_result_path output_path output_dir save_dir out outfile output_file filename"
-    " filename_prefix save_path out_dir o output_video_path save_output save_directory",
+    " filename_prefix save_path out_dir o output_video_path save_directory",
     "config": "config_json config_file config_path",
     "keep": "disable_names exclude ignore ignored_layers modules_to_not_convert fallback disable_level skip",
     "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights lora_scale adapters"
@@ -96,7 +96,8 @@ ADVICE = {
     " lowvram medvram novram enable_cpu_offload offload_granularity blocks_to_swap block_swap"
     " dit_layerwise_offload performance_mode unload_models vae_cpu_offload image_encoder_cpu_offload"
     " pin_cpu_memory use_fsdp_inference layerwise_offload lazy_load low_cpu_mem_usage offload_folder tiled",
-    "omit it: ascendit uses one device": "ulysses_size ring_size dit_fsdp t5_fsdp num_gpus sp_degree tp_size"
+    "omit it: a model runs on one device": "ulysses_size ring_size dit_fsdp t5_fsdp num_gpus sp_degree"
+    " tp_size"
     " tensor_parallel_size ulysses_degree ring_degree dp_size data_parallel_size nproc_per_node sp_size"
     " cfg_parallel enable_cfg_parallel cfg_parallel_size cfg_size parallel world_size dp_degree vae_parallel"
     " use_usp parallelism hsdp_shard_dim hsdp_replicate_dim vae_parallel_size vae_patch_parallel_size"
@@ -117,19 +118,20 @@ ADVICE = {
     " num_outputs_per_prompt num_images_per_prompt batch n_iter samples repeat num_samples num_videos",
     "--seed 42 instead of a generator": "generator rng",
     "omit it: the result is a Video; its frames are an array, video.frames": "output_type return_dict"
-    " return_frames save_video",
+    " return_frames",
+    "omit it: each video is saved": "save_output save_video",
     "omit it: no cache over steps is offered yet": "enable_teacache teacache use_teacache teacache_thresh"
     " cache_dit enable_cache_dit cache_backend cache_config feature_caching use_ret_steps magcache easycache"
     " use_attentioncache",
     "omit it: nothing has to be compiled": "compile enable_torch_compile torch_compile enforce_eager"
     " use_compile compilation_config cuda_graph",
     "omit it: code of a checkpoint is never run": "trust_remote_code",
-    "omit it: decoding is exact, in one piece": "vae_slicing enable_vae_slicing enable_vae_tiling"
+    "omit it: decoding is exact, in one piece": "vae_slicing vae_tiling enable_vae_slicing enable_vae_tiling"
     " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap",
     "omit it: parts of the model are in the folder of MODEL": "vae vae_path t5_path text_encoder_path"
     " clip_path transformer_path clip_name vae_name text_encoder tokenizer scheduler_config high_noise_model"
     " low_noise_model dit_path high_noise_ckpt transformer_2 component_paths",
-    "omit it: ascendit checks each video, and has no content filter": "safety_checker enable_safety_checker"
+    "omit it: each video is checked, and there is no content filter": "safety_checker enable_safety_checker"
     " requires_safety_checker",
     "omit it: files are downloaded to the cache of the hub; set HF_HOME to move it": "cache_dir local_dir"
     " download_dir",
@@ -137,21 +139,20 @@ ADVICE = {
     "omit it: log in once with `hf auth login`": "token use_auth_token hf_token api_key",
     "omit it: a repository without network is read from the cache": "local_files_only offline"
     " force_download resume_download",
-    "omit it: MX blocks are 32 values, and --scheme says the bits": "q_bits q_group_size w_bit a_bit bits"
+    "omit it: the scheme sets bits and blocks": "q_bits q_group_size w_bit a_bit bits"
     " group_size w_bits a_bits block_size nbits load_in_8bit load_in_4bit",
     "omit it: weights are quantized row by row on the CPU": "device_id dev_type gpu_id max_workers",
-    "ascendit has no server yet; ascendit generate runs one video": "host port serve server_port base_url"
-    " webui served_model_name",
+    "omit it: there is no server yet": "host port serve server_port base_url webui served_model_name",
     "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
     " from_flax subfolder",
     "omit it: the name of the file selects the codec, as out.mp4, out.webm or out.gif": "codec crf"
-    " quality bitrate video_codec pix_fmt video_format save_format",
+    " bitrate video_codec pix_fmt video_format save_format",
 }
 """What to do instead -> names in other tools of what ascendit does not have, or does not need."""
 ADVICE_FOR = {name: text for text, names in ADVICE.items() for name in names.split()}
 
 NO_VALUE = frozenset(
-    "t5_cpu dit_fsdp t5_fsdp convert_model_dtype use_prompt_extend use_usp enforce_eager trust_remote_code"
+    "save_output t5_cpu dit_fsdp t5_fsdp convert_model_dtype use_prompt_extend use_usp enforce_eager trust_remote_code"
     " low_vram lowvram medvram novram half force_fp16 bf16 fp16 use_ret_steps vae_slicing enable_vae_slicing"
     " enable_vae_tiling vae_use_tiling enable_teacache teacache compile webui cfg_parallel offline"
     " enable_cfg_parallel dit_cpu_offload text_encoder_cpu_offload vae_cpu_offload enable_torch_compile yes"
@@ -181,8 +182,7 @@ _DTYPES = {
     "float16": "fp16 f16 half torch.float16 torch.half",
 }
 _SCHEMES = {
-    "w8a8 w8a8_dynamic int8_dynamic i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl "
-    "q8 q8_0 int8_per_channel w8a8s": "int8",
+    "w8a8 i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl q8 q8_0 int8_per_channel w8a8s": "int8",
     "int8_block128 turbo int8-block w8a8_block": "int8_block",
     "fp8_e4m3fn fp8_e4m3 e4m3 float8 fp8_scaled fp8_e4m3fn_fast fp8-vllm fp8-sgl fp8dq "
     "w8a8_fp8 float8_e4m3fn fp8_e5m2 fp8-torchao fp8_per_token": "fp8",
@@ -195,7 +195,10 @@ _SCHEMES = {
 """Names in other tools -> scheme."""
 VALUES = {
     "dtype": _DTYPES,
-    "vae_dtype": _DTYPES,
+    "vae_dtype": {
+        "float32": _DTYPES["float32"],
+        "bfloat16": f"{_DTYPES['bfloat16']} {_DTYPES['float16']} float16",
+    },
     "scheme": {ours: others for others, ours in _SCHEMES.items()},
     "solver": {
         "unipc": "uni_pc unipcmultistepscheduler uni_pc_bh2 unipcmultistep default",
@@ -251,7 +254,7 @@ def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str
 
     `choices`: the values of this option, for a typing error.
     """
-    text = str(value).strip().lower()
+    text = str(value).strip().lower().removesuffix("_dynamic")
     for ours, others in VALUES.get(keyword, {}).items():
         if (text == ours or text in others.split()) and (not choices or ours in choices):
             return ours

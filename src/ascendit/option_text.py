@@ -57,12 +57,18 @@ SWITCHES = {
     "--values": "values",
 }
 """Flag without a value -> its keyword in Python, which is set to True."""
+_SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 SEVERAL = {
     "--size": ("width", "height"),
     "--guidance": ("guidance_scale", "guidance_scale_2"),
     "--timesteps": ("timesteps",),
 }
 """Flag with several numbers -> their keywords."""
+SETTABLE = frozenset(
+    "activation_rule attention boundary_ratio dtype fast_layernorm guidance_scale guidance_scale_2 height"
+    " max_sequence_length metadata model nz ops prompt schedule seconds timesteps vae_dtype width".split()
+)
+"""Keywords without a flag of the same value; `--set keyword=value` sets them."""
 COMMAND_LINE_ONLY = frozenset(
     "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers --limit"
     " --out --quality --quiet --report --seconds --seeds --self-check --verbose --version".split()
@@ -107,13 +113,16 @@ def option(keyword: str, value: object) -> str:
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if flag := FLAGS.get(keyword):
         return f"{flag} {_quoted(text)}"
-    return f"--set {_quoted(f'{keyword}={text}')}"
+    if keyword in SETTABLE:
+        return f"--set {_quoted(f'{keyword}={text}')}"
+    return _SWITCH_OF.get(keyword) or f"{keyword}={text}"
 
 
 def option_name(keyword: str) -> str:
     """An option without a value, in the form of the command line: `--steps`, `--size`, `--set dtype`."""
     several = next((flag for flag, keywords in SEVERAL.items() if keyword in keywords), None)
-    return FLAGS.get(keyword) or several or f"--set {keyword}"
+    other = f"--set {keyword}" if keyword in SETTABLE else keyword
+    return FLAGS.get(keyword) or _SWITCH_OF.get(keyword) or several or other
 
 
 def for_reader(text: str) -> str:

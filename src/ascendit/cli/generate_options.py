@@ -289,7 +289,10 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
 def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> UsageError:
     name, allowed = unknown[0], [*KEYS]
     value = layer[name] if isinstance(layer[name], str | int | float) else None
-    key = KEYWORD_OF.get(normal(name)) or next(iter(get_close_matches(normal(name), KEYS, n=1)), None)
+    other = normal(name)
+    key = KEYWORD_OF.get(other)
+    if key is None and hint(name, None, allowed) is None:
+        key = next(iter(get_close_matches(other, KEYS, n=1)), None)
     if key in KEYS:
         text = value_for(key, value) or value
         setting = f"{key} = {text}" if source.startswith("--config") else f"--set {key}={text}"

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ascendit.foreign import ADVICE_FOR, COMMAND_OF, KEYWORD_OF, NO_VALUE, SETTINGS, normal, value_for
-from ascendit.option_text import FLAGS, SWITCHES
+from ascendit.option_text import FLAGS, SET_ONLY, SETTABLE, SWITCHES
 from ascendit.report import shell_line
 
 BOOLEANS = ("true", "false", "0", "1", "yes", "no", "on", "off")
@@ -109,7 +109,8 @@ def _replace(line: Line, flag: str, value: str | None, name: str, options: Mappi
     else:
         new = _option(keyword, value, name, options)
         if not new and (close := get_close_matches(same, options, n=1, cutoff=0.75)):
-            new = [close[0], *([] if value is None or not options[close[0]] else [value])]
+            new = [close[0], *([value] if value and options[close[0]] else [])]
+            new = [] if options[close[0]] and not value else new
         if not new:
             line.unknown.append(flag)
             line.notes.append(f"{flag} is not a flag of ascendit {name}")
@@ -138,15 +139,8 @@ def _option(keyword: str, value: str | None, name: str, options: Mapping[str, bo
     flag = FLAGS.get(keyword, SPECIAL.get(keyword))
     if flag in options:
         return [str(flag), text]
-    settable = ("--set" in options) and name == "generate" and keyword in SETTABLE
+    settable = name == "generate" and (keyword in SETTABLE or flag in SET_ONLY[name])
     return ["--set", f"{keyword}={text}"] if settable else []
-
-
-SETTABLE = frozenset(
-    "activation_rule attention boundary_ratio dtype fast_layernorm fit fps guidance_scale_2 keep"
-    " max_sequence_length metadata nz ops schedule seed solver vae_dtype".split()
-)
-"""Keywords of `--set`; a test compares them with the table of the options."""
 
 
 def options_of(command: Any) -> dict[str, bool]:
