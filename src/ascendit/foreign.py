@@ -157,7 +157,8 @@ NO_VALUE = frozenset(
     " enable_vae_tiling vae_use_tiling enable_teacache teacache compile webui cfg_parallel offline"
     " enable_cfg_parallel dit_cpu_offload text_encoder_cpu_offload vae_cpu_offload enable_torch_compile yes"
     " exist_ok force_overwrite no_metadata disable_metadata plan print_config cache_dit enable_cache_dit"
-    " image_encoder_cpu_offload pin_cpu_memory tiled layerwise_offload dit_layerwise_offload quantize save_output".split()
+    " image_encoder_cpu_offload pin_cpu_memory tiled layerwise_offload dit_layerwise_offload quantize"
+    " save_output".split()
 )
 """Flags of other tools that stand alone; one of these with True, False, 0 or 1 after it has a value too."""
 
