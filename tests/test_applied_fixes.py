@@ -13,6 +13,7 @@ from PIL import Image
 
 from ascendit.cli import main as cli
 from ascendit.errors import AscenditError, EnvironmentProblem
+from ascendit.option_text import command_line
 
 DEMO = ("generate", "--demo", "a red circle", "--dry-run")
 CASES = """
@@ -150,7 +151,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]]
 
 
 def texts(error: AscenditError, command: str) -> tuple[str, str]:
-    with cli.command_line(command):
+    with command_line(command):
         return error.got, error.fix
 
 

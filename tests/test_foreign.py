@@ -12,10 +12,10 @@ from ascendit import foreign
 from ascendit.cli.generate_options import KEYS, parse_settings
 from ascendit.cli.main import COMMANDS, completion, values_of
 from ascendit.errors import UsageError
-from ascendit.option_text import python_text
-from ascendit.pipeline.job import check_names, prepare_model
+from ascendit.option_text import option, python_text
+from ascendit.pipeline.job import prepare_model
 from ascendit.pipeline.options import LoadOptions
-from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.request import GenerateRequest, check_names
 from ascendit.quant.schemes import SCHEMES
 
 # Other name and value -> the setting of ascendit; written from the documentation of each tool.
@@ -59,7 +59,7 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
         parse_settings([other])
     key, _, value = setting.partition("=")
     fix = error.value._fix.partition(" instead of")[0]
-    assert fix in (f"--set {setting}", foreign.option(key, value))
+    assert fix in (f"--set {setting}", option(key, value))
     assert list(fix_lines.problems(fix)) == []
     layer = parse_settings([setting])
     assert [*layer] == [key]
@@ -159,7 +159,7 @@ def test_a_wrong_keyword_is_a_usage_error_with_a_hint(call: str, arguments: dict
 def test_a_value_of_another_tool_is_translated_in_python() -> None:
     for name, value, fix in (("scheme", "W8A8", 'scheme="int8"'), ("dtype", "bf16", 'dtype="bfloat16"')):
         with pytest.raises(UsageError) as error:
-            prepare_model(LoadOptions(model="demo", **{name: value}))
+            prepare_model(LoadOptions.model_validate({"model": "demo", name: value}))
         assert error.value.fix == fix
     with pytest.raises(UsageError) as error:
         GenerateRequest(**{**_request(), "seed": -1})

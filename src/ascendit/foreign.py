@@ -148,7 +148,7 @@ ADVICE = {
     "omit it: the name of the file selects the codec, as out.mp4, out.webm or out.gif": "codec crf"
     " bitrate video_codec pix_fmt video_format save_format",
 }
-"""What to do instead -> names in other tools of what ascendit does not have, or does not need."""
+"""Advice -> names in other tools of options that ascendit does not have, or does not need."""
 ADVICE_FOR = {name: text for text, names in ADVICE.items() for name in names.split()}
 
 NO_VALUE = frozenset(
@@ -276,7 +276,7 @@ CALLS = {
 
 
 def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str | None:
-    """The fix for an option that does not exist, in the form of the command line; None without one.
+    """The fix for an option that does not exist, as the command line writes it; None without one.
 
     `allowed`: the keywords that exist. `value`: the value of the option, if it has one.
     """

@@ -100,7 +100,7 @@ _commands: list[str] = []
 
 @contextmanager
 def command_line(command: str = "") -> Iterator[None]:
-    """Inside, errors have the form of the command line, with the flags of this command."""
+    """Inside, errors name flags, those of this command."""
     _commands.append(command)
     try:
         yield
@@ -109,7 +109,7 @@ def command_line(command: str = "") -> Iterator[None]:
 
 
 def option(keyword: str, value: object) -> str:
-    """An option with its value, in the form of the command line: `--steps 8`, `--set dtype=float32`."""
+    """An option with its value, as the command line writes it: `--steps 8`, `--set dtype=float32`."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if flag := FLAGS.get(keyword):
         return f"{flag} {_quoted(text)}"
@@ -119,7 +119,7 @@ def option(keyword: str, value: object) -> str:
 
 
 def option_name(keyword: str) -> str:
-    """An option without a value, in the form of the command line: `--steps`, `--size`, `--set dtype`."""
+    """An option without a value, as the command line writes it: `--steps`, `--size`, `--set dtype`."""
     several = next((flag for flag, keywords in SEVERAL.items() if keyword in keywords), None)
     other = f"--set {keyword}" if keyword in SETTABLE else keyword
     return FLAGS.get(keyword) or _SWITCH_OF.get(keyword) or several or other
@@ -138,7 +138,7 @@ def for_reader(text: str) -> str:
 
 
 def python_text(text: str) -> str:
-    """`text`, in the form of the command line, with Python's keywords; shell commands are unchanged."""
+    """`text`, written for the command line, with Python's keywords; shell commands are unchanged."""
     pieces, end, after_flag = [], 0, False
     for match in _TEXT.finditer(text):
         between = text[end : match.start()]

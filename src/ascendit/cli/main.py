@@ -47,8 +47,11 @@ ALIASES = {"help": "--help", "version": "--version"}
 """Words that are accepted for a flag, as in `ascendit help generate`."""
 
 
-COMPLETED = ("--defaults", "--device", "--emulate", "--fit", "--for", "--preset", "--recipe", "--scheme")
-COMPLETED += ("--solver", "--text-on", "--to", "MODEL")
+COMPLETED = frozenset(
+    ("--defaults", "--device", "--emulate", "--fit", "--for", "--preset", "--recipe", "--scheme")
+    + ("--solver", "--text-on", "--to", "MODEL")
+)
+"""Flags, and MODEL, with values that a shell completes."""
 
 
 def values_of(flag: str) -> list[str]:

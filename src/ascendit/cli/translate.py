@@ -62,18 +62,18 @@ def translate(args: Sequence[str], name: str, options: Mapping[str, bool]) -> Li
 
 def _pairs(args: Sequence[str], options: Mapping[str, bool]) -> Iterator[tuple[str, str | None]]:
     """(flag, its value or None); ("", argument) for other arguments."""
-    rest = list(args)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
+    remaining = list(args)
+    while remaining:
+        flag, equals, value = remaining.pop(0).partition("=")
         if flag == "--":
-            yield from (("", text) for text in rest)
+            yield from (("", text) for text in remaining)
             return
         if not re.match(r"--?[A-Za-z]", flag):
             yield "", f"{flag}{equals}{value}"
         elif equals:
             yield flag, value
-        elif rest and _takes(flag, rest[0], options):
-            yield flag, rest.pop(0)
+        elif remaining and _takes(flag, remaining[0], options):
+            yield flag, remaining.pop(0)
         else:
             yield flag, None
 
@@ -124,7 +124,7 @@ def _setting(setting: str, value: str | None, options: Mapping[str, bool]) -> li
         return []
     keyword, _, text = setting.partition("=")
     flag = FLAGS.get(keyword)
-    return [flag, text] if flag in options else ["--set", setting]
+    return [flag, text] if flag is not None and flag in options else ["--set", setting]
 
 
 def _option(keyword: str, value: str | None, name: str, options: Mapping[str, bool]) -> list[str]:
@@ -164,18 +164,20 @@ def repaired(
     if first is None:
         return None
     name, notes = args[first], []
-    rest = [*args[:first], *args[first + 1 :]]
+    remaining = [*args[:first], *args[first + 1 :]]
     if name not in commands:
         if (other := COMMAND_OF.get(name.lower())) is None or "No such command" not in error.format_message():
             return None
         notes.append(f"`ascendit {name}` is `ascendit {other}` here")
         name, *more = other.split()
-        rest = [*rest, *more]
+        remaining = [*remaining, *more]
     elif not hasattr(error, "option_name"):
         return None
-    if prompt := _dashed_prompt(rest):
-        return f"-- before a prompt that begins with -: {prompt}", _line(name, _after_dashes(rest, prompt))
-    line = translate(rest, name, options_of(parser(name)) | COMMON)
+    if prompt := _dashed_prompt(remaining):
+        return f"-- before a prompt that begins with -: {prompt}", _line(
+            name, _after_dashes(remaining, prompt)
+        )
+    line = translate(remaining, name, options_of(parser(name)) | COMMON)
     if not (notes + line.notes) or (line.unknown and len(line.notes) == len(line.unknown)):
         return None
     return "; ".join([*notes, *line.notes]), _line(name, line.args())

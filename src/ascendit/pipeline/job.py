@@ -213,8 +213,9 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
-    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises the
-    errors of `prepare_model` before any weight is read, and those of `load.build`.
+    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises
+    UsageError (E-USE-01) for an unknown keyword, the errors of `prepare_model` before any weight is read, and
+    those of `load.build`.
     """
     if unknown := {name: options[name] for name in options if name not in LoadOptions.model_fields}:
         allowed = {*LoadOptions.model_fields, "on_progress"} - {"model"}
