@@ -78,7 +78,7 @@ def write(
 
 
 def write_model(
-    path: Path, weights: Mapping[str, torch.Tensor], name: str, **options: str
+    path: Path, weights: Mapping[str, torch.Tensor], name: str, *, arch: str = "wan"
 ) -> dict[str, torch.Tensor]:
     """Write weights as ComfyUI-GGUF does: matrices in the type `name`, others in float32.
 
@@ -90,5 +90,5 @@ def write_model(
         kind = name if weight.ndim == 2 and weight.shape[1] % block == 0 else "F32"
         tensors[key] = stored(weight, kind, index), kind
         values[key] = decoded(tensors[key][0], kind).reshape(weight.shape)
-    write(path, tensors, **options)
+    write(path, tensors, arch=arch)
     return values

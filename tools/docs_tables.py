@@ -29,6 +29,7 @@ from ascendit.names import ROLES
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
+from ascendit.weights.lora.keys import SKIPPED
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -358,7 +359,7 @@ def settings_table() -> str:
     from ascendit.pipeline.options import OPTIONS
 
     values = {key: value_text(hint) for key, hint in KEYS.items()}
-    values["max_memory"] = "a size, as 24GiB or 8e9"
+    values |= {"max_memory": "a size, as 24GiB or 8e9", "loras": "`FILE[:WEIGHT]`, or a list of them"}
     meanings = {p.name: p.help for p in command("generate").params if p.param_type_name == "option"}
     meanings |= {name: row.help for name, row in OPTIONS.items()} | MEANINGS
     rows = ((f"`{key}`", text, escape(meanings[key])) for key, text in values.items())
@@ -371,7 +372,7 @@ def value_text(hint: Any) -> str:
     if get_origin(types[0]) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(types[0]))
     texts: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
-    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, separated by spaces or ;"}
+    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "names or patterns, separated by spaces or ;"}
     texts[FrameRate] = "number or fraction, as `24000/1001`"
     return texts[types[0]]
 
@@ -470,6 +471,11 @@ def world_table() -> str:
     )
 
 
+def lora_groups_table() -> str:
+    rows = ((f"`{name}`", group.keys) for name, group in SKIPPED.items())
+    return table(("`--lora-skip`", "keys"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "defaults": defaults_table,
     "shapes": shapes_table,
@@ -485,6 +491,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "format-rules": format_rules_table,
     "file-kinds": file_kinds_table,
     "recipes": recipes_table,
+    "lora-groups": lora_groups_table,
     "errors": errors_table,
     "exits": exits_table,
     "commands": commands_table,

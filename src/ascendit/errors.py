@@ -47,7 +47,7 @@ ERROR_CODES: dict[str, str] = {
     "E-QNT-02": "known to lose too much accuracy; requires --force",
     "E-QNT-03": "quantized weights cannot be changed as requested",
     "E-ENG-01": "engine cannot run this checkpoint",
-    "E-LRA-01": "LoRA key matches no layer, or its pair is incomplete",
+    "E-LRA-01": "LoRA key matches no layer, its pair is incomplete, or two of its strengths disagree",
     "E-HUB-01": "hub model, revision or file is not available",
     "E-OUT-01": "video has NaN or infinite values",
     "E-OUT-02": "video is black or a single colour",

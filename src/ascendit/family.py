@@ -65,6 +65,8 @@ class WanSpec:
     image_cross_attention: bool = False
     """Wan2.1 I2V: CLIP image tokens in the cross-attention."""
     last_frame: LastFrame = "refused"
+    few_words: bool = False
+    """The model was trained on the words of its tokenizer only; others are spelled in letters."""
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -180,6 +182,7 @@ SPECS: dict[str, WanSpec] = {
             guidance_scale=2.0,
             guidance_scale_2=1.5,
             negative_prompt="",
+            few_words=True,
         ),
     )
 }

@@ -21,9 +21,9 @@ from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.reader import RowReader, ShardSpec, as_tensor
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
-U8, U32, I32, F32, STRING, ARRAY, U64 = 0, 4, 5, 6, 8, 9, 10
+U8, U32, I32, STRING, ARRAY = 0, 4, 5, 8, 9
 TYPES = gguf.GGMLQuantizationType
-SHAPES = {
+SHAPES: dict[str, tuple[int, ...]] = {
     "F32": (3, 5),
     "F16": (4, 8),
     "BF16": (2, 3, 4),
@@ -82,7 +82,7 @@ def test_shards_and_blocks_of_rows(valid) -> None:
 def test_blocks_over_several_rows_of_the_original_shape(tmp_path: Path, kind: str, shape) -> None:
     """ComfyUI-GGUF writes such tensors as rows of 256 values, with their shape in the metadata."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    rows = values.reshape(-1, gguf.GGML_QUANT_SIZES[TYPES[kind]][0])
+    rows = values.reshape(-1, gguf.GGML_QUANT_SIZES[gguf_files.kind_of(kind)][0])
     data = gguf_files.stored(rows, kind)
     file = gguf_files.write(
         tmp_path / "x.gguf", {"patch.weight": (data, kind)}, original_shapes={"patch.weight": shape}
@@ -187,16 +187,25 @@ def number(value: int, letter: str = "I") -> bytes:
     return struct.pack(f"<{letter}", value)
 
 
+def original_shape(*sizes: int) -> bytes:
+    data = number(I32) + number(len(sizes), "Q") + struct.pack(f"<{len(sizes)}i", *sizes)
+    return entry("comfy.gguf.orig_shape.a", ARRAY, data)
+
+
 BROKEN: dict[str, tuple[bytes, str]] = {
+    "a pointer of git-lfs": (b"version https://git-lfs", "not a GGUF file: it begins with b'vers'"),
     "only the magic": (b"GGUF", "needs 4 bytes at byte 4 of 4"),
     "no counts": (b"GGUF" + number(3), "needs 8 bytes at byte 8 of 8"),
     "version 1": (raw(version=1), "GGUF version 1; versions 2 and 3 are read"),
     "version 4": (raw(version=4), "GGUF version 4"),
     "big-endian": (raw(version=0x03000000), "big-endian"),
-    "2^60 tensors": (raw(counts=(1 << 60, 0)), f"lists {1 << 60} tensors"),
+    "2^60 tensors": (raw(counts=(1 << 60, 0)), f"truncated or damaged: it lists {1 << 60} tensors"),
     "2^60 entries": (raw(counts=(0, 1 << 60)), f"lists {1 << 60} metadata entries"),
-    "more tensors than fit": (raw(tensor(), counts=(20, 0)), "lists 20 tensors in a file of"),
-    "too many tensors": (raw(counts=(MAX_ENTRIES + 1, 0), data=bytes(24 * MAX_ENTRIES + 99)), "tensors in a"),
+    "more tensors than fit": (raw(tensor(), counts=(20, 0)), "lists 20 tensors in"),
+    "too many tensors": (
+        raw(counts=(MAX_ENTRIES + 1, 0), data=bytes(24 * MAX_ENTRIES + 99)),
+        f"lists {MAX_ENTRIES + 1} tensors in",
+    ),
     "name of 2^60 bytes": (raw(number(1 << 60, "Q") + bytes(40)), f"needs {1 << 60} bytes"),
     "name not UTF-8": (raw(tensor(b"\xff\xfe")), "the text at byte 24 is not UTF-8"),
     "2^32 - 1 dimensions": (raw(text("a") + number((1 << 32) - 1) + bytes(40)), "4294967295 dimensions"),
@@ -231,27 +240,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "row of half a block": (raw(tensor(dims=(16, 2), kind=TYPES.Q8_0)), "Q8_0 stores 32 values together"),
     "K of 128": (raw(tensor(dims=(128, 2), kind=TYPES.Q4_K)), "Q4_K stores 256 values together"),
     "other original shape": (
-        raw(
-            tensor(),
-            metadata=(
-                entry(
-                    "comfy.gguf.orig_shape.a", ARRAY, number(I32) + number(2, "Q") + struct.pack("<ii", 2, 3)
-                ),
-            ),
-        ),
+        raw(tensor(), metadata=(original_shape(2, 3),)),
         "but the original shape (2, 3)",
     ),
     "negative original shape": (
-        raw(
-            tensor(),
-            metadata=(
-                entry(
-                    "comfy.gguf.orig_shape.a",
-                    ARRAY,
-                    number(I32) + number(2, "Q") + struct.pack("<ii", -2, -2),
-                ),
-            ),
-        ),
+        raw(tensor(), metadata=(original_shape(-2, -2),)),
         "but the original shape (-2, -2)",
     ),
 }
@@ -273,10 +266,10 @@ def test_damaged_headers_are_refused_with_the_reason(tmp_path: Path, label: str)
 
 
 @pytest.mark.parametrize(
-    ("number", "label"), [(9, "Q8_1"), (15, "Q8_K"), (4, "type 4"), (1 << 31, "type 2147483648")]
+    ("kind", "label"), [(9, "Q8_1"), (15, "Q8_K"), (4, "type 4"), (1 << 31, "type 2147483648")]
 )
-def test_types_that_are_not_read_are_named(tmp_path: Path, number: int, label: str) -> None:
-    error = refusal(tmp_path / "x.gguf", raw(tensor(dims=(256,), kind=number), data=bytes(512)))
+def test_types_that_are_not_read_are_named(tmp_path: Path, kind: int, label: str) -> None:
+    error = refusal(tmp_path / "x.gguf", raw(tensor(dims=(256,), kind=kind), data=bytes(512)))
     assert error.code == "E-CKP-04" and f"the GGUF tensor 'a' is stored as {label}" in error.got
     assert "Q4_K" in error.needs
 
@@ -328,11 +321,8 @@ def test_random_edits_of_the_header_never_raise_another_error(valid, edits) -> N
 
 
 def test_a_header_of_many_small_parts_is_read_in_bounded_time() -> None:
-    texts = number(STRING) + number(400_000, "Q") + text("") * 400_000
-    entries = (
-        entry("tokenizer.ggml.tokens", ARRAY, texts),
-        *(entry(f"k{i}", U8, b"1") for i in range(20_000)),
-    )
+    texts = number(STRING) + number(200_000, "Q") + text("") * 200_000
+    entries = (entry("tokens", ARRAY, texts), *(entry(f"k{i}", U8, b"1") for i in range(20_000)))
     start = time.process_time()
     assert parsed(raw(tensor(), metadata=entries)) == "ok"
     assert time.process_time() - start < 5

@@ -23,6 +23,8 @@ FLAGS = {
         "--demo",
         "-o/--output",
         "--seed",
+        "--num-videos",
+        "--prompts",
         "--steps",
         "--size",
         "--frames",
@@ -36,10 +38,12 @@ FLAGS = {
         "--device",
         "--scheme",
         "--recipe",
+        "--lora",
         "--step-policy",
         "--emulate",
         "--set",
         "--config",
+        "--sheet",
         "--dry-run",
         "--json",
         "--overwrite",
@@ -97,7 +101,17 @@ FLAGS = {
 
 
 HIDDEN = {
-    "generate": ["--fps", "--shift", "--solver", "--timesteps", "--defaults", "--text-on", "--max-memory"]
+    "generate": [
+        "--fps",
+        "--crf",
+        "--shift",
+        "--solver",
+        "--timesteps",
+        "--defaults",
+        "--text-on",
+        "--lora-skip",
+        "--max-memory",
+    ]
 }
 """Accepted, and listed in docs/cli.md; help shows `--set`."""
 
@@ -110,7 +124,7 @@ def test_flags_are_pinned():
     assert {n: flags for n, flags in hidden.items() if flags} == HIDDEN
     shown = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
     assert shown == FLAGS
-    assert all(len(flags) <= 28 for flags in FLAGS.values())
+    assert all(len(flags) <= 30 for flags in FLAGS.values())
     assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
 
 
@@ -318,3 +332,15 @@ def test_errors_are_red_on_a_terminal_unless_no_color(run, model, monkeypatch, n
     err = run("inspect", "/no/such").err
     assert "error[E-USE-02]" in err and "no model at /no/such" in err
     assert ("\x1b[1;31m" in err) is not no_color
+
+
+@pytest.mark.parametrize("args", ["inspect demo --layers", "inspect nosuch"])
+def test_a_reader_that_ends_first(args, environ):
+    """As `| head` does: the exit code is 141, not that of a failed check, and there is no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ascendit", *args.split()]
+    errors = write if "nosuch" in args else subprocess.PIPE
+    done = subprocess.run(command, stdout=write, stderr=errors, env=environ, timeout=60)
+    os.close(write)
+    assert done.returncode == 141 and not done.stderr

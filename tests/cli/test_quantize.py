@@ -94,7 +94,7 @@ def test_lora_keys_that_the_model_lacks_are_skipped_on_request(run, model, tmp_p
     ended = run(*args, "--dry-run")
     assert ended.code == 1 and "or add --lora-skip image" in ended.err
     ended = run(*args, "--lora-skip", "image", "--dry-run")
-    note = "2 keys, 2 keys of --lora-skip image left out, scale 0.5 (alpha 1, rank 2; from header lora_alpha)"
+    note = "2 keys, 2 keys of group image skipped, scale 0.5 (alpha 1, rank 2; from header lora_alpha)"
     assert ended.code == 0 and f"LoRA           a.safetensors: {note} x weight 1" in ended.out
     ended = run(*args, "--lora-skip", "image", "--dry-run", "--json")
     assert ended.json["loras"][0]["applied"]["transformer_2"]["skipped"] == {"image": 2}

@@ -40,17 +40,7 @@ _EMBEDDING = re.compile(r"(?:.*\.)?(?:shared|embed_tokens|token_embedding|relati
 def decoded(
     info: TensorInfo, scale: TensorInfo | None = None, dtype: str = "", label: str = ""
 ) -> TensorInfo:
-    """`info`, to be read as BF16 numbers x `scale`. `dtype`: that of its bytes, if the header has another.
-
-    Raises CheckpointError (E-CKP-04) for a transposed tensor of a pickle.
-    """
-    if info.encoding is not None:
-        raise CheckpointError(
-            f"{info.file}: {info.name} is {info.dtype}, and stored as {info.encoding.name}",
-            needs="FP8 tensors in the order of their rows",
-            fix="save the tensors again after .contiguous()",
-            code="E-CKP-04",
-        )
+    """`info`, to be read as BF16 numbers x `scale`. `dtype`: that of its bytes, if the header has another."""
     return replace(info, dtype="BF16", encoding=Encoding(dtype or info.dtype, scale, label=label))
 
 

@@ -1,7 +1,7 @@
-"""Read the header of a GGUF file strictly: its tensors and its metadata, without their values. Imports no torch.
+"""Read the header of a GGUF file strictly: its tensors, without their values, and its metadata.
 
-Numbers of types and sizes of blocks are those of the package `gguf`. Its `GGUFReader` is not used: it maps the
-file, and loops over counts that a damaged file may have. Layout: gguf.md of ggml.
+Numbers of types and sizes of blocks are those of the package `gguf`. Its `GGUFReader` is not used: it maps
+the file, and loops over counts that a damaged file may have. Layout: gguf.md of ggml. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Encoding, TensorInfo
 from ascendit.errors import CheckpointError, EnvironmentProblem
 from ascendit.mx.ggml import TYPES
 
-MAGIC = b"GGUF"
+MAGIC, SUFFIX = b"GGUF", ".gguf"
 VERSIONS = (2, 3)
 MAX_HEADER = 100_000_000  # bytes; as for safetensors. The tokenizer of UMT5 takes 8 MB
 MAX_ENTRIES = 1 << 17
@@ -59,18 +59,19 @@ class GgufHeader:
 def read_gguf(path: Path, file: BinaryIO, size: int, state: FileState | None = None) -> GgufHeader:
     """Read the header of a GGUF file of `size` bytes, which `file` reads from its start.
 
-    Raises CheckpointError: E-CKP-02, with the reason, for another version or byte order, counts and sizes that
-    do not fit into the file, duplicates, overlaps, gaps and truncated files; E-CKP-04 for a type that is not
-    read. Raises EnvironmentProblem (E-ENV-01) if the package `gguf` is missing.
+    Raises CheckpointError: E-CKP-02, with the reason, for another version or byte order, counts and sizes
+    that do not fit into the file, duplicates, overlaps, gaps and truncated files; E-CKP-04 for a type that is
+    not read. Raises EnvironmentProblem (E-ENV-01) if the package `gguf` is missing.
     """
     gguf = _package()
     header = _Cursor(path, file, min(size, MAX_HEADER), size)
-    header.take(len(MAGIC))
+    if (start := header.take(len(MAGIC))) != MAGIC:
+        raise _broken(path, f"not a GGUF file: it begins with {start!r}")
     _check_version(path, header.number("I"))
     tensors, entries = header.number("Q"), header.number("Q")
     for count, noun, least in ((entries, "metadata entries", 13), (tensors, "tensors", 24)):
         if count > MAX_ENTRIES or count * least > size:
-            raise _broken(path, f"lists {count} {noun} in a file of {size} bytes")
+            raise _broken(path, f"truncated or damaged: it lists {count} {noun} in {size} bytes")
     metadata: dict[str, Value] = {}
     keys: set[str] = set()
     for _ in range(entries):
@@ -86,6 +87,20 @@ def read_gguf(path: Path, file: BinaryIO, size: int, state: FileState | None = N
     infos = _infos(path, stored, metadata, _aligned(header.position, alignment), state, gguf)
     _check_extents(path, infos, _aligned(header.position, alignment), alignment, size)
     return GgufHeader(metadata, {info.name: info for info in infos})
+
+
+def general_metadata(path: Path) -> dict[str, Value]:
+    """The entries `general.*` of a GGUF file, without `general.`; `file_type` with its name.
+
+    Raises the errors of `read_gguf`.
+    """
+    with open(path, "rb") as file:
+        metadata = read_gguf(path, file, path.stat().st_size).metadata
+    general = {key.removeprefix("general."): v for key, v in metadata.items() if key.startswith("general.")}
+    for kind in _package().LlamaFileType:
+        if kind == general.get("file_type"):
+            general["file_type"] = kind.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return general
 
 
 def _package() -> Any:
@@ -234,7 +249,7 @@ def _infos(
 def _storage(
     path: Path, name: str, shape: tuple[int, ...], number: int, gguf: Any
 ) -> tuple[str, Encoding | None, int]:
-    """(dtype after reading, encoding, bytes) of a tensor. Raises CheckpointError (E-CKP-04) for other types."""
+    """(dtype after reading, encoding, bytes) of a tensor. Raises CheckpointError (E-CKP-04)."""
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError:
@@ -244,7 +259,7 @@ def _storage(
         raise CheckpointError(
             f"{path}: the GGUF tensor {name!r:.200} is stored as {label}",
             needs=f"F32, F16, BF16, {', '.join(TYPES)}",
-            fix="download another quantization of the model, for example Q8_0 or Q4_K_M, or the original in BF16",
+            fix="download the model in another type, for example Q8_0 or Q4_K_M, or the original in BF16",
             code="E-CKP-04",
         )
     values, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -261,7 +276,7 @@ def _storage(
 def _original_shape(
     path: Path, name: str, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Value]
 ) -> tuple[int, ...]:
-    """The shape before the tensor was written: ggml has four dimensions, and omits those of size 1 at the end.
+    """The shape before the tensor was written. ggml has four dimensions, and omits a first one of size 1.
 
     stable-diffusion.cpp joins the first two of a 3-D convolution, so that [N, C, T, H, W] is stored as
     [N * C, T, H, W]; N is the size of the bias.

@@ -1,4 +1,7 @@
-"""Names of the tensors of a UMT5 encoder in llama.cpp, which GGUF files of text encoders have. Imports no torch."""
+"""Names of the tensors of a UMT5 encoder in llama.cpp, which GGUF files of text encoders have.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ _BLOCK = re.compile(r"(?<=^enc\.blk\.)(0|[1-9][0-9]{0,3})(?=\.)")
 
 def llama_cpp_names(names: Collection[str]) -> dict[str, str]:
     """Stored name -> name in a UMT5EncoderModel, for the tensors of llama.cpp's encoder among `names`."""
+    if not any(name.startswith("enc.blk.") for name in names):
+        return {}  # token_embd is in every language model
     gated = any(name.endswith(".ffn_gate.weight") for name in names)
     translated = {}
     for name in names:

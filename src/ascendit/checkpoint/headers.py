@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from ascendit.checkpoint.component import irregular, loads
-from ascendit.checkpoint.gguf_file import MAGIC, read_gguf
+from ascendit.checkpoint.gguf_file import MAGIC, SUFFIX, read_gguf
 from ascendit.checkpoint.pickle_file import is_archive, older_format, read_pickle_file
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
@@ -31,7 +31,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
-            if f.peek(len(MAGIC)).startswith(MAGIC):
+            if path.suffix == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
                 return read_gguf(path, f, size, state).tensors
             if is_archive(f.peek(8)[:8]):
                 return read_pickle_file(path, f, state).tensors

@@ -20,6 +20,7 @@ from ascendit.checkpoint.part_configs import (
 from ascendit.checkpoint.part_names import canonical_part
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
+    PROJECTION,
     VISION_PREFIX,
     autoencoder_tensors,
     image_encoder_tensors,
@@ -58,7 +59,10 @@ def check_part(part: Part) -> Shards | None:
         shards = Shards.from_part(part)
         if config is not None:
             read = interpret(shards.tensors, part.config, part=part.name)
-            shards = replace(shards, tensors=canonical_part(part.name, read.tensors), kinds=read.kinds)
+            tensors = canonical_part(part.name, read.tensors)
+            if part.class_name == "CLIPVisionModel":
+                tensors.pop(PROJECTION, None)
+            shards = replace(shards, tensors=tensors, kinds=read.kinds)
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
             _check_tensors(part, _expected_tensors(part, config, stored), stored)
         return shards

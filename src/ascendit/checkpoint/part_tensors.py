@@ -40,6 +40,8 @@ def text_encoder_tensors(config: TextEncoderConfig) -> Shapes:
 
 # ---- CLIP ---------------------------------------------------------------------------------------
 
+PROJECTION = "visual_projection.weight"
+"""The tensor that a CLIPVisionModelWithProjection has in addition."""
 VISION_PREFIX = "vision_model."
 """Prefix of a CLIPVisionModel's tensors in files of transformers before version 5."""
 
@@ -64,8 +66,8 @@ def image_encoder_tensors(config: ImageEncoderConfig) -> Shapes:
 
 
 def image_projection(config: ImageEncoderConfig) -> Shapes:
-    """The tensor that a CLIPVisionModelWithProjection has in addition."""
-    return {"visual_projection.weight": (config.projection_dim, config.hidden_size)}
+    """The shape of `PROJECTION`."""
+    return {PROJECTION: (config.projection_dim, config.hidden_size)}
 
 
 def _layer(name: str, out: int, *kernel: int) -> Entries:

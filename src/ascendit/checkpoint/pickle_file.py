@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from ascendit.checkpoint.pickle_program import Opaque, PickleProblem, UnknownGlobal, evaluate
 from ascendit.checkpoint.sources import FileState
-from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Encoding, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 from ascendit.report import counted, shell_line
@@ -150,9 +150,8 @@ def _name(name: object) -> str:
 
 
 def _info(path: Path, name: str, tensor: _Tensor, state: FileState | None) -> TensorInfo:
-    encoding = None if tensor.strides is None else Encoding(STRIDED, strides=tensor.strides)
     return TensorInfo(
-        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, encoding=encoding
+        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, strides=tensor.strides
     )
 
 
@@ -403,7 +402,13 @@ def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> st
         + (f"d = d{''.join(f'[{key!r}]' for key in keys)}; " if keys else "d = d.get('state_dict', d); ")
         + "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
     )
-    return shell_line(["python", "-c", code, str(pickled), str(file)])
+    move = ""
+    if pickled == file:  # torch.load reads the name of the file, not its first bytes
+        move, pickled = (
+            shell_line(["mv", str(file), str(file.with_suffix(".pth"))]) + " && ",
+            file.with_suffix(".pth"),
+        )
+    return move + shell_line(["python", "-c", code, str(pickled), str(file)])
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ import math
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.sources import OpenFiles, unreadable
-from ascendit.checkpoint.tensor_info import DTYPE_BITS, STRIDED, TORCH_DTYPES, Buffer, Encoding, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, Buffer, Encoding, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -110,11 +110,11 @@ class RowReader:
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
         """Read `rows` rows of the shard from row `start` of the tensor. Columns are read row by row."""
-        if info.encoding is not None and info.encoding.name == STRIDED:
-            self._gather_rows(info, info.encoding.strides, shard, start, rows, view)
-            return
         if info.encoding is not None:
             self._decode_rows(info, shard, start, rows, view)
+            return
+        if info.strides is not None:
+            self._gather_rows(info, info.strides, shard, start, rows, view)
             return
         stride = rows_of(info)[1]
         if shard.axis == 0:
@@ -164,14 +164,18 @@ class RowReader:
         assert info.encoding is not None
         stop, columns = start + rows, math.prod(info.shape[1:])
         unit = info.encoding.block // math.gcd(info.encoding.block, columns)  # rows in complete blocks
-        size = info.nbytes * unit // rows_of(info)[0]
+        size = info.nbytes * unit // rows_of(info)[0] if info.strides is None else columns * unit
         step = max(BLOCK_BYTES // size, 1) * unit
         scale = self._read_scale(info.encoding)
         out = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(rows, -1)
         for first in range(start // unit * unit, stop, step):
             last = min(first + step, -(-stop // unit) * unit)
             data = self._stored_bytes((last - first) // unit * size)
-            self._read(info, info.start + first // unit * size, data)
+            if info.strides is None:
+                self._read(info, info.start + first // unit * size, data)
+            else:
+                raw = replace(info, dtype="U8", encoding=None)
+                self._gather_rows(raw, info.strides, WHOLE, first, last - first, data)
             target = out[max(first - start, 0) : last - start]
             direct = shard.axis == 0 and len(target) == last - first
             values = target if direct else torch.empty(last - first, columns, dtype=out.dtype)

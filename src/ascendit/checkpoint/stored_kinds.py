@@ -15,10 +15,12 @@ from typing import Any
 
 from ascendit.checkpoint import fp8_files
 from ascendit.checkpoint.fp8_files import COMFY_FORMATS, FP8, LAYER_MARKER, MARKER, Tensors
+from ascendit.checkpoint.gguf_file import SUFFIX
 from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_ROLES, DeclaredScheme
-from ascendit.checkpoint.tensor_info import STRIDED, TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
+from ascendit.mx.ggml import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
 from ascendit.report import counted, group_by, shell_line
 
@@ -84,6 +86,9 @@ KINDS: dict[str, Kind] = {
     ),
     "gguf": Kind(
         label="GGUF", marks="the first bytes of the file", read_as="BF16 or float32", requantized=True
+    ),
+    "gguf-floats": Kind(
+        label="GGUF", marks="the same, without block types", read_as="the dtypes of its tensors"
     ),
     "pickle": Kind(
         label="PyTorch pickle",
@@ -310,10 +315,11 @@ def _without(file: Any, prefixes: list[str]) -> str:
 
 def _container(stored: Stored) -> Stored:
     suffixes = {info.file.suffix for info in stored.tensors.values()}
-    encodings = {info.encoding.name for info in stored.tensors.values() if info.encoding}
-    if ".gguf" in suffixes or encodings - {STRIDED}:
+    if any(info.encoding is not None and info.encoding.name in TYPES for info in stored.tensors.values()):
         stored = _add(stored, "gguf", stored.tensors)
-    elif suffixes & {*PICKLED}:
+    elif SUFFIX in suffixes:
+        stored = _add(stored, "gguf-floats", stored.tensors)
+    if suffixes & {*PICKLED}:
         stored = _add(stored, "pickle", stored.tensors)
     return stored
 
@@ -379,7 +385,7 @@ def _f4(stored: Stored) -> Stored:
         if info.dtype != "F4" or not name.endswith(".weight"):
             continue
         scale = stored.tensors.get(f"{name}_scale")
-        if scale is None or len(info.shape) != 2 or info.shape[1] % 2:
+        if scale is None or len(info.shape) != 2 or info.shape[1] % 2 or info.strides is not None:
             continue  # `read_expert` reports the dtype
         if scale.dtype not in BYTE_SCALES:
             wrong.append(name)
@@ -413,7 +419,7 @@ def _turbodiffusion(stored: Stored) -> Stored:
                 code="E-CKP-09",
             )
         linear = new.endswith("patch_embedding.weight") and len(info.shape) == 2
-        if linear and info.shape[1] % 4 == 0 and info.encoding is None:
+        if linear and info.shape[1] % 4 == 0 and not info.strides:
             info = replace(
                 info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2)
             )  # stored as a linear layer

@@ -44,22 +44,16 @@ def common_dtype(sizes: Iterable[tuple[str, int]]) -> str:
     return "float32" if name == "float64" else name
 
 
-STRIDED = "strided"
-"""The encoding of numbers of any dtype that are stored in another order, or with gaps: a view of a tensor."""
-
-
 @dataclass(frozen=True)
 class Encoding:
     """How a file stores a float tensor, if not as numbers of its dtype. `RowReader` decodes it."""
 
     name: str
-    """A key of `mx.stored_floats.DECODERS`, or `STRIDED`."""
+    """A key of `mx.stored_floats.DECODERS`."""
     scale: TensorInfo | None = None
     """Factor of the decoded values: one float, or one per row, [N] or [N, 1]."""
     block: int = 1
     """Values that are stored together; a block may extend over several rows."""
-    strides: tuple[int, ...] = ()
-    """Of `STRIDED`: elements from one index to the next, on each axis."""
     label: str = ""
     """The kind of file, for messages about an invalid scale."""
 
@@ -79,11 +73,20 @@ class TensorInfo:
     """State of the file when its header was read; None if unknown."""
     encoding: Encoding | None = None
     """Present if the bytes are not numbers of `dtype`, which is then the dtype after reading."""
+    strides: tuple[int, ...] | None = None
+    """Stored elements from one index to the next, on each axis; None: contiguous. An encoded element of a
+    strided tensor has one byte.
+    """
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.end - self.start
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes in the file are those after reading."""
+        return self.encoding is None and self.strides is None
 
     @property
     def stored_dtype(self) -> str:
@@ -93,6 +96,6 @@ class TensorInfo:
     @property
     def read_nbytes(self) -> int:
         """Bytes after reading."""
-        if self.encoding is None:
+        if self.is_plain:
             return self.nbytes
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8

@@ -97,6 +97,8 @@ class TensorMismatch(CheckpointError):
 
     def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
         fix = "download the weights and config.json again, both from the same revision"
+        if [name for names in checks.values() for name in names] == ["patch_embedding.weight"]:
+            fix = "download a GGUF file with this tensor; ComfyUI-GGUF adds it with tools/fix_5d_tensors.py"
         super().__init__(got, needs=needs, fix=fix, code="E-CKP-04")
         self.checks = checks
         """missing, unexpected, misshapen, mistyped -> stored names."""
@@ -116,9 +118,11 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     shards = shards or Shards.from_part(part)
     read = interpret(shards.tensors, part.config, part=part.name, described=path is not None)
     stored = read.tensors
+    stored_as = kinds_text(read.kinds) or method_text(part.config)
+    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
-            f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            f"{label} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
             needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
             fix="pass the file or folder of the diffusion transformer",
             code="E-CKP-01",
@@ -128,14 +132,12 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     quantization = read_quantization_config(part.config, tolerant=manifest is not None)
     declared = manifest.declared_schemes() if manifest else {}
     declared |= read.declared({name: canonical(name, naming) for name in stored} if read.schemes else {})
-    stored_as = kinds_text(read.kinds) or method_text(part.config)
     with naming_kind(stored_as):
         schemes = quantization.declared_schemes(tensors) if quantization else {}
         layers = read_layers(tensors, schemes | declared)
     config, problem = _config(part, tensors, layers)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
-    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
@@ -379,7 +381,7 @@ def _from_shapes(shapes: Shapes) -> dict[str, Any]:
         int(name.split(".", 2)[1]) for name in shapes if name.startswith("blocks.") and _numbered(name)
     ]
     return {
-        "dim": size("patch_embedding.weight", 0, 5),
+        "dim": size("patch_embedding.weight", 0, 5) or size("patch_embedding.bias", 0, 1),
         "in_channels": size("patch_embedding.weight", 1, 5),
         "out_channels": out // volume if out and volume else None,
         "patch_size": patch_size,

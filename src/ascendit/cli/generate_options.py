@@ -46,6 +46,8 @@ MEANINGS = {
     "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
     "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
     "max_sequence_length": "Tokens of the prompt, at most 512.",
+    "crf": "Quality of the file: lower is better and larger; default 18. Command line only.",
+    "seed": "The same seed gives the same video; default: random, and printed.",
     "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
     "seconds": "Length in seconds, instead of num_frames. Command line only.",
 }
@@ -115,10 +117,12 @@ def read_call(
     settings: Iterable[str],
     config: Path | None,
     latents: Path | None = None,
+    prompts: str | None = None,
 ) -> Call:
     """Combine all sources of a call. Raises UsageError (E-USE-01, E-USE-02).
 
-    `latents`: kept latents, whose options replace a config.
+    `latents`: kept latents, whose options replace a config. `prompts`: a file of prompts, which replace that
+    of the call.
     `args`: MODEL PROMPT, PROMPT, or empty if a config has both. `flags`: the parameters of `generate`;
     those that are neither keys nor in `SPLIT` are ignored.
     """
@@ -138,7 +142,11 @@ def read_call(
         typed_layer(flag_values, source="flags"),
     ]
     values = {k: v for k, v in merge(*layers).items() if v is not None}
-    model, prompt = _model_and_prompt(args, demo, values.pop("model", None), values.pop("prompt", None))
+    model, prompt = values.pop("model", None), values.pop("prompt", None)
+    if prompts is None:
+        model, prompt = _model_and_prompt(args, demo, model, prompt)
+    else:
+        model, prompt = _model_of_prompts(args, demo, model, prompts), ""
     load = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
     if algo and parse_device(load.get("device", "cpu")).has_attention_kernels:
         load.setdefault("attention", algo)
@@ -171,6 +179,18 @@ def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: st
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
         raise UsageError(got, needs=needs, fix=fix)
     return named.get("MODEL") or default or "", named.get("PROMPT", prompt) or ""
+
+
+def _model_of_prompts(args: list[str], demo: bool, model: str | None, prompts: str) -> str:
+    """The model of a call with `--prompts`, whose only argument is MODEL."""
+    model = args[0] if args else "demo" if demo else model
+    if model is None or len(args) > (0 if demo else 1):
+        got = f"--prompts {prompts} and {shell_line(args) or 'no model'}"
+        needs = "MODEL or --demo, and no PROMPT: the file has the prompts"
+        first = "--demo" if demo or not args else shell_line(args[:1])
+        fix = f"ascendit generate {first} --prompts {shell_line([prompts])}"
+        raise UsageError(got, needs=needs, fix=fix)
+    return model
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Commands are imported when they run: `ascendit --help` takes under 0.3 s.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -118,8 +119,28 @@ def common(
     _set_up_log(ctx.obj)
 
 
+CLOSED_PIPE = 141
+"""Exit code if the reader of the output ends first, as `head` does: 128 + SIGPIPE, as of other programs."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as e:
+        # after a BrokenPipeError, typer's main wraps stdout and ends the process
+        if isinstance(e, SystemExit) and type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        if argv is None:  # the interpreter flushes both again
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+                os.dup2(null.fileno(), 2)
+        return CLOSED_PIPE
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
     try:

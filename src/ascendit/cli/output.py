@@ -47,6 +47,16 @@ class Output:
         if not self.silent:
             print(f"note: {escaped(text)}", file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr, also with `--quiet`."""
+        if not self.json:
+            print(f"warning: {escaped(text)}", file=sys.stderr)
+
+    def problem(self, error: dict[str, str]) -> None:
+        """Print the error of one of many results, from `AscenditError.as_dict`; `--json` has it elsewhere."""
+        if not self.json:
+            print_error(error)
+
     def emit(self, data: dict[str, Any]) -> None:
         """Print the JSON object of a `--json` run."""
         if self.json:

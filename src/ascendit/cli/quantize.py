@@ -17,7 +17,10 @@ from ascendit.quant.schemes import QUANTIZED
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
 
-Scheme = Annotated[str | None, flag("--scheme NAME", f"{', '.join(QUANTIZED)}.")]
+Scheme = Annotated[
+    str | None,
+    flag("--scheme NAME", f"{', '.join(QUANTIZED)}; or bf16 with --lora, for a float folder."),
+]
 Recipe = Annotated[
     str | None,
     flag(

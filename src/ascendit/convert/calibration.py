@@ -150,7 +150,7 @@ def output_quality(
 
 def _quality(expert: RecipeSteps, name: str, x: Tensor, reader: RowReader) -> OutputQuality:
     layer, scale = expert.applied.quantized[name], expert.applied.smoothing[name]
-    unsmoothed = RecipeSteps(replace(expert.applied, smoothing={}), folds=expert.folds)
+    unsmoothed = RecipeSteps(replace(expert.applied, smoothing={}))
 
     def decoded(tensor: Tensor, rule: str) -> Tensor:
         return decode(encode(tensor, SCHEMES[layer.scheme].weight, scale_rule=rule))

@@ -85,10 +85,10 @@ def model_card(record: ConversionRecord, name: str) -> str:
     """The content of README.md for a hub: YAML front matter and a description. `name`: name of the folder."""
     from huggingface_hub import CardData  # 0.1 s
 
-    base = record.layout.source
+    base, is_float = record.layout.source, not {*record.schemes} - {"bf16"}
     front = {
         "base_model": base.rsplit("@", 1)[0] if base else escaped(record.layout.name),
-        "base_model_relation": "quantized",
+        "base_model_relation": "merge" if is_float and record.loras else "quantized",
         "library_name": "diffusers",
         "pipeline_tag": PIPELINE_TAGS[record.model_kind],
         "tags": ["ascendit", *(scheme for scheme in record.schemes if scheme != "bf16")],
@@ -106,11 +106,13 @@ def model_card(record: ConversionRecord, name: str) -> str:
     lines += ["Created with:", "", "```bash", record.command, "```", ""]
     for note in record.notes:
         lines += [note, ""]
+    rules = "the command of this folder" if is_float else "the quantization rules with their scale rules"
     hashes = ", and the sha256 of each file" if record.files else ""
-    lines += [
-        f"`{RECORD_FILE}` contains the quantization rules with their scale rules{hashes}.",
-        "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor.",
-    ]
+    lines.append(f"`{RECORD_FILE}` contains {rules}{hashes}.")
+    if not is_float:
+        lines.append(
+            "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Quantize a float checkpoint in any layout of `checkpoint.layout` into a new, complete folder.
 
     report = quantize("Wan2.2-T2V-A14B-Diffusers", "Wan2.2-T2V-A14B-mxfp8", scheme="mxfp8")
+    report = quantize("Wan2.2-T2V-A14B-Diffusers", "Wan2.2-style", scheme="bf16", loras=["style.safetensors"])
 
 Weights are processed in blocks of rows, so memory use does not depend on the size of the model. The folder is
 written under a temporary name and renamed at the end: it appears complete or not at all.
@@ -44,13 +45,21 @@ from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
-from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
+from ascendit.weights.applied_recipe import (
+    AppliedRecipe,
+    apply_recipe,
+    check_kind,
+    open_folds,
+    warnings_for,
+)
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, parse_lora, require_skipped
+from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, lora_sources, require_skipped
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
+FLOAT_RECIPE = "none: float weights in the dtype of the source"
+"""Shown as the recipe of a float folder."""
 
 
 @recording()
@@ -62,7 +71,7 @@ def quantize(
     recipe: str | None = None,
     scale_rule: str | None = None,
     keep: Sequence[str] = (),
-    loras: Sequence[LoraSource | str] = (),
+    loras: Sequence[LoraSource | Path | str] = (),
     lora_skip: Sequence[str] = (),
     smoothing: Smoothing | None = None,
     calibrate: Calibrate | None = None,
@@ -78,10 +87,11 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as
-    `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
-    `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
-    first, in order. `lora_skip`: groups of their keys to leave out, such as `image`. `smoothing`: expert ->
+    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as `default`); or
+    `bf16` with `loras`, for a float folder in the dtype of the source. `recipe`: a name of `recipe_names()`
+    or a TOML file. `scale_rule`: one of the scheme's in `mx.formats`. `keep`: patterns of layers that are not
+    quantized. `loras`: LoRA files that are folded first, in order: texts for `parse_lora`, paths or
+    LoraSources. `lora_skip`: groups of their keys to leave out, such as `image`. `smoothing`: expert ->
     layer -> mul_scale, float32 [K], which is stored; weights are multiplied by 1 / mul_scale. `calibrate`: a
     `pipeline.calibrate.Calibrator`, which runs the model to compute the smoothing. `engine`: write the format
     of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
@@ -96,15 +106,13 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
-    if calibrate is not None and smoothing:
-        raise _two_smoothings()
-    files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
+    files = lora_sources(loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
         ("--recipe", Path(recipe).name if recipe and recipe.endswith(".toml") else recipe),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
-        ("--lora", [f"{f'{x.expert}=' if x.expert else ''}{x.path.name}:{x.weight:g}" for x in files]),
+        ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
         ("--lora-skip", list(lora_skip)),
         ("--for", engine),
         ("--copy", copy),
@@ -166,8 +174,6 @@ class QuantizeJob:
     """The flags of the command line for the model card, with file names instead of paths."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
-    folds: dict[str, Folds] = field(init=False)
-    """Expert -> its changes by LoRA files."""
     others: OtherFiles | None = field(init=False, default=None)
     """None if the output has only transformers."""
     planned: dict[str, ExpertOutput] = field(init=False)
@@ -178,6 +184,8 @@ class QuantizeJob:
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.calibrate is not None and self.smoothing:
+            raise _two_smoothings()
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
@@ -191,16 +199,20 @@ class QuantizeJob:
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        self.experts, self.folds = [], {}
+        self.experts = []
         for expert in experts:
             smoothing = self.smoothing.get(expert.name)
-            applied = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
+            applied = apply_recipe(
+                expert,
+                self.recipe,
+                self.kind,
+                keep=self.keep,
+                smoothing=smoothing,
+                folds=open_folds(expert, self.loras, experts=names, skip=self.lora_skip),
+            )
             if self.calibrate is not None:
                 applied = replace(applied, smoothing=placeholders(applied))
-            shapes = {name: info.shape for name, info in expert.tensors.items()}
-            folds = Folds.open(self.loras, expert.name, shapes, experts=names, skip=self.lora_skip)
-            self.folds[expert.name] = folds
-            self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
+            self.experts.append(RecipeSteps(applied, self.target, measure=self.measure))
         require_skipped(self.lora_skip, self.folds.values())
         if self.others:
             self.others.record()
@@ -213,15 +225,18 @@ class QuantizeJob:
     def check(self, force: bool) -> None:
         """Check the run and plan its outputs.
 
-        Raises UsageError: E-QNT-01 if nothing would be quantized, E-QNT-02 for a known loss of accuracy
-        without `force`, E-ENG-01 if the engine cannot run the output, and the errors of `calibrate.record`.
+        Raises UsageError: E-QNT-01 if nothing would be quantized or changed by a LoRA, E-QNT-02 for a known
+        loss of accuracy without `force`, E-ENG-01 if the engine cannot run the output, E-USE-01 for an
+        option that only affects quantized layers, and the errors of `calibrate.record`.
         """
         used = {scheme for applied in self.applied for scheme in applied.schemes}
-        if not used - {"bf16"}:
+        if self.is_float:
+            self._check_float()
+        elif not used - {"bf16"}:
             keep = f" with --keep {' '.join(self.keep)}" if self.keep else ""
             raise UsageError(
                 f"recipe {self.recipe.name}{keep} quantizes no layer",
-                needs="at least one layer with a scheme other than bf16",
+                needs="at least one layer with a scheme other than bf16, or --scheme bf16 and a LoRA",
                 fix="exclude fewer layers; to change only the layout of a model, use `ascendit repack`",
                 code="E-QNT-01",
             )
@@ -232,6 +247,32 @@ class QuantizeJob:
         if self.calibrate is not None:
             self.calibration = self.calibrate.record(self.layout)
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
+
+    @property
+    def folds(self) -> dict[str, Folds]:
+        """Expert -> its changes by LoRA files; empty without files."""
+        return {x.expert.name: x.folds for x in self.applied if x.folds is not None}
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the output is the source with LoRA files and nothing else: no rule quantizes a layer."""
+        changed = any(folds.names for folds in self.folds.values())
+        return changed and all(rule.scheme == "bf16" for rule in self.recipe.rules)
+
+    def _check_float(self) -> None:
+        """Raise UsageError (E-USE-01) for an option that has no effect without quantized layers."""
+        options = {
+            "--keep": self.keep,
+            "--calibrate": self.calibrate is not None,
+            "smoothing": self.smoothing,
+            "--report": self.measure,
+        }
+        if unused := [name for name, value in options.items() if value]:
+            raise UsageError(
+                f"{unused[0]} with scheme bf16",
+                needs="quantized layers: scheme bf16 writes the float weights with the LoRA",
+                fix=f"omit {unused[0]}, or use --scheme mxfp8",
+            )
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -337,10 +378,10 @@ class QuantizeJob:
             files=self.files,
             schemes=report.schemes,
             bits_per_weight=report.bits_per_weight,
-            recipe=self.recipe.as_dict(),
+            recipe={} if self.is_float else self.recipe.as_dict(),
             loras=report.loras,
             details={key: value for key, value in details.items() if value},
-            notes=_notes(report),
+            notes=[] if self.is_float else _notes(report),
         )
 
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
@@ -351,7 +392,7 @@ class QuantizeJob:
         return QuantizeReport(
             path=self.dst,
             source=provenance.source_name(self.layout),
-            recipe=f"{self.recipe.name}: {self.recipe.about}",
+            recipe=FLOAT_RECIPE if self.is_float else f"{self.recipe.name}: {self.recipe.about}",
             model_kind=self.kind,
             experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
@@ -369,7 +410,7 @@ class QuantizeJob:
         return QuantizedExpert(
             name=applied.expert.name,
             schemes=applied.schemes,
-            kept=applied.excluded,
+            kept={} if self.is_float else applied.excluded,
             bytes_before=applied.bytes_before,
             bytes_after=self.planned[applied.expert.name].nbytes,
             num_weights=num_weights(applied.expert),

@@ -209,6 +209,7 @@ def _read_sources(
         source = recognise(model_folder(sources[0]))
         if source.kind != "file":
             return source, None if base is None else provenance.read_base(base, source)
+        sources = [part.path for part in source.parts.values()]
     if base is None:
         return read_part_files(sources), None
     base_layout = provenance.read_base(base)

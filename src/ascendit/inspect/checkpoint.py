@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.gguf_file import SUFFIX, Value, general_metadata
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import CheckedPart
 from ascendit.checkpoint.transformer import TensorMismatch
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
@@ -57,11 +59,18 @@ def _part_report(checked: CheckedPart) -> PartReport:
         class_name=part.class_name,
         tensors=tuple(shards.tensors.values()) if shards else (),
         files=len(shards.files) if shards else 0,
+        metadata=_metadata(shards),
         kinds=shards.kinds if shards else (),
         expert=checked.expert,
         problem=problem,
         **(problem.checks if isinstance(problem, TensorMismatch) else {}),
     )
+
+
+def _metadata(shards: Shards | None) -> dict[str, Value]:
+    """The metadata of a GGUF file; empty for other files."""
+    files = shards.files if shards else ()
+    return general_metadata(files[0]) if files and files[0].suffix == SUFFIX else {}
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ascendit.checkpoint.gguf_file import Value
 from ascendit.checkpoint.layout import KIND_LABELS, Layout
 from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
@@ -21,6 +22,7 @@ from ascendit.pipeline.defaults import Defaults
 from ascendit.report import columns, counted, human_bytes, json_data, selected, titled, totals
 
 TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
+MAX_METADATA = 60  # characters of an entry that is printed
 EXPERT_TITLES = ("Excluded", "Smoothed", "Attention", "Origin")
 
 
@@ -114,6 +116,7 @@ class ModelReport:
             ("Parts", _part_lines(self.parts)),
             ("Format", self._formats()),
             *((title, _per_expert(self.experts, title)) for title in EXPERT_TITLES),
+            ("Metadata", _metadata_lines(self.parts)),
             ("Made by", self._made_by()),
             ("Runs on", self.runs_on.lines() if self.runs_on else []),
             ("Files", self.files.lines() if self.files else []),
@@ -149,7 +152,10 @@ class ModelReport:
             return []
         recipe = self.record.get("recipe")
         name = recipe.get("name") if isinstance(recipe, dict) else None
-        return [f"{self.record.get('made_by', 'ascendit')}{f', recipe {name}' if name else ''}"]
+        first = f"{self.record.get('made_by', 'ascendit')}{f', recipe {name}' if name else ''}"
+        loras = self.record.get("loras")
+        loras = [x for x in loras if isinstance(x, dict)] if isinstance(loras, list) else []
+        return [first, *(f"LoRA {x.get('file')} at {x.get('weight')}, {x.get('expert')}" for x in loras)]
 
     def _formats(self) -> list[str]:
         if self.bits_per_weight is None:
@@ -186,6 +192,16 @@ def _part_lines(parts: Iterable[PartReport]) -> list[str]:
             text += f" {formats[p.name]:<{width}} {human_bytes(p.nbytes):>10}  {_counts([p])}"
             text += f"  ({kinds_text(p.kinds)})" if p.kinds else ""
         lines.append(text + ("  DAMAGED" if p.problem else ""))
+    return lines
+
+
+def _metadata_lines(parts: Iterable[PartReport]) -> list[str]:
+    """One line per GGUF file: its short entries."""
+    lines = []
+    for p in parts:
+        entries = [(key, str(value)) for key, value in p.metadata.items()]
+        if texts := [f"{key} {value}" for key, value in entries if len(value) <= MAX_METADATA]:
+            lines.append(f"{p.name} (GGUF): {', '.join(texts)}")
     return lines
 
 
@@ -246,6 +262,8 @@ class PartReport:
     """`name dtype`, for tensors of unquantized layers whose dtype is not a float."""
     problem: AscenditError | None = None
     """The error that makes the part unusable."""
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+    """The general metadata of its GGUF file."""
     kinds: tuple[str, ...] = ()
     """The kinds of its files, keys of `stored_kinds.KINDS`; of an expert, in `expert`."""
     expert: Expert | None = None
@@ -287,6 +305,7 @@ class PartReport:
         return {
             **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
+            "metadata": dict(self.metadata),
             "stored_as": list(self.expert.kinds if self.expert else self.kinds),
             **selected(self, *TENSOR_CHECKS),
             "problem": json_data(self.problem),

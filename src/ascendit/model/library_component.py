@@ -99,7 +99,7 @@ def mapped_tensors(stored: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
     files, maps, tensors = OpenFiles(), dict[Path, mmap.mmap](), dict[str, Tensor]()
     try:
         for name, info in stored.items():
-            if info.encoding is not None:
+            if not info.is_plain:
                 with RowReader() as reader:
                     tensors[name] = reader.read_tensor(info)
                 continue

@@ -1,4 +1,4 @@
-"""Decode float tensors that files store in other encodings: floats with a scale, and the blocks of ggml.
+"""Decode float tensors that files store otherwise: floats with a scale per tensor or row, and ggml's blocks.
 
 A value is decoded in float32, in which the product of a stored number and its scale is rounded at most once,
 and then rounded to the requested dtype.

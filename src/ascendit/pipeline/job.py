@@ -36,6 +36,7 @@ from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_
 from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
+from ascendit.weights.lora.fold import lora_report, lora_sources
 
 log = logging.getLogger("ascendit")
 
@@ -64,11 +65,20 @@ class Prepared:
         """The command that reproduces this video; also in the JSON beside the video."""
         return self.replay_line()
 
-    def replay_line(self, flags: Sequence[str] = ()) -> str:
-        """`replay` with other flags of `generate`."""
+    def replay_line(
+        self, flags: Sequence[str] = (), output: str | None = None, seeds: Sequence[int] = ()
+    ) -> str:
+        """`replay` with other flags of `generate`, an output, or several seeds instead of its own."""
         options, kept = self.model.options, self.latents
         load = options.record if kept is None else kept.loaded
-        return self.request.replay_line(options.model, load=load, flags=flags)
+        return self.request.replay_line(options.model, output, load, flags, seeds)
+
+    @property
+    def loras(self) -> list[dict[str, Any]]:
+        """Each LoRA file with its weight and, by expert, its keys and scale; empty for kept latents."""
+        experts = self.model.experts if self.latents is None else ()
+        folds = {expert.name: applied.folds for expert, applied in experts if applied and applied.folds}
+        return lora_report(lora_sources(self.model.options.loras), folds) if folds else []
 
     @property
     def images(self) -> dict[str, str]:
@@ -106,8 +116,15 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     if options.parts:
         layout = with_part_files(layout, read_part_files(options.parts, len(layout.experts)))
     checked, defaults = require_model(layout, options.defaults)
-    online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
-    experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
+    online = Online.from_options(
+        options.scheme,
+        options.recipe,
+        options.keep,
+        force=options.force,
+        loras=lora_sources(options.loras),
+        lora_skip=options.lora_skip,
+    )
+    experts = online.apply_all(checked.experts) if online else tuple((x, None) for x in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
     if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)
@@ -122,7 +139,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         part_dtypes={
             name: str(vae_dtype)
             if name == "vae"
-            else common_dtype((info.dtype, info.nbytes) for info in x.tensors.values())
+            else common_dtype((info.dtype, info.read_nbytes) for info in x.tensors.values())
             for name, x in shards.items()
             if name not in EXPERTS
         },
@@ -190,7 +207,7 @@ def prepare_request(
     check_names(fields)
     defaults = model.defaults
     if seconds is not None:
-        fps = defaults.fps
+        fps: geometry.FrameRate = defaults.fps
         with suppress(ValueError):  # GenerateRequest refuses it
             fps = geometry.frame_rate(fields.get("fps") or defaults.fps)
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
@@ -235,8 +252,9 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
-    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises the
-    errors of `prepare_model` before any weight is read, and those of `load.build`.
+    while it loads, as `ascendit.quantize` does; `loras` are added to the float weights first. `on_progress`
+    is called with each Progress event. Raises the errors of `prepare_model` before any weight is read, and
+    those of `load.build`.
     """
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build

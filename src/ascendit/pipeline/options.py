@@ -23,6 +23,7 @@ from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
+from ascendit.weights.lora.fold import lora_sources
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
@@ -43,6 +44,10 @@ class Option:
     """Metavar of its flag; None if it has no flag and is set by `--set KEY=VALUE`."""
     hidden: bool = False
     """Omit the flag from `--help`."""
+    flag: str = ""
+    """Its flag, if that has another name than the option."""
+    repeatable: bool = False
+    """Each use of the flag adds a value."""
 
 
 POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -69,6 +74,11 @@ def _patterns(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(map(str, value))
     return () if value is None else value
+
+
+def _loras(value: object) -> object:
+    """LoRA files as texts."""
+    return tuple(map(str, lora_sources(value)))
 
 
 def _texts(value: object) -> object:
@@ -154,6 +164,21 @@ class LoadOptions(Checked):
         BeforeValidator(_path),
         Option("Quantize by a recipe: its name or a TOML file.", "NAME"),
     ] = None
+    loras: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_loras),
+        Option(
+            "LoRA to add while loading; high=FILE or low=FILE for one expert; repeatable.",
+            "FILE[:WEIGHT]",
+            flag="--lora",
+            repeatable=True,
+        ),
+    ] = ()
+    lora_skip: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_patterns),
+        Option("LoRA keys to leave out, by group: image; repeatable.", "GROUP", hidden=True, repeatable=True),
+    ] = ()
     step_policy: Annotated[
         str | None,
         BeforeValidator(_schedule),
@@ -253,7 +278,7 @@ def _rows(kind: type[Row]) -> dict[str, Row]:
 
 
 OPTIONS = _rows(Option)
-FLAGS = {name: f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
+FLAGS = {name: row.flag or f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
 """Option name -> its flag."""
 VARIABLES = _rows(Variable)
 """Option name -> the environment variable that sets it."""
@@ -265,6 +290,9 @@ def load_args(record: Mapping[str, Any]) -> list[str]:
     for name, field in LoadOptions.model_fields.items():
         value = record.get(name)
         if value and value != field.default:
+            if OPTIONS[name].repeatable:
+                args += [arg for item in value for arg in (FLAGS[name], item)]
+                continue
             text = ";".join(value) if isinstance(value, list) else "true" if value is True else str(value)
             args += [FLAGS[name], text] if name in FLAGS else ["--set", f"{name}={text}"]
     return args

@@ -134,10 +134,12 @@ class GenerateRequest(Checked):
         output: str | None = None,
         load: Mapping[str, Any] | None = None,
         flags: Sequence[str] = (),
+        seeds: Sequence[int] = (),
     ) -> str:
         """The command that reproduces this video.
 
-        `load`: the model's options, from `LoadOptions.record`. `flags`: other flags of `generate`.
+        `load`: the model's options, from `LoadOptions.record`. `flags`: other flags of `generate`. `seeds`:
+        several, instead of its own.
         """
         args = ["ascendit", "generate", *load_args(load or {}), *flags]
         positional = [self.prompt] if model == "demo" else [model, self.prompt]
@@ -146,7 +148,7 @@ class GenerateRequest(Checked):
         args += [] if dashed else positional
         guidance = [g for g in (self.guidance_scale, self.guidance_scale_2) if g is not None]
         values: list[tuple[str, object]] = [
-            ("--seed", self.seed),
+            ("--seed", ",".join(map(str, seeds or [self.seed]))),
             ("--size", f"{self.width}x{self.height}"),
             ("--frames", self.num_frames),
             ("--fps", self.fps),

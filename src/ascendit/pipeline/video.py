@@ -13,8 +13,10 @@ import platform
 import re
 import shutil
 import tempfile
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,14 +30,19 @@ from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, CRF, WRITERS, Encoding, import_library
-from ascendit.report import json_text, shell_line
+from ascendit.report import human_bytes, json_text, shell_line
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
 
 EXTENSIONS = (
-    ".mp4, .mov, .mkv, .webm, .gif, .png (one frame: a file; more: a folder of frames), or / for a folder"
+    ".mp4, .webm, .gif, .png (one frame: a file; more: a folder of frames), .mov, .mkv, or / for a folder"
 )
+
+
+MAX_EMBEDDED = 20 * 2**20
+"""Bytes of a video that a notebook stores in its file."""
+SHOWN_WIDTH = 256  # pixels in a notebook, at least
 
 
 class OutputTarget(NamedTuple):
@@ -97,6 +104,24 @@ class Video:
     def __repr__(self) -> str:
         n, h, w, _ = self.frames.shape
         return f"Video({n} frames, {w}x{h}, {rate_text(self.fps)} fps, model={self.model!r})"
+
+    def _repr_html_(self) -> str:
+        """The video in a notebook: an element that plays it, with the file inside."""
+        kind = "webm" if self.frames.shape[1] % 2 or self.frames.shape[2] % 2 else "mp4"
+        title = escape(repr(self))
+        try:
+            with tempfile.TemporaryDirectory(prefix="ascendit-") as folder:
+                data = self.save(Path(folder) / f"video.{kind}", metadata=False).read_bytes()
+        except EnvironmentProblem as e:
+            return f"<pre>{title}: {escape(str(e))}</pre>"
+        if len(data) > MAX_EMBEDDED:
+            size = f"{human_bytes(len(data))}, not embedded in the notebook"
+            return f"<pre>{title}: {size}; save it with video.save('video.{kind}')</pre>"
+        width = max(self.frames.shape[2], SHOWN_WIDTH)
+        return (
+            f'<video controls loop muted autoplay playsinline width="{width}" title="{title}" '
+            f'src="data:video/{kind};base64,{b64encode(data).decode()}"></video>'
+        )
 
     def describe(self) -> dict[str, Any]:
         """Metadata as plain data for JSON: stored in the file and beside it."""
@@ -298,7 +323,7 @@ def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) ->
             raise _taken(target, f"needs {target.sidecar} beside it, which already exists")
 
 
-SAME = ("model", "source", "load", "request")
+SAME = ("source", "load", "request")
 """Keys of the `.json` beside a video that are equal for two files of one video."""
 
 

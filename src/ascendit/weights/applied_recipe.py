@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
 from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
-from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
 from ascendit.names import grouped, is_block_linear
@@ -18,6 +19,7 @@ from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
+from ascendit.weights.lora.fold import Folds, LoraSource
 
 TILES = "F8_E4M3"
 """Dtype of FP8 weights in tiles, the only quantized weights that a source may have."""
@@ -35,6 +37,8 @@ class AppliedRecipe(LayerSchemes):
     """`BF16`, or "" for the dtype of the source."""
     smoothing: Mapping[str, Any] = field(default_factory=dict)
     """Layer -> mul_scale, float32 [K]."""
+    folds: Folds | None = None
+    """LoRA files, added to the weights first."""
 
     def weight(self, layer: str) -> TensorInfo:
         """The header entry of the weight [N, K] of a layer in the source."""
@@ -82,8 +86,9 @@ def apply_recipe(
     *,
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
+    folds: Folds | None = None,
 ) -> AppliedRecipe:
-    """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K].
+    """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K]. `folds`: see `open_folds`.
 
     Raises UsageError: E-QNT-01 for a source that is already quantized, rotations if the number of heads is
     unknown, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match
@@ -96,16 +101,37 @@ def apply_recipe(
     _check_smoothing(expert, smoothing, {layer.name for layer in layers})
     if any(a.rotate for a in attention):
         _check_rotation(expert)
-    applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing)
+    applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing, folds)
     for layer in applied.quantized.values():
         _check_layer(applied, layer)
     return applied
 
 
+def open_folds(
+    expert: Expert,
+    loras: Sequence[LoraSource],
+    *,
+    experts: Collection[str] = EXPERTS,
+    skip: Collection[str] = (),
+) -> Folds | None:
+    """Match the LoRA files with the tensors of `expert`; None if there are no files.
+
+    `experts`: all experts of the model. `skip`: groups of keys to leave out. Raises the errors of
+    `Folds.open`.
+    """
+    if not loras:
+        return None
+    return Folds.open(loras, expert.name, shapes_of(expert), experts=experts, skip=skip)
+
+
+def stored_schemes(expert: Expert) -> set[str]:
+    """The schemes of quantized weights, `bf16` for smoothed ones; without FP8 in tiles, a float format."""
+    return {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
+
+
 def check_source(expert: Expert) -> None:
     """Raise UsageError (E-QNT-01) unless the weights are floats, or FP8 in tiles, which is read as BF16."""
-    quantized = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
-    if not quantized:
+    if not (quantized := stored_schemes(expert)):
         return
     schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
     method = (expert.quantization_config or {}).get("quant_method", expert.origin)

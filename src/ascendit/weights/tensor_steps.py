@@ -186,7 +186,7 @@ def stored_steps(expert: Expert, target: TargetFormat = CANONICAL) -> list[Tenso
 def moved(name: str, info: TensorInfo) -> TensorStep:
     """Plan a tensor that does not change, or is only decoded."""
     spec = TensorSpec(name, info.dtype, info.shape)
-    how: How = "move" if info.encoding is None else "decode"
+    how: How = "move" if info.is_plain else "decode"
     return TensorStep(name=name, how=how, specs=(spec,), sources=(info,))
 
 

@@ -11,6 +11,7 @@ from convert.loras import save, shapes
 
 from ascendit.errors import AscenditError, CheckpointError, UsageError
 from ascendit.weights.lora.fold import Folds, LoraSource
+from ascendit.weights.lora.strength import Patterns
 
 KEY = "transformer.blocks.0.attn1.to_q"
 PAIR = {f"{KEY}.lora_A.weight": torch.ones(2, 24), f"{KEY}.lora_B.weight": torch.ones(24, 2)}
@@ -44,6 +45,8 @@ def test_a_folder_of_several_files_is_refused_and_they_are_listed(tmp_path: Path
     for name in ("high", "low"):
         save(tmp_path / f"{name}.safetensors", PAIR)
     assert "is a folder with high.safetensors, low.safetensors" in error(tmp_path, "E-USE-01").got
+    path = save(tmp_path / "adapter_model.safetensors", PAIR).path
+    assert LoraSource(tmp_path).path == path
 
 
 def test_another_file_extension(tmp_path: Path) -> None:
@@ -88,6 +91,14 @@ SETTINGS = {
         "'to_q'",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "text", ["(a*)*", "(a|a)" * 30, "a?" * 30, "a*" * 4, r"(.)\1", "(?=a)b", "x" * 501 + "|"]
+)
+def test_expressions_that_could_take_very_long(text: str) -> None:
+    with pytest.raises(ValueError, match="is too complex"):
+        Patterns({text: 1.0})
 
 
 @pytest.mark.parametrize("case", SETTINGS)

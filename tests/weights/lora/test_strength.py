@@ -83,8 +83,16 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "unscoped settings, scoped keys": (DIFFUSERS, {METADATA: config(lora_alpha=8)}, None, 2.0),
     "scoped settings, unscoped keys": (BARE, {METADATA: scoped("transformer", lora_alpha=8)}, None, 2.0),
     "scoped settings of the other expert only": (BARE, {METADATA: scoped("transformer_2")}, None, 0.25),
+    "any expert and the other one": (
+        DIFFUSERS,
+        {"lora_alpha": "1", "transformer_2.lora_alpha": "8"},
+        None,
+        0.25,
+    ),
     "text encoder only": (DIFFUSERS, {METADATA: scoped("text_encoder")}, None, 1.0),
     "finetrainers": (DIFFUSERS, {"lora_config": {"r": 4, "lora_alpha": 16}}, None, 4.0),
+    "another object with lora_alpha": (DIFFUSERS, {"train": {"lora_alpha": 2, "lora_rank": 4}}, None, 0.5),
+    "text about lora_alpha": (DIFFUSERS, {"comment": 'set "lora_alpha" to 2'}, None, 1.0),
     "lora_alpha": (COMFYUI, {"lora_alpha": "1", "r": "4"}, None, 0.25),
     "alpha": (COMFYUI, {"alpha": "8.0", "rank": "4"}, None, 2.0),
     "network_alpha": (COMFYUI, {"network_alpha": "2e0"}, None, 0.5),
@@ -110,6 +118,7 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "musubi, alphas removed": (KOHYA, MUSUBI, None, 0.25),
     "musubi, converted": (COMFYUI, MUSUBI, None, 1.0),
     "kohya, resized": (KOHYA, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, 2.0, 0.5),
+    "kohya, alpha 0 is the rank": (KOHYA, {"ss_network_alpha": "0", "ss_network_dim": "4"}, 4.0, 1.0),
     "kohya, own rank of convolutions": (
         KOHYA,
         {"ss_network_alpha": "1", "ss_network_dim": "32", "ss_network_args": {"conv_dim": "4"}},
@@ -157,6 +166,7 @@ PATTERNS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "expression": ({r"blocks\.\d+\.attn[12]\.to_(q|v)": 8}, {Q: 2.0, K: 0.25, FF: 0.25}),
     "expression over segments": ({r"blocks\.0\..*": 8}, {Q: 2.0, K: 0.25, FF: 2.0}),
     "anchored expression": ({r"^blocks.*to_k": 8, r"^attn.*": 2}, {Q: 0.25, K: 2.0, FF: 0.25}),
+    "with the prefix of the keys": ({f"transformer.{Q}": 8, f"diffusion_model.{WAN[Q]}": 8}, {}),
     "first match": ({r".*attn1\..*": 8, "to_q": 2}, {Q: 2.0, K: 0.25, FF: 0.25}),
 }
 
@@ -166,6 +176,8 @@ PATTERNS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 def test_alpha_pattern(tmp_path: Path, case: str, style: Style) -> None:
     """Patterns are of Diffusers' names, also if the keys were renamed later."""
     table, scales = PATTERNS[case]
+    if not scales:
+        scales = {Q: 0.25 if style is KOHYA else 2.0, K: 0.25, FF: 0.25}
     check(lora(tmp_path, style, {METADATA: config(alpha_pattern=table)}), scales)
 
 
@@ -280,7 +292,7 @@ def test_statements_that_disagree_are_refused(tmp_path: Path, case: str) -> None
         folded(lora(tmp_path, style, header, alpha))
     assert e.value.code == "E-LRA-01"
     assert message in e.value.got
-    assert "remove the wrong one" in e.value.fix
+    assert "safetensors.torch.save_file(safetensors.torch.load_file(FILE), NEW)" in e.value.fix
 
 
 def test_an_adapter_config_and_a_header_that_disagree(tmp_path: Path) -> None:
@@ -289,6 +301,7 @@ def test_an_adapter_config_and_a_header_that_disagree(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="adapter_config.json lora_alpha") as e:
         folded(source)
     assert "2 (alpha 8) from header lora_alpha" in e.value.got
+    assert e.value.fix == "move the file to a folder without adapter_config.json, or correct that"
 
 
 NOTES = {

@@ -174,7 +174,7 @@ def test_a_group_is_skipped_by_name(tmp_path: Path) -> None:
     folds = Folds.open([source], "transformer", shapes(), skip=["image"])
     assert folds.names == {"blocks.0.attn1.to_q.weight"}
     assert folds.notes == (
-        "a.safetensors: 2 keys, 6 keys of --lora-skip image left out, "
+        "a.safetensors: 2 keys, 6 keys of group image skipped, "
         "scale 1 (no alpha in the file, rank 2) x weight 1",
     )
     after = folds.fold("blocks.0.attn1.to_q.weight", torch.zeros(24, 24), 0)

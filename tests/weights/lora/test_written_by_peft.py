@@ -118,6 +118,20 @@ def test_adapters_of_diffusers_and_of_peft(tmp_path: Path, case: str) -> None:
     check(moved, own)
 
 
+def test_loha_of_peft(tmp_path: Path) -> None:
+    settings = {"r": 3, "alpha": 2, "alpha_pattern": {"to_q": 5}, "init_weights": False}
+    own = peft.get_peft_model(plain(), peft.LoHaConfig(target_modules=LAYERS, **settings))
+    own.save_pretrained(tmp_path)
+    shapes = expected_tensors(CONFIG)
+    folds = Folds.open([LoraSource(tmp_path)], "transformer", shapes)
+    assert len(folds.names) == 20
+    for name, module in own.named_modules():
+        if isinstance(module, peft.tuners.loha.LoHaLayer):
+            layer = f"{name.removeprefix('base_model.model.')}.weight"
+            change = folds.fold(layer, torch.zeros(shapes[layer]), 0)
+            torch.testing.assert_close(change, module.get_delta_weight("default").detach())
+
+
 def plain() -> Any:
     from diffusers import WanTransformer3DModel
 

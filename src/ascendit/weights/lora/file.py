@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_KEYS = 5
 """Maximum number of keys listed in an error."""
+_ADAPTER_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
@@ -83,8 +84,9 @@ def open_file(path: Path) -> LoraFile:
 
 
 def adapter_file(path: Path) -> Path:
-    """The file of a folder with only one `.safetensors` file, as PEFT and Diffusers write it, or `path`."""
+    """The adapter or only `.safetensors` file of a folder; other paths are returned unchanged."""
     files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
+    files = [file for file in files if file.name in _ADAPTER_NAMES] or files
     return files[0] if len(files) == 1 else path
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,6 @@ from ascendit.weights.lora.file import (
 )
 from ascendit.weights.lora.keys import SKIPPED, LoraKey, Targets, refusal
 from ascendit.weights.lora.strength import (
-    DISAGREE_FIX,
     ROUNDING,
     AppliedLora,
     OwnAlpha,
@@ -85,6 +85,12 @@ class LoraSource:
         if self.expert not in (None, *EXPERTS):
             raise _bad_source(f"LoRA {self.path} is for {self.expert!r}", " or ".join(EXPERTS))
 
+    def __str__(self) -> str:
+        """The text that `parse_lora` reads."""
+        text = f"{self.expert}={self.path}" if self.expert else str(self.path)
+        plain = self.weight == 1 and ":" not in text
+        return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
+
 
 def parse_lora(text: str) -> LoraSource:
     """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`.
@@ -105,7 +111,23 @@ def parse_lora(text: str) -> LoraSource:
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
         raise _bad_source(f"no LoRA file in {text!r}", _SYNTAX)
-    return LoraSource(Path(path), weight, expert)
+    return LoraSource(Path(os.path.expanduser(path)), weight, expert)
+
+
+def lora_sources(value: object) -> tuple[LoraSource, ...]:
+    """LoRA files from one or a sequence of texts for `parse_lora`, paths or LoraSources; none from None.
+
+    Raises UsageError (E-USE-01) for anything else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(source for item in value for source in lora_sources(item))
+    if isinstance(value, os.PathLike):
+        return (LoraSource(Path(value)),)
+    if isinstance(value, str):
+        return (parse_lora(value),)
+    if value is not None and not isinstance(value, LoraSource):
+        raise _bad_source(f"LoRA {value!r}", "a text, a path or a LoraSource")
+    return () if value is None else (value,)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
@@ -373,10 +395,10 @@ class DeltaReader:
             own = OwnAlpha(self._scalar(group["alpha"]), ROUNDING.get(info.dtype, 1e-6), root)
         key = next(key for role, key in group.items() if role in infos)
         layer = target.removesuffix(".weight")
-        names = (key.path, layer, to_wan(layer) or layer)
+        names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
         strength = self.settings.of(key, names, self.expert, rank, own, has_rank=kind != "lokr")
         if strength.problem:
-            self.problem(key, strength.problem, DISAGREE_FIX)
+            self.problem(key, strength.problem, strength.fix)
         self.strengths.append(strength)
         return strength.scale
 

@@ -97,31 +97,49 @@ REFUSED = (
     (r"\.(weight|bias)$", "this is a complete tensor, not a change of one"),
 )
 """(pattern of a key, reason why it cannot be used), tried in order for keys without a known suffix."""
-SKIPPED: dict[str, tuple[str, str]] = {
-    "image": (
+
+
+@dataclass(frozen=True)
+class KeyGroup:
+    """Keys of a part that a model may lack."""
+
+    pattern: str
+    """Of their paths."""
+    keys: str
+    """Their meaning and examples."""
+    reason: str
+    """Why a model without this part cannot use them."""
+
+
+SKIPPED = {
+    "image": KeyGroup(
         r"(^|[._])(k_img|v_img|add_k_proj|add_v_proj|norm_added_k|image_embedder)(?=[._]|$)|^img_emb[._]",
+        "CLIP image input of Wan2.1 image-to-video: `k_img`, `v_img`, `img_emb`",
         "the model has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model",
     ),
-    "text": (
+    "text": KeyGroup(
         r"^(lora_te\d*|text_encoders?(_\d)?|te\d?|t5|umt5(xxl)?|cond_stage_model)[._]",
+        "text encoders",
         "LoRAs of text encoders are not supported",
     ),
-    "control": (
+    "control": KeyGroup(
         r"^(vace_blocks|vace_patch_embedding|vace|control_adapter|control_blocks|controlnet|ref_conv)(?=[._]|$)",
+        "VACE and Fun-Control: `vace_blocks`, `control_adapter`, `ref_conv`",
         "the model has no control input; this LoRA is for VACE or Fun-Control",
     ),
 }
-"""Group of keys that `--lora-skip` leaves out -> pattern of their path, and why a model lacks them."""
+"""Group of keys that `--lora-skip` leaves out."""
 IGNORED = {"lokr_factor": "how musubi-tuner split the sizes, which also follows from the shapes"}
 """Keys without an effect on the weights -> meaning."""
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|down|up))\.(?!(?:weight|bias)$)[^.]+(?=\.(?:weight|bias)$)")
 _ADAPTER_OF_PARAMETER = re.compile(r"(\.(?:hada_w[12]_[ab]|lokr_w[12](?:_[ab])?))\.[^.]+$")
 _BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
 _FLAT_WRAPPERS = {
-    f"{wrapper.strip('_.')}_": wrapper
+    wrapper.strip("_."): wrapper
     for wrapper in sorted((*WRAPPERS, *INNER_WRAPPERS), key=lambda name: -len(name))
 }
 """Wrapper in a path with underscores -> wrapper; longest first."""
+_FLAT_WRAPPER = re.compile(f"({'|'.join(_FLAT_WRAPPERS)})_+")
 _BLOCK = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 
 
@@ -144,7 +162,7 @@ class LoraKey:
     @property
     def group(self) -> str:
         """The group of `SKIPPED` that this key is part of; empty if none."""
-        return next((group for group, (pattern, _) in SKIPPED.items() if re.search(pattern, self.path)), "")
+        return next((name for name, group in SKIPPED.items() if re.search(group.pattern, self.path)), "")
 
 
 def split_key(name: str) -> LoraKey:
@@ -155,10 +173,11 @@ def split_key(name: str) -> LoraKey:
     path, wrappers = without_wrappers(text.removesuffix(suffix))
     flat = path.startswith(FLAT_PREFIXES) or re.match(r"blocks_\d", path) is not None
     if flat:
-        path = path.replace(".", "_")
-        while wrapper := next((w for w in _FLAT_WRAPPERS if path.startswith(w)), None):
-            path = path.removeprefix(wrapper).lstrip("_")
-            wrappers.append(_FLAT_WRAPPERS[wrapper])
+        path, start = path.replace(".", "_"), 0
+        while match := _FLAT_WRAPPER.match(path, start):
+            wrappers.append(_FLAT_WRAPPERS[match[1]])
+            start = match.end()
+        path = path[start:]
         for inner in INNER_WRAPPERS:
             path = path.replace(f"_{inner.removesuffix('.')}_", "_")
     one_expert = any(w in NAMES_ONE_EXPERT for w in wrappers)
@@ -167,11 +186,9 @@ def split_key(name: str) -> LoraKey:
 
 def without_wrappers(path: str) -> tuple[str, list[str]]:
     """Remove all `WRAPPERS` before a dotted path; return the rest and the wrappers."""
-    wrappers = []
-    while (wrapper := path[: path.find(".") + 1]) in WRAPPERS:
-        path = path.removeprefix(wrapper)
-        wrappers.append(wrapper)
-    return path, wrappers
+    parts = path.split(".")
+    number = next((i for i, part in enumerate(parts[:-1]) if f"{part}." not in WRAPPERS), len(parts) - 1)
+    return ".".join(parts[number:]), [f"{part}." for part in parts[:number]]
 
 
 def expert_of(wrappers: Iterable[str]) -> str | None:
@@ -220,7 +237,7 @@ class Targets:
     def reason_missing(self, key: LoraKey) -> str:
         """Why `find` returns None, with the most similar name of the model."""
         if key.group:
-            return SKIPPED[key.group][1]
+            return SKIPPED[key.group].reason
         if (block := _BLOCK.match(key.path)) and int(block[1]) >= self.num_blocks:
             return f"the model has {self.num_blocks} blocks"
         if key.role == "diff_b" and self.find(LoraKey(key.name, None, key.path, key.flat, "diff")):

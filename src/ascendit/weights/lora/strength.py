@@ -40,7 +40,7 @@ RANK_KEYS = (
     "ss_network_dim",
 )
 CONFIG_KEYS = ("lora_adapter_metadata", "lora_config", "peft_config", "adapter_config")
-"""Keys of a header that contain a PEFT configuration as JSON."""
+"""Keys of a header that contain a PEFT configuration as JSON, like others with `lora_alpha` in an object."""
 ADAPTER_CONFIG = "adapter_config.json"
 UNSUPPORTED = {
     "use_dora": "DoRA is not supported: it rescales complete rows of the weight",
@@ -56,9 +56,11 @@ _ABSENT = ("", "none", "null", "dynamic")
 """Texts without a value. `Dynamic`: kohya's `resize_lora.py`, which keeps an alpha tensor in each layer."""
 _TRUE = ("true", "1", "yes", "on")
 MERGE_FIX = "merge it with PEFT, then quantize the result"
-DISAGREE_FIX = (
-    "use the file as its tool wrote it, or remove the wrong one: tensor, header or adapter_config.json"
+HEADER_FIX = (
+    "remove the header: safetensors.torch.save_file(safetensors.torch.load_file(FILE), NEW); without alpha "
+    "tensors, pass alpha / rank as NEW:WEIGHT"
 )
+CONFIG_FIX = f"move the file to a folder without {ADAPTER_CONFIG}, or correct that"
 ROUNDING = {"F16": 2**-11, "BF16": 2**-8, "F8_E4M3": 2**-4, "F8_E5M2": 2**-3}
 """Dtype of an alpha tensor -> the largest relative error of its value, if it is coarse."""
 
@@ -94,9 +96,10 @@ class Patterns:
 
 
 def _expression(text: str) -> re.Pattern[str]:
-    """Compile an expression whose time to match is limited: few repetitions, and none of a group."""
-    slow = re.search(r"\)[*+{]|\(\?|\\\d", text) or len(re.findall(r"(?<!\\)[*+{]", text)) > 3
-    if slow or len(text) > 500:
+    """Compile an expression whose time to match is limited: few groups and repetitions, none of a group."""
+    slow = re.search(r"\)[*+?{]|\(\?|\\\d", text)
+    counts = [len(re.findall(rf"(?<!\\)[{characters}]", text)) for characters in ("*+?{", "(")]
+    if slow or max(counts) > 3 or len(text) > 500:
         raise ValueError(f"{text!r} is too complex")
     try:
         return re.compile(text)
@@ -156,6 +159,11 @@ class Strength:
     problem: str = ""
     """Two statements that disagree; empty if there are none."""
 
+    @property
+    def fix(self) -> str:
+        """How to solve the `problem`."""
+        return CONFIG_FIX if ADAPTER_CONFIG in self.problem else HEADER_FIX
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -203,8 +211,9 @@ class Settings:
 
     def _scoped(self, key: LoraKey, expert: str) -> list[Setting]:
         """The settings for any expert, and those for the expert of a key, or else for the first one."""
-        present = {x.expert for x in self.items}
-        own = next((x for x in (key.expert, expert, *EXPERTS) if x and x in present), None)
+        present = {x.expert for x in self.items if x.alpha is not None or x.alphas.values}
+        others = () if None in present else EXPERTS
+        own = next((x for x in (key.expert, expert, *others) if x and x in present), None)
         return [x for x in self.items if x.expert in (None, own)]
 
 
@@ -234,7 +243,7 @@ class AppliedLora:
     def line(self) -> str:
         """`a.safetensors: 8 keys, scale 0.25 (alpha 1, rank 4; from header lora_alpha) x weight 0.8`."""
         parts = [counted(self.num_keys, "key")]
-        parts += [f"{counted(n, 'key')} of --lora-skip {group} left out" for group, n in self.skipped.items()]
+        parts += [f"{counted(n, 'key')} of group {group} skipped" for group, n in self.skipped.items()]
         if self.strengths:
             scales = [s.scale for s in self.strengths]
             parts.append(f"scale {_range(scales)} ({self._reason()})")
@@ -279,10 +288,10 @@ def read_settings(file: LoraFile) -> Settings:
     """
     header = _metadata(file.path)
     items = list(_parse(file.path, "header", header))
-    for name in CONFIG_KEYS:
-        if name in header:
-            fields = _json_object(file.path, name, header[name])
-            items += _parse(file.path, f"header {name}", fields)
+    for name, value in header.items():
+        text = value.lstrip() if isinstance(value, str) else ""
+        if name in CONFIG_KEYS or (text.startswith("{") and '"lora_alpha"' in text):
+            items += _parse(file.path, f"header {name}", _json_object(file.path, name, value))
     config = file.path.parent / ADAPTER_CONFIG
     if config.is_file() and (fields := read_json(config)).keys() & {"peft_type", "lora_alpha"}:
         items += _parse(file.path, ADAPTER_CONFIG, fields)
@@ -326,7 +335,7 @@ def _parse(path: Path, where: str, fields: Mapping[str, Any]) -> Iterator[Settin
         layer, _, last = field_name.rpartition(".")
         if not layer:
             scopes.setdefault(name.removesuffix(field_name), {})[field_name] = value
-        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"][0], field_name):
+        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"].pattern, field_name):
             alpha = _number(path, f"{where} {name}", value)
             layers |= {} if alpha is None else {f"^{layer}": alpha}
     for scope, config in scopes.items():
@@ -362,7 +371,7 @@ class _Scope:
         ss_root = any(_is_true(args.get(name)) for name in ("use_rslora", "rs_lora", "rank_stabilized"))
         varies = any(re.search(r"(dim|alpha)s?$", str(name)) for name in args)
         for name in (*ALPHA_KEYS, *RANK_KEYS):
-            value = _number(self.path, self.origin(name), self.fields.get(name), whole=name in RANK_KEYS)
+            value = self.number(name)
             if value is not None:
                 yield Setting(
                     self.origin(name),
@@ -378,6 +387,13 @@ class _Scope:
         if ranks.values:
             yield Setting(self.origin("rank_pattern"), expert, ranks=ranks)
 
+    def number(self, name: str) -> float | None:
+        """The value of a field; None if absent. kohya's alpha 0 means the rank, as in its tensors."""
+        value = self.fields.get(name)
+        if name == "ss_network_alpha" and str(value) in ("0", "0.0"):
+            return None
+        return _number(self.path, self.origin(name), value, whole=name in RANK_KEYS)
+
     def origin(self, name: str) -> str:
         """`header lora_alpha`."""
         return f"{self.where} {self.prefix}{name}"
@@ -386,7 +402,7 @@ class _Scope:
         """Refuse settings that change the result in another way than a LoRA."""
         kind, init = self.fields.get("peft_type") or "LORA", self.fields.get("init_lora_weights")
         reasons = [reason for name, reason in UNSUPPORTED.items() if _is_set(self.fields.get(name))]
-        if kind != "LORA":
+        if kind not in ("LORA", "LOHA"):
             reasons.append(f"PEFT's {kind} is not supported")
         if isinstance(init, str) and init.startswith(CHANGE_THE_MODEL):
             reasons.append(f"init_lora_weights = {init!r}: PEFT changed the weights that it was trained on")
@@ -437,7 +453,7 @@ def _invalid(path: Path, origin: str, got: str, needs: str) -> CheckpointError:
 
 
 def _is_true(value: Any) -> bool:
-    return value is True or (isinstance(value, str) and value.strip().lower() in _TRUE)
+    return str(value).strip().lower() in _TRUE
 
 
 def _is_set(value: Any) -> bool:
