@@ -25,6 +25,8 @@ from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.inspect.checkpoint import inspect
 from ascendit.model.library_component import load_library_part
+from ascendit.model.loader import load_expert
+from ascendit.ops.operators import bind
 from ascendit.weights.decoded_rows import layer_rows, tensor_rows
 
 
@@ -189,3 +191,28 @@ def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path, tiny_t2v_si
     with pytest.raises(CheckpointError, match="bitsandbytes") as e:
         check_part(replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder))
     assert e.value.code == "E-CKP-04" and e.value.fix == "use the text_encoder of the BF16 model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INPUTS)
+def test_repack_quantize_and_load(tmp_path: Path, name: str) -> None:
+    """Each verb gives the same as the oracle's values in a float folder."""
+    file = INPUTS[name]()
+    file.config = owned.CONFIG
+    source = file.write(tmp_path / "in" / "wan.safetensors")
+    repack(source, tmp_path / "r", check=True)
+    written = values(read(tmp_path / "r"))
+    assert written.keys() == file.values.keys()
+    assert all(torch.equal(written[n], tensor.float()) for n, tensor in file.values.items())
+    model = load_expert(read(source), None, bind("cpu"), dtype=torch.float32)
+    for parameter, tensor in model.named_parameters():
+        if parameter.removesuffix(".weight") not in file.schemes and parameter in file.values:
+            assert torch.equal(tensor, file.values[parameter].float()), parameter
+    if not file.schemes:
+        floats = Owned(file.values, file.values, (), config=owned.CONFIG)
+        floats.write(tmp_path / "floats" / owned.WEIGHTS)
+        quantize(source, tmp_path / "a", scheme="int8")
+        quantize(tmp_path / "floats", tmp_path / "b", scheme="int8")
+        one, other = (load_file(tmp_path / x / "transformer" / owned.WEIGHTS) for x in "ab")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in one)
