@@ -16,6 +16,7 @@ from owned import INPUTS, REFUSED, Owned
 from safetensors.torch import load_file, save_file
 from stored import read, refused
 
+from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import check_part
 from ascendit.checkpoint.reader import RowReader
@@ -69,6 +70,7 @@ def test_refused(tmp_path: Path, name: str) -> None:
     assert text in refused(make().write(tmp_path / "wan.safetensors"), code)
 
 
+DEMO = recognise(model_folder("demo"))
 SCALES = {"NaN": float("nan"), "infinite": float("inf"), "zero": 0.0, "negative": -0.5}
 
 
@@ -139,9 +141,9 @@ def test_the_command_that_drops_the_rest_of_a_training_checkpoint(
 
 
 @pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant"])
-def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> None:
+def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
     """The loaded encoder has exactly the values of the oracle; its embedding is plain fp8."""
-    tensors = load_file(tiny_t2v_single / "text_encoder" / "model.safetensors")
+    tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
     stored: dict[str, torch.Tensor] = {"spiece_model": torch.zeros(9, dtype=torch.uint8)}
     expected = dict(tensors)
     for name, tensor in tensors.items():
@@ -159,9 +161,9 @@ def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> Non
             elif kind == "comfy_quant" and not table:
                 entry = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
                 stored |= {f"{layer}.weight_scale": factor, f"{layer}.comfy_quant": entry}
-    shutil.copytree(tiny_t2v_single / "text_encoder", folder := tmp_path / "text_encoder")
+    shutil.copytree(DEMO.root / "text_encoder", folder := tmp_path / "text_encoder")
     save_file(stored, folder / "model.safetensors")
-    part = replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder)
+    part = replace(DEMO.part("text_encoder"), path=folder)
     shards = check_part(part)
     kinds = {"scaled": "comfy-scaled-fp8", "comfy_quant": "comfy-quant-fp8"}
     assert shards is not None and shards.kinds == (kinds.get(kind, "fp8"),)
@@ -170,26 +172,26 @@ def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> Non
         assert torch.equal(state[name], tensor.float()), name
 
 
-def test_a_vae_in_plain_fp8(tmp_path: Path, tiny_t2v_single: Path) -> None:
-    tensors = load_file(tiny_t2v_single / "vae" / owned.WEIGHTS)
+def test_a_vae_in_plain_fp8(tmp_path: Path) -> None:
+    tensors = load_file(DEMO.root / "vae" / owned.WEIGHTS)
     stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
-    shutil.copytree(tiny_t2v_single / "vae", folder := tmp_path / "vae")
+    shutil.copytree(DEMO.root / "vae", folder := tmp_path / "vae")
     save_file(stored, folder / owned.WEIGHTS)
-    part = replace(recognise(tiny_t2v_single).part("vae"), path=folder)
+    part = replace(DEMO.part("vae"), path=folder)
     shards = check_part(part)
     assert shards is not None and shards.kinds == ("fp8",)
     state = load_library_part(part, shards, torch.float32).state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
 
 
-def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path, tiny_t2v_single: Path) -> None:
-    tensors = load_file(tiny_t2v_single / "text_encoder" / "model.safetensors")
-    shutil.copytree(tiny_t2v_single / "text_encoder", folder := tmp_path / "text_encoder")
+def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
+    shutil.copytree(DEMO.root / "text_encoder", folder := tmp_path / "text_encoder")
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     tensors |= {name: tensors[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(32)}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="bitsandbytes") as e:
-        check_part(replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder))
+        check_part(replace(DEMO.part("text_encoder"), path=folder))
     assert e.value.code == "E-CKP-04" and e.value.fix == "use the text_encoder of the BF16 model"
 
 
