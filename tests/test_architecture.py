@@ -24,7 +24,9 @@ ENVIRONMENT = SRC / "environment.py"
 # Import order: a file or folder imports only names above it.
 ORDER = (
     "version",
+    "option_text",
     "errors",
+    "foreign",
     "validation",
     "environment",
     "exclusive",
@@ -38,6 +40,7 @@ ORDER = (
     "quant",
     "geometry",
     "checkpoint",
+    "pages",
     "weights",
     "convert",
     "device",
@@ -66,7 +69,9 @@ RANK = {name: rank for rank, name in enumerate(ORDER)}
 PUBLIC_LIST_RANK = RANK["pipeline"] + 0.5  # `ascendit` exports load and Pipeline
 SUBPACKAGES = frozenset(RANK) - {
     "version",
+    "option_text",
     "errors",
+    "foreign",
     "validation",
     "environment",
     "exclusive",
@@ -98,7 +103,9 @@ LATE = {
 HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
     "version",
+    "option_text",
     "errors",
+    "foreign",
     "validation",
     "environment",
     "exclusive",

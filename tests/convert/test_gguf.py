@@ -102,7 +102,9 @@ def test_inspect_names_types_and_metadata(tmp_path: Path) -> None:
     write_wan(tmp_path / "wan.gguf", "Q6_K")
     report = inspect(tmp_path / "wan.gguf")
     assert report.ok and report.parts[0].as_dict()["metadata"] == {"architecture": "wan"}
-    assert "transformer (GGUF): architecture wan" in "\n".join(report.lines())
+    text = "\n".join(report.lines())
+    assert "transformer (GGUF): architecture wan" in text and "stored as GGUF, read as BF16" in text
+    assert report.parts[0].format == "Q6_K+fp32" and ", read as bf16" in "\n".join(report.layer_lines())
 
 
 def test_a_file_without_the_3d_convolution_is_refused_by_its_name(tmp_path: Path) -> None:

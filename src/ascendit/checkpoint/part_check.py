@@ -17,11 +17,9 @@ from ascendit.checkpoint.part_configs import (
     PartConfig,
     TextEncoderConfig,
 )
-from ascendit.checkpoint.part_names import canonical_part
+from ascendit.checkpoint.part_names import PROJECTION, VISION_PREFIX, canonical_part
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
-    PROJECTION,
-    VISION_PREFIX,
     autoencoder_tensors,
     image_encoder_tensors,
     image_projection,

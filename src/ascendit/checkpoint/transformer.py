@@ -48,6 +48,7 @@ from ascendit.names import (
     whole_number,
 )
 from ascendit.quant.schemes import FP8_TILES
+from ascendit.report import shell_line
 
 Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block", "turbodiffusion"]
 ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
@@ -171,7 +172,8 @@ def model_config(expert: Expert) -> WanConfig:
         raise CheckpointError(
             f"{expert.path}: {expert.config_problem or 'config.json lacks the number of heads'}",
             needs="the config.json of the model",
-            fix="run ascendit repack with --base MODEL, or copy config.json next to the weights",
+            fix="copy config.json next to the weights, or add it: "
+            f"{shell_line(['ascendit', 'repack', str(expert.path)])} --base MODEL -o DST",
             code="E-CKP-06",
         )
     return WanConfig.from_dict(expert.config)
