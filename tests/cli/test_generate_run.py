@@ -192,7 +192,8 @@ def test_a_dry_run_lists_the_videos(run, fake, folder):
     ended = run(*args)
     assert ended.code == 0 and not fake.loaded
     assert ended.out.splitlines()[-2:] == ["  seed 0  a_s0.mp4  a cat", "  seed 1  a_s1.mp4  a cat"]
-    assert [v["output"] for v in run(*args, "--json").json["videos"]] == ["a_s0.mp4", "a_s1.mp4"]
+    data = run(*args, "--json").json
+    assert [v["output"] for v in data["videos"]] == ["a_s0.mp4", "a_s1.mp4"] and data["given"] == ["seed"]
 
 
 def test_many_videos_are_the_bytes_of_single_ones(tiny_t2v_cascade: Path, folder, capsys):

@@ -46,10 +46,12 @@ def test_rows_with_fields(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe", "E-USE-01", "UTF-8"),
         ("missing.txt", None, "E-USE-02", "No such file"),
         (".", None, "E-USE-02", "directory"),
+        ("a.json", b'["a"]', "E-USE-01", "a.json"),
         ("a.jsonl", b"{", "E-USE-01", "line 1 of"),
         ("a.jsonl", b'["a"]', "E-USE-01", "has no prompt"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "E-USE-01", "line 2 of"),
         ("a.jsonl", b'{"prompt": "a", "device": "cuda"}', "E-USE-01", "device"),
+        ("a.jsonl", b'{"prompt": "a", "steps": 4}', "E-USE-01", "unknown key steps"),
         ("a.jsonl", b'{"prompt": "a", "seed": "x"}', "E-USE-01", "seed"),
     ],
 )

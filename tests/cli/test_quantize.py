@@ -41,6 +41,59 @@ def test_json_is_one_object_and_stderr_is_silent(run, model, tmp_path):
     assert ended.json["path"] == str(tmp_path / "out")
 
 
+def test_a_report_is_a_page_or_json(run, model, tmp_path):
+    start = ("quantize", model, "--scheme", "mxfp4")
+    page, data = tmp_path / "r.html", tmp_path / "r.json"
+    ended = run(*start, "--report", page, "-o", tmp_path / "a")
+    assert ended.code == 0 and "the 10 worst of 20 layers" in ended.out
+    report, output, following = (line.split(maxsplit=1) for line in ended.out.splitlines()[-3:])
+    assert report == ["Report", str(page)] and output == ["Output", str(tmp_path / "a")]
+    assert following[1].startswith(f"ascendit generate {tmp_path / 'a'} ")
+    text = page.read_text()
+    assert text.count("<svg") == 3 and "All 20 linear layers of transformer_2" in text
+    assert run(*start, f"--report={data}", "-o", tmp_path / "b", "-q").code == 0
+    experts = json.loads(data.read_text())["experts"]
+    assert len(experts[0]["sqnr_db"]) == 20
+    worst, decibels = min(experts[0]["sqnr_db"].items(), key=lambda item: item[1])
+    table = text.partition("The 10 worst layers of transformer<")[2]
+    assert f"<td>{worst}</td><td>mxfp4, 4." in table and f">{decibels:.2f} dB</td>" in table
+    ended = run(*start, "--report", page, "-o", tmp_path / "c")
+    assert ended.code == 2 and "error[E-USE-03]" in ended.err and not (tmp_path / "c").exists()
+
+
+def test_report_without_a_file_measures(run, model, tmp_path):
+    for n, args in enumerate([("--report", model), (model, "--report")]):
+        ended = run("quantize", *args, "-o", tmp_path / str(n), "--scheme", "int8")
+        assert ended.code == 0, ended.err
+        assert "the 10 worst of 20 layers" in ended.out and "Report" not in ended.out
+
+
+def test_a_report_inside_the_output_is_part_of_it(run, model, tmp_path):
+    dst = tmp_path / "out"
+    args = ("quantize", model, "-o", dst, "--scheme", "int8", "--report")
+    assert run(*args, dst / "r.html").code == 0
+    assert (
+        json.loads((dst / "ascendit.json").read_text())["sizes"]["r.html"] == (dst / "r.html").stat().st_size
+    )
+    assert run(*args, dst / "r.html", "--overwrite").code == 0
+    ended = run(*args, dst / "r.json", "--overwrite")
+    assert ended.code == 2 and "error[E-USE-06]" in ended.err
+
+
+def test_overwrite(run, model, tmp_path):
+    dst = tmp_path / "out"
+    for scheme in ("mxfp8", "int8"):
+        assert run("quantize", model, "-o", dst, "--scheme", scheme, "--overwrite").code == 0
+    assert read(dst / "transformer")["blocks.0.ffn.net.2.weight"].dtype == torch.int8
+    ended = run("quantize", model, "-o", dst, "--scheme", "mxfp8")
+    assert ended.code == 2 and ended.err.endswith("choose another name with -o, or add --overwrite\n")
+    (dst / "mine.txt").write_text("x")
+    ended = run("quantize", model, "-o", dst, "--scheme", "mxfp8", "--overwrite", "--dry-run")
+    assert ended.code == 2 and "error[E-USE-03]" in ended.err and "mine.txt" in ended.err
+    ended = run("quantize", model, "-o", model, "--scheme", "mxfp8", "--overwrite")
+    assert ended.code == 2 and "error[E-USE-06]" in ended.err
+
+
 def test_hash_records_sha256_of_the_files(run, model, tmp_path):
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "int8", "--hash")
     assert ended.code == 0

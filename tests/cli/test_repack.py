@@ -61,6 +61,7 @@ def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "sglang",
         "--copy",
         "--resume",
+        "--overwrite",
         "--dry-run",
         "--check",
     ]
@@ -76,6 +77,7 @@ def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "check": True,
         "copy": True,
         "resume": True,
+        "overwrite": True,
         "dry_run": True,
     }
 

@@ -45,6 +45,7 @@ QUANTIZED = QuantizeReport(
     ),
     engine="mindie",
     warnings=("mind the gap",),
+    next="ascendit generate out 'a cat'",
 )
 
 
@@ -67,6 +68,8 @@ def test_quantize_on_a_screen() -> None:
         "Engine         mindie",
         "Warning        mind the gap",
         "Time           2.0 s, 0.00 GiB/s",
+        "Output         out",
+        "Next           ascendit generate out 'a cat'",
     ]
 
 
@@ -95,7 +98,8 @@ def test_measurements_follow_the_summary() -> None:
         "  blocks.11.attn1.to_q   19.00",
         "  blocks.10.attn1.to_q   20.00",
     ]
-    assert lines[-7:] == [
+    assert lines[-3:] == ["", "Output       out", "Next         ascendit generate out 'a cat'"]
+    assert lines[-10:-3] == [
         "",
         "transformer: SQNR in dB of the outputs of 2 layers with captured activations",
         "                       without  smoothed    gain",
@@ -115,8 +119,9 @@ def test_quantize_as_json() -> None:
     assert list(data) == [
         *("path", "source", "recipe", "model_kind", "dry_run", "engine", "layers", "bytes_before"),
         *("bytes_after", "bits_per_weight", "seconds", "gib_per_s", "experts", "linked", "omitted", "loras"),
-        *("calibration", "warnings"),
+        *("calibration", "warnings", "output", "next"),
     ]
+    assert (data["output"], data["next"]) == (str(Path.cwd() / "out"), "ascendit generate out 'a cat'")
     assert (data["path"], data["bits_per_weight"], data["gib_per_s"]) == ("out", 8.0, 0.003)
     assert data["experts"][0] == {
         "name": "transformer",
@@ -169,6 +174,7 @@ def test_repack_on_a_screen() -> None:
         "Also         vae",
         "Warning      mind the gap",
         "Time         1.0 s, 0.00 GiB/s",
+        "Output       out",
     ]
     [expert] = REPACKED.experts
     plain = replace(REPACKED, experts=(replace(expert, rewritten={}, decoded_sha256=""),), engine="sglang")
@@ -186,6 +192,7 @@ def test_repack_as_json() -> None:
     assert list(data) == [
         *("path", "source", "layout", "to", "engine", "dry_run", "checked", "layers", "bytes"),
         *("bits_per_weight", "seconds", "gib_per_s", "experts", "placed", "omitted", "warnings"),
+        *("output", "next"),
     ]
     assert data["checked"] is True and data["bytes"] == (1 << 20) + (1 << 10)
     assert data["experts"][0] == {

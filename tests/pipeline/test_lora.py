@@ -27,7 +27,7 @@ from ascendit.ops.operators import bind
 from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.options import LoadOptions
 from ascendit.quant.schemes import QUANTIZED
-from ascendit.weights.lora.fold import LoraSource
+from ascendit.weights.lora.fold import LoraSource, lora_sources
 
 PROMPT = "a red circle moves right"
 LAYER = "blocks.1.attn2.to_v"
@@ -286,6 +286,20 @@ def test_a_file_that_changes_before_loading_is_noticed(
         load_expert(expert, applied, bind("cpu", "reference"))
 
 
+def test_a_warning_about_a_file_for_one_noise_level(
+    cascade: Path, files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "Wan22_HighNoise.safetensors"
+    file.write_bytes(files["details"].read_bytes())
+    text = "Wan22_HighNoise.safetensors is added to both experts; for the high-noise one: --lora high=FILE"
+    prepare_model(LoadOptions(model=str(cascade), loras=file))  # type: ignore[arg-type]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [text]
+    report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[file], dry_run=True)
+    assert report.warnings == (text,)
+    report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[f"high={file}"], dry_run=True)
+    assert report.warnings == ()
+
+
 # ---- records -------------------------------------------------------------------------------------
 
 
@@ -297,6 +311,8 @@ def test_loras_are_texts_paths_or_sources() -> None:
     ]
     options = LoadOptions(model="demo", loras=mixed)  # type: ignore[arg-type]
     assert options.loras == ("a.safetensors", "transformer=b.safetensors:0.5", "transformer=c:1.5:2")
+    strange = LoadOptions(model="demo", loras=Path("high=a.safetensors"))  # type: ignore[arg-type]
+    assert lora_sources(strange.loras) == (LoraSource(Path("high=a.safetensors")),)
     assert LoadOptions.from_json(options.to_json()) == options
     assert LoadOptions(model="demo", **options.record) == options
     assert LoadOptions(model="demo", loras="a.safetensors").loras == ("a.safetensors",)  # type: ignore[arg-type]

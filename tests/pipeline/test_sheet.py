@@ -74,13 +74,15 @@ def test_sheets_without_frames_are_refused(arguments: Any) -> None:
 
 def test_the_file_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "new" / "s.png"
-    drawn = Sheet(str(path), 2)
+    drawn = Sheet(str(path), ["a.mp4", "b.mp4"])
     drawn.add(video())
     assert drawn.save() == path and [p.name for p in path.parent.iterdir()] == ["s.png"]
     with refused(UsageError, "E-USE-03", "already exists", "s-2.png"):
-        Sheet(str(path), 2)
-    assert Sheet(str(path), 2, overwrite=True).path == path
+        Sheet(str(path), ["a.mp4", "b.mp4"])
+    assert Sheet(str(path), [], overwrite=True).path == path
     with refused(UsageError, "E-USE-01", "s.pdf", "--sheet", "s.png"):
-        Sheet(str(tmp_path / "s.pdf"), 1)
+        Sheet(str(tmp_path / "s.pdf"), [])
     with refused(EnvironmentProblem, "E-ENV-02"):
-        Sheet("/proc/s.png", 1)
+        Sheet("/proc/s.png", [])
+    with refused(UsageError, "E-USE-03", "is the video too", "one-sheet.png"):
+        Sheet(str(tmp_path / "one.png"), [str(tmp_path / "one.png")])

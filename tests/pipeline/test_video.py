@@ -21,6 +21,7 @@ from PIL import Image
 from pipeline.metadata import read_metadata
 from pipeline.refusals import refused
 
+from ascendit.checkpoint.file_copy import check_writable
 from ascendit.demo import world
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.native import build
@@ -32,7 +33,6 @@ from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
     Video,
     check_output,
-    check_writable,
     installed_versions,
 )
 
@@ -501,7 +501,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("a regular file")
     path = tmp_path / folder / "out.mp4"
     for call in (check_writable, make().save):
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "another folder with -o"):
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "another output folder"):
             call(path)
     assert names(tmp_path) == ["file"]
 

@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,26 @@ def available_bytes(folder: Path) -> int:
     return used + (shutil.disk_usage(folder).free if folder.is_dir() else 0)
 
 
+def nearest_folder(folder: Path) -> Path:
+    """The first existing folder above, or the folder itself."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise EnvironmentProblem (E-ENV-02) if `path` cannot be created.
+
+    Creates and removes a file: permission bits say little about root, read-only mounts and /proc.
+    """
+    folder = Path(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest_folder(folder)):
+            pass
+    except OSError as e:
+        raise write_error(folder, e) from e
+
+
 @contextmanager
 def writing(folder: Path, needed: int) -> Iterator[None]:
     """Convert an OSError with `write_error`. `needed`: bytes that this run writes below `folder`."""
@@ -141,14 +162,14 @@ def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentPro
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror}",
             needs="a shorter name: the longest file beside it has at most 255 bytes in most file systems",
-            fix="choose a shorter name with -o",
+            fix="choose a shorter output name",
             code="E-ENV-02",
         )
     if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",
             needs="a writable folder",
-            fix="choose another folder with -o",
+            fix="choose another output folder",
             code="E-ENV-02",
         )
     free = available_bytes(folder) if needed or not folder.is_dir() else shutil.disk_usage(folder).free
@@ -158,6 +179,6 @@ def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentPro
     return EnvironmentProblem(
         f"{got} ({error.strerror})" if error.strerror else got,
         needs=f"{needed - free:,} more bytes: {rule}" if needed > free else rule,
-        fix="free disk space, or choose another disk with -o",
+        fix="free disk space, or choose an output on another disk",
         code="E-ENV-04",
     )

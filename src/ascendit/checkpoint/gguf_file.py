@@ -156,6 +156,17 @@ class _Cursor:
         self._file.seek(nbytes, 1)
         self.position += nbytes
 
+    def skip_texts(self, count: int) -> None:
+        """Skip `count` texts; a tokenizer has 256,000."""
+        self.check(8 * count)
+        read, seek = self._file.read, self._file.seek
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            if self.position + 8 + length > self._end:
+                self.check(8 + length)
+            seek(length, 1)
+            self.position += 8 + length
+
     def number(self, letter: str) -> Any:
         (value,) = struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}")))
         return value
@@ -180,9 +191,7 @@ def _value(header: _Cursor, key: str, gguf: Any) -> Value | None:
     if element == "ARRAY":
         raise _broken(header.path, f"{key!r:.200} is an array of arrays")
     if element == "STRING":
-        header.check(8 * count)
-        for _ in range(count):
-            header.skip(header.number("Q"))
+        header.skip_texts(count)
         return None
     letter = _NUMBERS[element]
     if count > MAX_DIMS or element.startswith("FLOAT"):

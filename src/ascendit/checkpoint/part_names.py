@@ -14,11 +14,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from ascendit.checkpoint.gguf_names import llama_cpp_names
-from ascendit.checkpoint.part_tensors import PROJECTION, VISION_PREFIX
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import naming_of, unwrapped
 
+VISION_PREFIX = "vision_model."
+"""Prefix of a CLIPVisionModel's tensors in files of transformers before version 5."""
+PROJECTION = "visual_projection.weight"
+"""The tensor that a CLIPVisionModelWithProjection has in addition."""
 _NUMBER = r"(0|[1-9][0-9]{0,3})"
 _FUSED = "qkv_proj"
 """Name of a layer that is query, key and value, in this order."""
@@ -59,8 +62,8 @@ def _renamed(part: str, names: Collection[str]) -> dict[str, str]:
     if part not in _STYLES:
         return {}
     inner = {name: unwrapped(name) for name in names}
-    known = {old: new for rename in _STYLES[part] for old, new in rename(inner.values()).items()}
-    return {name: known.get(short, short) for name, short in inner.items()}
+    renamed = {old: new for rename in _STYLES[part] for old, new in rename(inner.values()).items()}
+    return {name: renamed.get(short, short) for name, short in inner.items()}
 
 
 def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
@@ -69,12 +72,13 @@ def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
         return
     if (axes := _CLIP_AXES.get(name)) is not None and len(info.shape) == 3:
         shape = info.shape[-axes:]
-        info = replace(info, shape=shape) if math.prod(shape) == math.prod(info.shape) else info
+        if math.prod(shape) == math.prod(info.shape):
+            info = replace(info, shape=shape, strides=info.strides and info.strides[-axes:])
     if name == _CLIP_HEAD:
         name, info = PROJECTION, _transposed(info)
     fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias")) and info.is_plain
-    rows, rest = divmod(info.shape[0] if info.shape else 1, 3)
-    if not fused or rest:
+    rows, remainder = divmod(info.shape[0] if info.shape else 1, 3)
+    if not fused or remainder:
         yield name, info
         return
     size = info.nbytes // 3

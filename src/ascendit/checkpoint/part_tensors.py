@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
+from ascendit.checkpoint.part_names import PROJECTION
 from ascendit.names import Shapes
 
 Entries = Iterator[tuple[str, tuple[int, ...]]]
@@ -39,11 +40,6 @@ def text_encoder_tensors(config: TextEncoderConfig) -> Shapes:
 
 
 # ---- CLIP ---------------------------------------------------------------------------------------
-
-PROJECTION = "visual_projection.weight"
-"""The tensor that a CLIPVisionModelWithProjection has in addition."""
-VISION_PREFIX = "vision_model."
-"""Prefix of a CLIPVisionModel's tensors in files of transformers before version 5."""
 
 
 def image_encoder_tensors(config: ImageEncoderConfig) -> Shapes:

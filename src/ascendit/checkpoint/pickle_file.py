@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ascendit.checkpoint.pickle_program import Opaque, PickleProblem, UnknownGlobal, evaluate
+from ascendit.checkpoint.pickle_program import Opaque, PickleDataError, UnknownGlobalError, evaluate
 from ascendit.checkpoint.sources import FileState
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, TensorInfo
 from ascendit.errors import CheckpointError
@@ -107,7 +107,7 @@ def is_archive(first: bytes) -> bool:
     return first.startswith(ZIP) and any(first[4:8])
 
 
-class _Convertible(PickleProblem):
+class _ConvertibleError(PickleDataError):
     """A problem that PyTorch has not: it reads the file."""
 
 
@@ -122,14 +122,14 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
         members = _members(file)
         start, end = members["data.pkl"]
         if end - start > _MAX_PICKLE:
-            raise PickleProblem(f"data.pkl of {end - start:,} bytes")
+            raise PickleDataError(f"data.pkl of {end - start:,} bytes")
         file.seek(start)
         top = evaluate(file.read(end - start), _CALLS, _storages(members))
         content = _choose(path, top)
         named = {_name(name): value for name, value in content.items() if isinstance(value, _Tensor)}
-    except UnknownGlobal as e:
+    except UnknownGlobalError as e:
         raise _unknown_global(path, str(e)) from e
-    except _Convertible as e:
+    except _ConvertibleError as e:
         raise _convertible(path, str(e)) from e
     except (ValueError, EOFError, zipfile.BadZipFile, struct.error, NotImplementedError) as e:
         raise _broken(path, str(e) or type(e).__name__) from e
@@ -142,9 +142,9 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
 
 
 def _name(name: object) -> str:
-    """The name of a tensor. Raises PickleProblem, or UnicodeError for a text that no file can store."""
+    """The name of a tensor. Raises PickleDataError, or UnicodeError for a text that no file can store."""
     if type(name) is not str:
-        raise PickleProblem(f"a tensor with a name of type {type(name).__name__}")
+        raise PickleDataError(f"a tensor with a name of type {type(name).__name__}")
     name.encode()
     return name
 
@@ -173,11 +173,11 @@ class _Bounded:
 def _members(file: BinaryIO) -> dict[str, tuple[int, int]]:
     """Name without the folder of the archive -> (start, end) of its bytes in the file.
 
-    Raises PickleProblem, BadZipFile, or the errors of `struct` and `zipfile` for a damaged archive.
+    Raises PickleDataError, BadZipFile, or the errors of `struct` and `zipfile` for a damaged archive.
     """
     file.seek(max(file.seek(0, 2) - _END_BYTES, 0))
     if not file.read().startswith(_END):
-        raise PickleProblem("truncated, or bytes follow its end")
+        raise PickleDataError("truncated, or bytes follow its end")
     with zipfile.ZipFile(_Bounded(file)) as archive:
         entries, end = archive.infolist(), archive.start_dir
     members: dict[str, tuple[int, int]] = {}
@@ -185,39 +185,39 @@ def _members(file: BinaryIO) -> dict[str, tuple[int, int]]:
     if "data.pkl" not in names or "constants.pkl" in names:
         kind = "a TorchScript archive, which has code beside its tensors"
         other = f"a zip archive of {counted(len(entries), 'file')}, not of torch.save"
-        raise PickleProblem(kind if "constants.pkl" in names else other)
+        raise PickleDataError(kind if "constants.pkl" in names else other)
     folders = {entry.orig_filename.partition("/")[0] for entry in entries}
     if any(entry.header_offset < 0 for entry in entries) or all(entry.header_offset for entry in entries):
-        raise PickleProblem("its first bytes are no member of the archive")
+        raise PickleDataError("its first bytes are no member of the archive")
     previous = 0
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         name = entry.orig_filename.partition("/")[2]
         start = _data_offset(file, entry)
         if name in members or entry.header_offset < previous or start + entry.file_size > end:
-            raise PickleProblem(f"{_member(entry)} is there twice, or overlaps another")
+            raise PickleDataError(f"{_named(entry)} is there twice, or overlaps another")
         previous = start + entry.file_size
         members[name] = start, previous
     if len(folders) != 1:
-        raise PickleProblem(f"an archive with {len(folders)} folders: {listed(map(repr, sorted(folders)))}")
+        raise PickleDataError(f"an archive with {len(folders)} folders: {listed(map(repr, sorted(folders)))}")
     _check_byte_order(file, members)
     return members
 
 
-def _member(entry: zipfile.ZipInfo) -> str:
+def _named(entry: zipfile.ZipInfo) -> str:
     return f"the member {entry.orig_filename!r:.80}"
 
 
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """The offset of the bytes of a member, behind its local header."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise _Convertible(f"{_member(entry)} is compressed")
+        raise _ConvertibleError(f"{_named(entry)} is compressed")
     if entry.flag_bits & 0x1:
-        raise PickleProblem(f"{_member(entry)} is encrypted")
+        raise PickleDataError(f"{_named(entry)} is encrypted")
     file.seek(entry.header_offset)
     header = file.read(30)
     length, extra = map(int, struct.unpack("<26xHH", header))
     if not header.startswith(ZIP) or file.read(length) != entry.orig_filename.encode():
-        raise PickleProblem(f"{_member(entry)} differs from its header")
+        raise PickleDataError(f"{_named(entry)} differs from its header")
     return entry.header_offset + 30 + length + extra
 
 
@@ -225,7 +225,7 @@ def _check_byte_order(file: BinaryIO, members: Mapping[str, tuple[int, int]]) ->
     start, end = members.get("byteorder", (0, 0))
     file.seek(start)
     if start and (order := file.read(min(end - start, 16))) != b"little":
-        raise _Convertible(f"the byte order {order.decode('latin1')!r}, not 'little'")
+        raise _ConvertibleError(f"the byte order {order.decode('latin1')!r}, not 'little'")
 
 
 # ---- the values of the pickle -------------------------------------------------------------------
@@ -240,9 +240,9 @@ def _storages(members: Mapping[str, tuple[int, int]]) -> Callable[[object], _Sto
                 start, end = members.get(f"data/{name}", (0, -1))
                 bits = 8 if kind.dtype is None else DTYPE_BITS[kind.dtype]
                 if end - start != count * bits // 8:
-                    raise PickleProblem(f"the storage {name!r:.40} is missing, or has another size")
+                    raise PickleDataError(f"the storage {name!r:.40} is missing, or has another size")
                 return _Storage(kind.dtype, start, end - start)
-        raise PickleProblem("a reference that is no storage of a tensor")
+        raise PickleDataError("a reference that is no storage of a tensor")
 
     return storage
 
@@ -280,21 +280,21 @@ def _empty_dict() -> dict[Any, Any]:
 
 def _is_tensor(value: object) -> _Tensor:
     if not isinstance(value, _Tensor):
-        raise PickleProblem("a parameter that is no tensor")
+        raise PickleDataError("a parameter that is no tensor")
     return value
 
 
 def _with_attributes(function: object, kind: object, arguments: object, *_: object) -> _Tensor:
     """A tensor or parameter with attributes of its own, which are ignored."""
     if function not in (_typed, _untyped) or kind != _Type(None) or type(arguments) is not tuple:
-        raise PickleProblem("a tensor of a class of its own")
+        raise PickleDataError("a tensor of a class of its own")
     return function(*arguments[:9])
 
 
 def _typed(storage: object, offset: object, shape: object, strides: object, *options: object) -> _Tensor:
     """`_rebuild_tensor_v2`. `options`: requires_grad, hooks, metadata."""
     if not isinstance(storage, _Storage) or storage.dtype is None or any(options[2:]):
-        raise PickleProblem("a tensor with an unknown storage or metadata")
+        raise PickleDataError("a tensor with an unknown storage or metadata")
     return _tensor(storage, storage.dtype, offset, shape, strides)
 
 
@@ -302,7 +302,7 @@ def _untyped(storage: object, offset: object, shape: object, strides: object, *o
     """`_rebuild_tensor_v3`. `options`: requires_grad, hooks, dtype, metadata."""
     dtype = options[2].dtype if len(options) > 2 and isinstance(options[2], _Type) else None
     if not isinstance(storage, _Storage) or dtype is None or any(options[3:]):
-        raise PickleProblem("a tensor with an unknown storage, dtype or metadata")
+        raise PickleDataError("a tensor with an unknown storage, dtype or metadata")
     return _tensor(storage, dtype, offset, shape, strides)
 
 
@@ -311,7 +311,7 @@ def _tensor(storage: _Storage, dtype: str, offset: object, shape: object, stride
     shape, strides = _naturals(shape), _naturals(strides)
     (first,) = _naturals((offset,))
     if len(shape) != len(strides):
-        raise PickleProblem("a tensor with another number of strides than of axes")
+        raise PickleDataError("a tensor with another number of strides than of axes")
     nbytes, count = DTYPE_BITS["U8" if dtype == "F4" else dtype] // 8, math.prod(shape)
     last = (
         first + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -319,14 +319,14 @@ def _tensor(storage: _Storage, dtype: str, offset: object, shape: object, stride
         else first - 1
     )
     if (last + 1) * nbytes > storage.nbytes:
-        raise PickleProblem(f"a tensor of shape {list(shape)}, larger than its storage")
+        raise PickleDataError(f"a tensor of shape {list(shape)}, larger than its storage")
     if count * nbytes > storage.nbytes:
-        raise _Convertible(f"a tensor of shape {list(shape)} that repeats elements of its storage")
+        raise _ConvertibleError(f"a tensor of shape {list(shape)} that repeats elements of its storage")
     start, end = (storage.start + index * nbytes for index in (first, last + 1))
     strided = count > 0 and not _contiguous(shape, strides)
     if dtype == "F4":
         if not shape or strided:
-            raise PickleProblem("an FP4 tensor that is not contiguous")
+            raise PickleDataError("an FP4 tensor that is not contiguous")
         shape = (*shape[:-1], 2 * shape[-1])
     return _Tensor(dtype, shape, start, end, strides if strided else None)
 
@@ -343,7 +343,7 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 def _naturals(values: object) -> tuple[int, ...]:
     correct = type(values) is tuple and len(values) <= _MAX_AXES
     if not correct or not all(type(v) is int and 0 <= v < 2**48 for v in values):  # type: ignore[attr-defined]
-        raise PickleProblem("a tensor with an invalid shape, stride or offset")
+        raise PickleDataError("a tensor with an invalid shape, stride or offset")
     return values  # type: ignore[return-value]
 
 
@@ -368,7 +368,7 @@ def _choose(path: Path, top: object) -> dict[Any, Any]:
         for name, value in item.items():
             if isinstance(value, dict) and isinstance(name, str) and id(value) not in visited:
                 if len(keys) == _MAX_DEPTH:
-                    raise PickleProblem(f"dicts nested more than {_MAX_DEPTH} deep")
+                    raise PickleDataError(f"dicts nested more than {_MAX_DEPTH} deep")
                 visited.add(id(value))
                 waiting.append(((*keys, name), value))
     if not chosen:

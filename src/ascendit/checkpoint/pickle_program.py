@@ -1,8 +1,8 @@
 """Evaluate a pickle as data: dicts, lists, tuples and scalars, and calls of functions in a table.
 
-A pickle is a program for a stack machine. Python's own machine imports what the program names, and allocates
-what it asks for. This one knows the operations that build data, calls nothing outside the table of its
-caller, never recurses, and stops after `MAX_OPERATIONS`. `pickletools` of Python parses the operations.
+A pickle is a program for a stack machine. Python's own machine imports every name in the program, and
+allocates memory as the program asks. This one knows the operations that build data, calls nothing outside the
+table of its caller, never recurses, and stops after `MAX_OPERATIONS`. Python's `pickletools` parses them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Opaque:
     """A value without meaning for tensors, such as a set or a device."""
 
 
-class PickleProblem(ValueError):
+class PickleDataError(ValueError):
     """The reason why a pickle cannot be read as data."""
 
 
-class UnknownGlobal(PickleProblem):
+class UnknownGlobalError(PickleDataError):
     """The pickle names a class or function that is not in the table: `module.name`."""
 
 
@@ -34,24 +34,24 @@ def evaluate(data: bytes, calls: Mapping[str, Call], persistent: Call) -> Any:
     """Return the value of a pickle of protocol 0 to 5.
 
     `calls`: `module.name` -> function of the arguments in the pickle. `persistent`: function of a persistent
-    id. Raises PickleProblem for a damaged pickle and for operations that build no data, UnknownGlobal for
-    names that are not in `calls`.
+    id. Raises PickleDataError for a damaged pickle and for operations that build no data, UnknownGlobalError
+    for names that are not in `calls`.
     """
     machine = _Machine(calls, persistent)
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
             if count == MAX_OPERATIONS:
-                raise PickleProblem(f"more than {MAX_OPERATIONS:,} operations")
+                raise PickleDataError(f"more than {MAX_OPERATIONS:,} operations")
             if operation.name == "STOP":
                 break
             if (run := _OPERATIONS.get(operation.name)) is None:
-                raise PickleProblem(f"the operation {operation.name}, which builds no tensors")
+                raise PickleDataError(f"the operation {operation.name}, which builds no tensors")
             run(machine, argument)
         return machine.stack.pop()
-    except PickleProblem:
+    except PickleDataError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as e:
-        raise PickleProblem(f"damaged ({type(e).__name__})") from e
+        raise PickleDataError(f"damaged ({type(e).__name__})") from e
 
 
 class _Machine:
@@ -105,7 +105,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             _check_key(key)
             if key in target:
-                raise PickleProblem(f"the key {key!r:.80} twice in one dict")
+                raise PickleDataError(f"the key {key!r:.80} twice in one dict")
             target[key] = value
 
     def look_up(self, module: object, name: object) -> None:
@@ -113,7 +113,7 @@ class _Machine:
             raise TypeError
         known_as = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if known_as not in self.calls:
-            raise UnknownGlobal(known_as)
+            raise UnknownGlobalError(known_as)
         self.push(self.calls[known_as])
 
     def call(self) -> None:
@@ -133,9 +133,9 @@ class _Machine:
 def _check_key(key: object) -> None:
     """Allow only keys with a bounded hash: a nested tuple exhausts the stack, a long integer takes time."""
     if type(key) is int and key.bit_length() > 64:
-        raise PickleProblem("a dict with an integer of more than 64 bits as a key")
+        raise PickleDataError("a dict with an integer of more than 64 bits as a key")
     if not isinstance(key, str | int | float | bytes | None):
-        raise PickleProblem(f"a dict with a key of type {type(key).__name__}")
+        raise PickleDataError(f"a dict with a key of type {type(key).__name__}")
 
 
 def _two(machine: _Machine) -> list[Any]:
@@ -149,7 +149,7 @@ def _global(machine: _Machine, argument: str) -> None:
 
 def _instance(machine: _Machine, argument: str) -> None:
     _global(machine, argument)
-    raise PickleProblem(f"an instance of {argument:.80}")
+    raise PickleDataError(f"an instance of {argument:.80}")
 
 
 def _stack_global(machine: _Machine, _: object) -> None:
@@ -158,7 +158,7 @@ def _stack_global(machine: _Machine, _: object) -> None:
 
 def _protocol(machine: _Machine, number: int) -> None:
     if number > 5:
-        raise PickleProblem(f"protocol {number}")
+        raise PickleDataError(f"protocol {number}")
 
 
 def _dict_since_mark(machine: _Machine, _: object) -> None:
@@ -177,6 +177,8 @@ _LITERALS = (
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
+_REMEMBER = tuple(operation.name for operation in pickletools.opcodes if operation.code in "pqr\x94")
+"""Operations that write the top of the stack to the memo."""
 _OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(_LITERALS, _Machine.push),
     "PROTO": _protocol,
@@ -188,7 +190,7 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "POP": _Machine.pop,
     "POP_MARK": lambda m, _: m.since_mark(),
     "DUP": lambda m, _: m.push(m.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.remember),
+    **dict.fromkeys(_REMEMBER, _Machine.remember),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
     "EMPTY_TUPLE": lambda m, _: m.push(()),
     "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),

@@ -164,7 +164,11 @@ class RowReader:
         assert info.encoding is not None
         stop, columns = start + rows, math.prod(info.shape[1:])
         unit = info.encoding.block // math.gcd(info.encoding.block, columns)  # rows in complete blocks
-        size = info.nbytes * unit // rows_of(info)[0] if info.strides is None else columns * unit
+        stored = info.nbytes
+        if info.strides is not None:  # its encoding is a float dtype
+            raw = replace(info, dtype=info.encoding.name, encoding=None)
+            stored = raw.read_nbytes
+        size = stored * unit // rows_of(info)[0]
         step = max(BLOCK_BYTES // size, 1) * unit
         scale = self._read_scale(info.encoding)
         out = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[info.dtype])).view(rows, -1)
@@ -174,7 +178,6 @@ class RowReader:
             if info.strides is None:
                 self._read(info, info.start + first // unit * size, data)
             else:
-                raw = replace(info, dtype="U8", encoding=None)
                 self._gather_rows(raw, info.strides, WHOLE, first, last - first, data)
             target = out[max(first - start, 0) : last - start]
             direct = shard.axis == 0 and len(target) == last - first

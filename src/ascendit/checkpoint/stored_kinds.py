@@ -420,11 +420,11 @@ def _turbodiffusion(stored: Stored) -> Stored:
                 fix="download the file again and compare its sha256 with the source",
                 code="E-CKP-09",
             )
-        linear = new.endswith("patch_embedding.weight") and len(info.shape) == 2
-        if linear and info.shape[1] % 4 == 0 and not info.strides:
-            info = replace(
-                info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2)
-            )  # stored as a linear layer
+        if new.endswith("patch_embedding.weight") and len(info.shape) == 2 and info.shape[1] % 4 == 0:
+            # stored as a linear layer
+            row, step = info.strides or (0, 0)
+            strides = info.strides and (row, 4 * step, 4 * step, 2 * step, step)
+            info = replace(info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2), strides=strides)
         if name not in skipped:
             tensors[new] = info
     attention = f"{counted(len(skipped), 'tensor')} of its sparse-linear attention not used (proj_l): "

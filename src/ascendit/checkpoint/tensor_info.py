@@ -74,9 +74,12 @@ class TensorInfo:
     encoding: Encoding | None = None
     """Present if the bytes are not numbers of `dtype`, which is then the dtype after reading."""
     strides: tuple[int, ...] | None = None
-    """Stored elements from one index to the next, on each axis; None: contiguous. An encoded element of a
-    strided tensor has one byte.
+    """Elements in the file from one index to the next, on each axis; None: contiguous. The encoding of a
+    strided tensor, if there is one, is a float dtype.
     """
+
+    def __post_init__(self) -> None:
+        assert self.strides is None or len(self.strides) == len(self.shape), self
 
     @property
     def nbytes(self) -> int:

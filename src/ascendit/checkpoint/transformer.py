@@ -48,6 +48,7 @@ from ascendit.names import (
     whole_number,
 )
 from ascendit.quant.schemes import FP8_TILES
+from ascendit.report import shell_line
 
 Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block", "turbodiffusion"]
 ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
@@ -138,6 +139,7 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     config, problem = _config(part, tensors, layers)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
+    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
@@ -170,7 +172,8 @@ def model_config(expert: Expert) -> WanConfig:
         raise CheckpointError(
             f"{expert.path}: {expert.config_problem or 'config.json lacks the number of heads'}",
             needs="the config.json of the model",
-            fix="run ascendit repack with --base MODEL, or copy config.json next to the weights",
+            fix="copy config.json next to the weights, or add it: "
+            f"{shell_line(['ascendit', 'repack', str(expert.path)])} --base MODEL -o DST",
             code="E-CKP-06",
         )
     return WanConfig.from_dict(expert.config)

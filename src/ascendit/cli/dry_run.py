@@ -12,7 +12,7 @@ from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.memory import memory_of
 from ascendit.pipeline.options import FLAGS
 from ascendit.pipeline.sigmas import is_high_noise
-from ascendit.report import columns, human_bytes
+from ascendit.report import beginning, columns, human_bytes
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
@@ -92,7 +92,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
 def _video_lines(plan: Sequence[Planned]) -> list[str]:
     """Number, seed, output and prompt of each video."""
     requests = [planned.prepared.request for planned in plan]
-    rows = ((f"seed {r.seed}", x.output, r.prompt) for r, x in zip(requests, plan, strict=True))
+    rows = ((f"seed {r.seed}", x.output, beginning(r.prompt)) for r, x in zip(requests, plan, strict=True))
     return [f"videos     {len(plan)}, the values above are those of the first", *columns(rows, indent="  ")]
 
 

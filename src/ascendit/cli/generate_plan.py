@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,8 +82,9 @@ def plan_many(
     videos = list(combinations(rows or [Row(prompt=call.prompt)], call.fields, seeds, num_videos))
     _check_model(call, output)
     model = prepare_model(call.options, {name for _, _, fields in videos for name in fields})
-    prepared, pictures = [], Pictures()
+    prepared, calls, pictures = [], [], Pictures()
     for _, row, fields in videos:
+        calls.append(replace(call, fields=fields))
         try:
             prepared.append(prepare_request(model, row.prompt, pixels=pictures, **fields))
         except AscenditError as e:
@@ -91,8 +92,8 @@ def plan_many(
             raise
     numbers = [number for number, _, _ in videos]
     outputs = names_of(output, [x.request for x in prepared], numbers, datetime.now())
-    pairs = zip(prepared, outputs, strict=True)
-    plan = [Planned(prepared=x, output=o, call=call, base_output=output) for x, o in pairs]
+    triples = zip(prepared, outputs, calls, strict=True)
+    plan = [Planned(prepared=p, output=o, call=c, base_output=output) for p, o, c in triples]
     existing = []
     for planned in plan:
         try:
@@ -113,8 +114,8 @@ def plan_many(
 
 def _check_model(call: Call, output: str | None) -> None:
     """Raise the errors of an output folder that cannot be written, and of a model that does not exist."""
+    from ascendit.checkpoint.file_copy import check_writable
     from ascendit.checkpoint.hub import model_folder
-    from ascendit.pipeline.video import check_writable
 
     if output is not None:
         check_writable(os.path.join(output, "x") if os.path.isdir(output) else output)

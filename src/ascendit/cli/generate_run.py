@@ -21,7 +21,7 @@ from ascendit.geometry import rate_text
 from ascendit.pipeline.job import load_model, run
 from ascendit.pipeline.sheet import Sheet
 from ascendit.progress import Progress
-from ascendit.report import counted
+from ascendit.report import beginning, counted
 
 if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline
@@ -156,14 +156,19 @@ def run_many(
             records.append(finished.record)
             paths.append(finished.path)
             out.line(str(finished.path))
-            out.detail(f"  {title}; seed {request.seed}; took {finished.seconds:.1f} s  {request.prompt}")
+            out.detail(
+                f"  {title}; seed {request.seed}; took {finished.seconds:.1f} s  {beginning(request.prompt)}"
+            )
             if sheet is not None:
                 sheet.add(finished.video)
     remaining = plan[len(records) :]
     result = {"videos": records + [_not_made(x, None) for x in remaining], "complete": len(paths)}
     result |= {"failed": len(records) - len(paths), "seconds": round(time.perf_counter() - start, 3)}
     if sheet is not None and paths:
-        result |= _save_sheet(sheet, out)
+        try:
+            result |= _save_sheet(sheet, out)
+        except AscenditError as error:
+            end = end or error
     if end is not None:
         raise _stopped(end, plan, remaining, paths, result)
     out.emit(result)

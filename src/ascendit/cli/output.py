@@ -5,16 +5,16 @@ Only this module and the views of `progress` print, so every text of a file pass
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from ascendit.errors import AscenditError, UsageError, escaped
+from ascendit.errors import AscenditError, escaped
 from ascendit.report import json_text
 from ascendit.version import __version__, installed
 
@@ -31,6 +31,11 @@ class Output:
     def silent(self) -> bool:
         """Whether only the result is printed."""
         return self.quiet or self.json
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None if the result goes to a file or another program."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
     def line(self, text: str = "") -> None:
         """Print one line of the result; line breaks in `text` are escaped."""
@@ -62,14 +67,24 @@ class Output:
         if self.json:
             print(json_text(data))
 
-    def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
-        """Print the result of a command: `data` with `--json`, else `lines`.
+    def result(
+        self,
+        data: dict[str, Any],
+        lines: Iterable[str],
+        error: AscenditError | None = None,
+        *,
+        colour: bool = False,
+    ) -> None:
+        """Print the result of a command: `data` with `--json`, else `lines`, with `colour` on a terminal.
 
         With `error`, a QualityError, print it too and raise typer.Exit with its exit code.
         """
         self.emit(data | ({"error": error.as_dict()} if error else {}))
-        for line in lines:
-            self.line(line)
+        if colour and not self.json and sys.stdout.isatty():
+            print_coloured(lines)
+        else:
+            for line in lines:
+                self.line(line)
         if error:
             if not self.json:
                 print_error(error.as_dict())
@@ -118,28 +133,27 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def check_report(flag: str, file: Path) -> None:
-    """Check before a long run that the report can be written.
-
-    Raises UsageError (E-USE-03) if `file` exists, EnvironmentProblem (E-ENV-02) if the folder is not
-    writable.
-    """
-    from ascendit.pipeline.video import check_writable
-
-    if file.exists():
-        raise UsageError(
-            f"{flag} {file} already exists",
-            needs="a new name: reports are not overwritten",
-            fix="use another name, or remove the file",
-            code="E-USE-03",
-        )
-    check_writable(file)
+STATUSES = {
+    "green": "ok|works|PASS|passed|exact|close|same size|unchanged",
+    "bold red": "NOT OK|DAMAGED|FAIL|failed|missing|too old|too little|broken|probe failed|differs",
+    "yellow": "absent|unlisted|not checked|not recorded",
+}
+"""Style -> statuses that have it, if they are a cell of a table."""
 
 
-def write_report(file: Path, data: dict[str, Any]) -> None:
-    """Write `data` as JSON; creates the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json_text(data) + "\n", encoding="utf-8")
+def print_coloured(lines: Iterable[str]) -> None:
+    """Print lines on a terminal: titles bold, statuses coloured. Without colour if NO_COLOR is set."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        text = Text(escaped(line))
+        text.highlight_regex(r"^\S.*?(?=  )", "bold")
+        for style, statuses in STATUSES.items():
+            text.highlight_regex(rf"(?:(?<=  )|^)(?:{statuses})(?=  |$)", style)
+        text.highlight_regex(r"(?<=  )E-[A-Z]{3}-\d\d|^Problem(?=  )", "bold red")
+        console.print(text)
 
 
 def print_error(error: dict[str, str]) -> None:

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ascendit.cli.generate_options import merge, typed_layer
+from ascendit.cli.generate_options import KEYS, merge, typed_layer
 from ascendit.errors import UsageError
 from ascendit.pipeline.request import MAX_SEED, GenerateRequest
 from ascendit.validation import MAX_BYTES, parse
 
 MAX_VIDEOS = 10_000
 STDIN = "-"
+OTHER_SYNTAX = (".json", ".toml", ".yaml", ".yml", ".csv", ".tsv")
+"""Extensions of files whose lines are not prompts."""
 ROW_KEYS = frozenset(GenerateRequest.model_fields) | {"seconds", "preset"}
 
 
@@ -41,6 +43,9 @@ def read_prompts(file: str) -> list[Row]:
     invalid rows.
     """
     label = "standard input" if file == STDIN else file
+    if file.lower().endswith(OTHER_SYNTAX):
+        needs = "text with one prompt per line, or a .jsonl file with one object per line"
+        raise UsageError(f"--prompts {file}", needs=needs, fix="--prompts prompts.txt")
     rows = []
     for number, line in enumerate(_text_of(file, label).split("\n"), 1):
         line = line.strip()
@@ -84,7 +89,7 @@ def _json_row(line: str, source: str) -> Row:
         raise UsageError(f"{source}: {e}", needs=needs, fix="correct the line") from e
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
         raise UsageError(f"{source} has no prompt", needs=needs, fix="correct the line")
-    if others := sorted(set(data) - ROW_KEYS):
+    if others := sorted((set(data) & set(KEYS)) - ROW_KEYS):
         needs = f"keys of one video, as {', '.join(sorted(ROW_KEYS)[:6])}, .."
         fix = f"omit {others[0]}, or set it for all videos with --set"
         raise UsageError(f"{source}: {', '.join(others)}", needs=needs, fix=fix)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
+from ascendit.cli.main import Copy, DryRun, Engine, Json, Overwrite, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
 from ascendit.errors import Cancelled, OutOfMemory, UsageError, is_out_of_memory
@@ -59,7 +59,10 @@ Set = Annotated[
     flag("--set KEY=VALUE", "With --calibrate: a request field, like num_inference_steps=20; repeatable."),
 ]
 Force = Annotated[bool, flag("--force", "Allow quantization that is known to lose accuracy.")]
-Report = Annotated[bool, flag("--report", "Measure every layer and list the ten worst.")]
+Report = Annotated[
+    str | None,
+    flag("--report [FILE]", "Measure every layer and list the ten worst; also write FILE.html or FILE.json."),
+]
 Hash = Annotated[
     bool, flag("--hash", "Write the sha256 of every file into ascendit.json; takes about twice as long.")
 ]
@@ -82,8 +85,9 @@ def quantize(
     engine: Engine = None,
     copy: Copy = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     force: Force = False,
-    report: Report = False,
+    report: Report = None,
     hash: Hash = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -95,7 +99,8 @@ def quantize(
     from ascendit.convert.quantize import quantize as run
 
     out: Output = ctx.obj
-    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings"))
+    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings", "report"))
+    options["report"] = report is not None and (report or True)  # `--report` without a file is ""
     with out.work(), progress_view(silent=out.silent) as view, _ended_early(view):
         calibrator = _calibrator(calibrate, alpha, device, settings or [], view)
         result = run(**options, calibrate=calibrator, on_progress=view)
@@ -132,7 +137,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a request field such as num_inference_steps, height, width or num_frames",
-            fix="omit it",
+            fix=f"omit --set {wrong[0]}",
         )
     return layer
 
@@ -153,6 +158,6 @@ def _ended_early(view: ProgressView) -> Iterator[None]:
             raise OutOfMemory(
                 "out of memory while the float model ran to calibrate",
                 needs="memory for the unquantized model, with text encoder and VAE",
-                fix="use a --device with more memory, or omit --calibrate",
+                fix="use a device with more memory, or omit --calibrate",
             ) from e
         raise

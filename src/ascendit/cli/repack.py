@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Target, chosen, flag
+from ascendit.cli.main import Copy, DryRun, Engine, Json, Overwrite, Resume, Target, chosen, flag
 from ascendit.cli.output import Output
 
 Sources = Annotated[
@@ -35,6 +35,7 @@ def repack(
     check: Check = False,
     copy: Copy = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

@@ -24,9 +24,11 @@ from ascendit.checkpoint.trust import Home
 from ascendit.convert.other_files import CARD_FILE
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError, escaped
+from ascendit.family import has_position_embeddings, published_base
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
-from ascendit.report import json_text, shell_line
+from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
+from ascendit.weights.engine_formats import model_kind
 
 RECORD_VERSION = 1
 PIPELINE_TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "ti2v": "text-to-video"}
@@ -161,6 +163,27 @@ def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str
             elif value is not None and value is not False:
                 args += [flag, str(value)]
     return shell_line(args)
+
+
+def next_command(
+    dst: Path, config: Mapping[str, Any], source: Layout, *, is_pipeline: bool, engine: str | None = None
+) -> str:
+    """The command line that uses an output: `generate` for a pipeline, else `repack --base`.
+
+    `config`: of its first expert. The files of an engine without the other components are for that engine:
+    `inspect` shows how it starts.
+    """
+    name = short_path(dst)
+    if is_pipeline:
+        images = ["--image", "first.png"] if model_kind(config) == "i2v" else []
+        images += ["--last-image", "last.png"] if has_position_embeddings(config) else []
+        is_demo = published_base(config, len(source.experts), source.name) == "demo"
+        prompt = "a red circle moves right on a black background" if is_demo else "a cat plays the piano"
+        return shell_line(["ascendit", "generate", name, prompt, *images])
+    if engine is not None:
+        return shell_line(["ascendit", "inspect", name])
+    base = published_base(config, len(source.experts), source.name)
+    return shell_line(["ascendit", "repack", name, "-o", f"{name}-full", "--base", base])
 
 
 def outputs_table(expert: str, outputs: Outputs) -> str:

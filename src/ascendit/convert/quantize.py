@@ -9,8 +9,10 @@ written under a temporary name and renamed at the end: it appears complete or no
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.replacement import check_replaceable
 from ascendit.checkpoint.sources import record_source, recording
 from ascendit.checkpoint.transformer import num_weights
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
@@ -40,15 +43,19 @@ from ascendit.convert.calibration import (
 )
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.other_files import OtherFiles, require_inside
-from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_text
+from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, StoredLayer, calibration_text
+from ascendit.convert.report_page import quantize_page
 from ascendit.errors import UsageError
 from ascendit.family import Task
+from ascendit.foreign import checked_keywords
+from ascendit.pages.page import check_report_file, is_page, write_report
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.weights.applied_recipe import (
     AppliedRecipe,
     apply_recipe,
     check_kind,
+    lora_warnings,
     open_folds,
     warnings_for,
 )
@@ -62,6 +69,7 @@ FLOAT_RECIPE = "none: float weights in the dtype of the source"
 """Shown as the recipe of a float folder."""
 
 
+@checked_keywords
 @recording()
 def quantize(
     src: Path | str,
@@ -78,8 +86,9 @@ def quantize(
     engine: str | None = None,
     copy: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     force: bool = False,
-    report: bool = False,
+    report: bool | Path | str = False,
     hash: bool = False,
     dry_run: bool = False,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
@@ -95,7 +104,8 @@ def quantize(
     layer -> mul_scale, float32 [K], which is stored; weights are multiplied by 1 / mul_scale. `calibrate`: a
     `pipeline.calibrate.Calibrator`, which runs the model to compute the smoothing. `engine`: write the format
     of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
-    with the same arguments. `force`: quantize even if a loss of accuracy is known. `report`: measure SQNR.
+    with the same arguments. `overwrite`: replace an output of ascendit. `force`: quantize even if a loss of
+    accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or .json file.
     `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
     report.
 
@@ -109,7 +119,7 @@ def quantize(
     files = lora_sources(loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
-        ("--recipe", Path(recipe).name if recipe and recipe.endswith(".toml") else recipe),
+        ("--recipe", _recipe_name(recipe)),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
         ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
@@ -117,11 +127,9 @@ def quantize(
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
-        ("--report", report),
+        ("--report", report is not False),
         ("--hash", hash),
     ]
-    if recipe and recipe.endswith(".toml") and Path(recipe).is_file():
-        record_source(Path(os.path.abspath(recipe)))
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -134,14 +142,25 @@ def quantize(
         calibrate=calibrate,
         max_shard_bytes=max_shard_bytes,
         copy=copy,
-        measure=report,
+        measure=report is not False,
+        report_file=None if isinstance(report, bool) else Path(os.path.abspath(Path(report).expanduser())),
         hash=hash,
         flags=[*flags, *(calibrate.flags if calibrate else ())],
     )
     job.check(force)
+    job.check_report(overwrite)
     if dry_run:
-        return job.report(0.0, dry_run=True)
-    return job.run(resume, on_progress)
+        return job.report(0.0, dry_run=True, overwrite=overwrite)
+    return job.run(resume, on_progress, overwrite)
+
+
+def _recipe_name(recipe: str | None) -> str | None:
+    """The name for the model card. A file is recorded as a source of the run."""
+    if not recipe or not recipe.endswith(".toml"):
+        return recipe
+    if Path(recipe).is_file():
+        record_source(Path(os.path.abspath(recipe)))
+    return Path(recipe).name
 
 
 def _two_smoothings() -> UsageError:
@@ -169,6 +188,7 @@ class QuantizeJob:
     max_shard_bytes: int | None
     copy: bool
     measure: bool
+    report_file: Path | None
     hash: bool
     flags: list[tuple[str, object]]
     """The flags of the command line for the model card, with file names instead of paths."""
@@ -248,6 +268,28 @@ class QuantizeJob:
             self.calibration = self.calibrate.record(self.layout)
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
+    def check_report(self, overwrite: bool) -> None:
+        """Check the name of the report. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem."""
+        if overwrite:
+            check_replaceable(self.dst)
+        if (file := self.report_file) is None:
+            return
+        check_report_file(file, overwrite=overwrite)
+        if file.is_relative_to(self.dst) and not is_page(file):
+            raise UsageError(
+                f"the report {file} is inside the output, where it could be taken for a file of the model",
+                needs="a .json report outside the output, or a .html report",
+                fix=f"for example --report {self.dst.with_name(f'{self.dst.name}-report.json')}",
+                code="E-USE-06",
+            )
+
+    def save_report(self, report: QuantizeReport, staging: Staging | None = None) -> None:
+        """Write the report: one inside the output before it is published (`staging`), others after that."""
+        if (file := self.report_file) is None or file.is_relative_to(self.dst) != (staging is not None):
+            return
+        target = file if staging is None else staging.path / file.relative_to(self.dst)
+        write_report(target, report.as_dict(), lambda: quantize_page(report))
+
     @property
     def folds(self) -> dict[str, Folds]:
         """Expert -> its changes by LoRA files; empty without files."""
@@ -290,7 +332,7 @@ class QuantizeJob:
             attention=source.attention | attention,
         )
 
-    def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
+    def run(self, resume: bool, on_progress: OnProgress | None, overwrite: bool = False) -> QuantizeReport:
         """Write the folder. Raises the errors of `Staging`, `Calibrate` and `write_expert`."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
@@ -302,6 +344,7 @@ class QuantizeJob:
             fingerprint=self.fingerprint(),
             resume=resume,
             needs_bytes=needed,
+            overwrite=overwrite,
         ) as staging:
             statistics = self._calibrate(staging)
             total = sum(applied.bytes_before for applied in self.applied)
@@ -313,9 +356,12 @@ class QuantizeJob:
             if self.others:
                 self.others.write(staging.path, staging.journal)
             staging.journal.remove(staging.path / STATISTICS)
+            self.save_report(self.report(time.perf_counter() - start), staging)
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name, hash=self.hash)
             staging.publish()
-        return self.report(time.perf_counter() - start)
+        report = self.report(time.perf_counter() - start)
+        self.save_report(report)
+        return report
 
     def _calibrate(self, staging: Staging) -> ExpertStatistics:
         """Run the model, or read the statistics of a killed run, and set the smoothing of each expert."""
@@ -374,7 +420,7 @@ class QuantizeJob:
             verb="quantize",
             layout=self.layout,
             model_kind=self.kind,
-            command=provenance.command_line("quantize", self.layout, self.dst, self.flags),
+            command=report.command,
             files=self.files,
             schemes=report.schemes,
             bits_per_weight=report.bits_per_weight,
@@ -384,11 +430,13 @@ class QuantizeJob:
             notes=[] if self.is_float else _notes(report),
         )
 
-    def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
+    def report(self, seconds: float, *, dry_run: bool = False, overwrite: bool = False) -> QuantizeReport:
         """The report of the run, or of the planned run with `dry_run`."""
         warnings = warnings_for(self.applied, self.recipe, self.kind)
+        warnings += lora_warnings(self.loras, self.folds.values())
         if dry_run and os.path.lexists(self.dst):
-            warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
+            end = "it would be replaced" if overwrite else "without --dry-run this is an error"
+            warnings.append(f"{self.dst} already exists: {end}")
         return QuantizeReport(
             path=self.dst,
             source=provenance.source_name(self.layout),
@@ -400,9 +448,18 @@ class QuantizeJob:
             linked=self.others.names if self.others else (),
             omitted=self.others.omitted if self.others else (),
             loras=tuple(lora_report(self.loras, self.folds)),
+            report_file=self.report_file,
+            command=provenance.command_line("quantize", self.layout, self.dst, self.flags),
             calibration=self.calibration,
             engine=self.target.engine,
             warnings=tuple(warnings),
+            next=provenance.next_command(
+                self.dst,
+                self.applied[0].expert.config,
+                self.layout,
+                is_pipeline=self.others is not None,
+                engine=self.target.engine,
+            ),
         )
 
     def _expert_report(self, expert: RecipeSteps) -> QuantizedExpert:
@@ -416,7 +473,20 @@ class QuantizeJob:
             num_weights=num_weights(applied.expert),
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
+            stored=_stored_layers(applied, self.planned[applied.expert.name]),
         )
+
+
+def _stored_layers(applied: AppliedRecipe, output: ExpertOutput) -> dict[str, StoredLayer]:
+    """Linear layer -> its format in the output."""
+    nbytes: Counter[str] = Counter()
+    for spec in output.specs:
+        layer, _, role = spec.name.rpartition(".")
+        nbytes[layer] += 0 if role == "bias" else spec.nbytes
+    return {
+        name: StoredLayer(scheme, 8 * nbytes[name] / math.prod(applied.weight(name).shape))
+        for name, scheme in applied.layer_schemes.items()
+    }
 
 
 def _notes(report: QuantizeReport) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.part_check import check_part
 from ascendit.checkpoint.part_files import read_part_files, split_name, with_part_files
+from ascendit.checkpoint.replacement import check_replaceable
 from ascendit.checkpoint.sources import recording
 from ascendit.checkpoint.transformer import num_weights, read_expert
 from ascendit.checkpoint.trust import Home
@@ -36,6 +37,7 @@ from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.part_output import PartOutput, part_outputs
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import UsageError
+from ascendit.foreign import checked_keywords
 from ascendit.progress import Meter, OnProgress
 from ascendit.report import shell_line
 from ascendit.weights.applied_recipe import stored_warnings
@@ -52,6 +54,7 @@ REWRITE_LABELS = {
 }
 
 
+@checked_keywords
 @recording()
 def repack(
     src: Path | str | Sequence[Path | str],
@@ -63,6 +66,7 @@ def repack(
     check: bool = False,
     copy: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     on_progress: OnProgress | None = None,
 ) -> RepackReport:
@@ -72,8 +76,8 @@ def repack(
     each `[NAME=]FILE`, which replace those of `base`. `base`: the Diffusers folder of the model, for configs
     and the other components. `to`: `diffusers` (default) or `wan` names.
     `engine`: a key of `ENGINES`, to write its format. `check`: decode source and output and compare. `copy`:
-    copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
-    report.
+    copy other components instead of linking them. `resume`: continue a killed run. `overwrite`: `dst` may be
+    an output of ascendit, which is replaced when the new one is complete. `dry_run`: only check and report.
 
     Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01, -02, -03 and -06 for
     arguments and paths; CheckpointError (E-CKP-..) for the source and the base; EnvironmentProblem (E-ENV-02,
@@ -85,6 +89,8 @@ def repack(
     plan = RepackPlan.of(src, base, target, copy=copy)
     report = plan.report(dst, dry_run=dry_run)
     if dry_run:
+        if overwrite:
+            check_replaceable(dst)
         return replace(report, seconds=time.monotonic() - started)
     with Staging(
         dst,
@@ -92,6 +98,7 @@ def repack(
         fingerprint=fingerprint(plan.outputs, (check, copy), plan.other_sources),
         resume=resume,
         needs_bytes=plan.nbytes,
+        overwrite=overwrite,
     ) as staging:
         meter = Meter(plan.source_nbytes, on_progress)
         files: dict[str, str] = {}
@@ -160,6 +167,11 @@ class RepackPlan:
         )
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of the first transformer."""
+        return self.outputs[0].config if self.outputs else (self.base or self.source).experts[0].config
+
+    @property
     def roots(self) -> list[Path]:
         """The folders and files that are read."""
         files = [part.path for part in self.source.parts.values()] if self.source.kind == "file" else []
@@ -197,6 +209,13 @@ class RepackPlan:
             warnings=_warnings(self.outputs, self.target, self.pipeline),
             dry_run=dry_run,
             seconds=0.0,
+            next=provenance.next_command(
+                dst,
+                self.config,
+                self.source,
+                is_pipeline=self.others is not None,
+                engine=self.target.engine,
+            ),
         )
 
 
@@ -281,14 +300,13 @@ def _check(
 def _record(
     plan: RepackPlan, report: RepackReport, command: str, files: dict[str, str]
 ) -> provenance.ConversionRecord:
-    first = plan.outputs[0].config if plan.outputs else (plan.base or plan.source).experts[0].config
     details: dict[str, Any] = {"engine": report.engine} if report.engine else {}
     if report.checked:
         details["decoded_sha256"] = {expert.name: expert.decoded_sha256 for expert in report.experts}
     return provenance.ConversionRecord(
         verb="repack",
         layout=plan.source,
-        model_kind=model_kind(first),
+        model_kind=model_kind(plan.config),
         command=command,
         files=files,
         schemes=report.schemes,

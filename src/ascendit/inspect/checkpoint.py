@@ -13,16 +13,17 @@ from ascendit.checkpoint.layout_check import CheckedPart
 from ascendit.checkpoint.transformer import TensorMismatch
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
-from ascendit.family import WanSpec
+from ascendit.family import WanSpec, spec_of
+from ascendit.foreign import checked_keywords
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.pipeline.defaults import spec_of
 from ascendit.pipeline.model_check import check_model
 from ascendit.progress import OnProgress
 
 
+@checked_keywords
 def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | None = None) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
@@ -75,6 +76,8 @@ def _metadata(shards: Shards | None) -> dict[str, Value]:
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
     """The row of `family.py` with these dimensions, for a checkpoint without a pipeline."""
+    if not experts:
+        return None
     config = experts[0].expert.config
     if config.get("num_attention_heads") is None or config.get("attention_head_dim") is None:
         return None

@@ -105,8 +105,8 @@ class ModelReport:
             data["layers"] = [{"part": p.name, **row.as_dict()} for p in self.parts for row in p.rows]
         return data
 
-    def lines(self) -> list[str]:
-        """Lines for a terminal: titled blocks in two columns."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lines for a terminal: titled blocks in two columns. `width`: of the terminal."""
         contents = self.layout.pipeline if self.is_pipeline else KIND_LABELS[self.layout.kind]
         family = f"{self.spec} of the Wan family" if self.spec else "no known model of the Wan family"
         blocks = [
@@ -126,7 +126,7 @@ class ModelReport:
         blocks.append(("Checks", self._checks()))
         for text, problem in zip(self.problem_texts(), self.problems, strict=True):
             blocks.append(("Problem", [text, f"try  {problem.fix}"]))
-        return columns(titled(blocks), first_width=9)
+        return columns(titled(blocks), first_width=9, width=width)
 
     def problem_texts(self) -> list[str]:
         """Each problem as text: code, part and description."""
@@ -138,14 +138,15 @@ class ModelReport:
             texts.append(f"{problem.code}  {prefix}{problem.got}")
         return texts
 
-    def layer_lines(self) -> list[str]:
-        """Lines for `--layers`: one per layer (with its scales) or other tensor."""
+    def layer_lines(self, width: int | None = None) -> list[str]:
+        """Lines for `--layers`: one per layer (with its scales) or other tensor, the experts first."""
+        experts = {part.name for part in self.experts}
         rows = [
             (f"{p.name}.{row.name}", row.scheme, str(list(row.shape)), str(row.nbytes), row.stored())
-            for p in self.parts
+            for p in sorted(self.parts, key=lambda part: part.name not in experts)
             for row in p.rows
         ]
-        return columns([("layer or tensor", "scheme", "shape", "bytes", "stored"), *rows])
+        return columns([("layer or tensor", "scheme", "shape", "bytes", "stored"), *rows], width=width)
 
     def _made_by(self) -> list[str]:
         if self.record is None:

@@ -13,6 +13,7 @@ from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
 from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
+from ascendit.mx.ggml import TYPES
 from ascendit.names import grouped, sort_names
 from ascendit.quant.schemes import STORED_SCHEMES
 from ascendit.report import counted, group_by, selected
@@ -120,8 +121,8 @@ class StoredRow:
 
 
 def dtype_name(dtype: str) -> str:
-    """safetensors' dtype name -> the name in reports: `BF16` -> `bf16`."""
-    return DTYPE_NAMES.get(dtype, dtype.lower())
+    """safetensors' dtype name -> the name in reports: `BF16` -> `bf16`; block types keep theirs."""
+    return DTYPE_NAMES.get(dtype, dtype if dtype in TYPES else dtype.lower())
 
 
 def tensor_row(name: str, info: TensorInfo) -> StoredRow:

@@ -22,6 +22,7 @@ from ascendit.weights.applied_recipe import (
     apply_recipe,
     check_kind,
     check_source,
+    lora_warnings,
     open_folds,
     stored_schemes,
 )
@@ -87,7 +88,10 @@ class Online:
         """
         names = [expert.name for expert in experts]
         folds = [open_folds(x, self.loras, experts=names, skip=self.lora_skip) for x in experts]
-        require_skipped(self.lora_skip, filter(None, folds))
+        opened = [fold for fold in folds if fold is not None]
+        require_skipped(self.lora_skip, opened)
+        for text in lora_warnings(self.loras, opened):
+            log.warning(text)
         return tuple((x, self.apply(x, fold)) for x, fold in zip(experts, folds, strict=True))
 
     def apply(self, expert: Expert, folds: Folds | None = None) -> AppliedRecipe | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMPILED = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-"""Types that `native/ggml.cpp` decodes. The others take about ten times as long."""
+"""Types that `native/ggml.cpp` decodes."""
 TYPES = (
     *COMPILED,
     *("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K"),

@@ -9,17 +9,17 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ascendit.checkpoint.file_copy import write_error
+from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import UsageError, escaped
 from ascendit.geometry import rate_text
-from ascendit.pipeline.video import Video, check_name, check_writable
+from ascendit.pipeline.video import Video, check_name
 from ascendit.pipeline.video_codecs import import_library
 from ascendit.report import shell_line
 
@@ -63,15 +63,20 @@ def contact_sheet(videos: Video | Iterable[Video], *, columns: int = COLUMNS) ->
 
 
 class Sheet:
-    """The contact sheet of one run, which keeps only the reduced frames of its `videos`.
+    """The contact sheet of one run, which keeps only the reduced frames of its videos.
 
-    Raises the errors of `check_sheet`.
+    `outputs`: the paths of the videos. Raises the errors of `check_sheet`, and UsageError (E-USE-03) if
+    `path` is one of them.
     """
 
-    def __init__(self, path: str, videos: int, *, overwrite: bool = False) -> None:
-        self.path, self._videos, self._overwrite = Path(path), videos, overwrite
+    def __init__(self, path: str, outputs: Sequence[str], *, overwrite: bool = False) -> None:
+        self.path, self._videos, self._overwrite = Path(path), len(outputs), overwrite
         self._rows: list[_Row] = []
         check_sheet(self.path, overwrite=overwrite)
+        if os.path.abspath(path) in map(os.path.abspath, outputs):
+            rule = "another name than that of the video"
+            fix = shell_line(["--sheet", str(self.path.with_stem(f"{self.path.stem}-sheet"))])
+            raise UsageError(f"{path} is the video too", needs=rule, fix=fix, code="E-USE-03")
 
     def add(self, video: Video) -> None:
         """Add a row."""

@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ascendit.checkpoint.file_copy import write_error
+from ascendit.checkpoint.file_copy import check_writable, nearest_folder, write_error
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.foreign import checked_keywords
 from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, rate_text
 from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
@@ -151,6 +152,7 @@ class Video:
         flags = ["--allow-flat"] if self.warnings else []
         return self.request.replay_line(model, load=self.loaded, flags=flags)
 
+    @checked_keywords
     def save(
         self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False, crf: int | None = None
     ) -> Path:
@@ -222,30 +224,11 @@ def check_output(
 def check_name(file: Path) -> None:
     """Raise EnvironmentProblem (E-ENV-02) if the file system refuses the name of `file`, as too long."""
     try:
-        os.lstat(_nearest_folder(file.parent) / file.name)  # os.path.lexists hides the error
+        os.lstat(nearest_folder(file.parent) / file.name)  # os.path.lexists hides the error
     except FileNotFoundError:
         pass
     except OSError as e:
         raise write_error(file.parent, e) from e
-
-
-def _nearest_folder(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-def check_writable(path: AnyPath) -> None:
-    """Raise EnvironmentProblem (E-ENV-02) if `path` cannot be created.
-
-    Creates and removes a file: permission bits say little about root, read-only mounts and /proc.
-    """
-    folder = Path(path).parent
-    try:
-        with tempfile.TemporaryFile(dir=_nearest_folder(folder)):
-            pass
-    except OSError as e:
-        raise write_error(folder, e) from e
 
 
 def locate(path: AnyPath, num_frames: int) -> OutputTarget:
@@ -349,7 +332,7 @@ def _described(target: OutputTarget) -> Path | None:
 
 def _taken(target: OutputTarget, reason: str) -> UsageError:
     slash = "/" if target.kind == "folder" else ""
-    rule = "a new name; files are overwritten only with --overwrite (overwrite=True)"
+    rule = "a new name; files are overwritten only with --overwrite"
     fix = _option(f"{target.path}{slash}", 1 if target.kind == "png" else 2)
     return UsageError(f"{target.path}{slash} {reason}", needs=rule, fix=fix, code="E-USE-03")
 

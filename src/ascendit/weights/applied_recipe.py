@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
+_NOISE = re.compile(r"(high|low)[_-]?noise", re.IGNORECASE)
 TILES = "F8_E4M3"
 """Dtype of FP8 weights in tiles, the only quantized weights that a source may have."""
 
@@ -124,6 +126,19 @@ def open_folds(
     return Folds.open(loras, expert.name, shapes_of(expert), experts=experts, skip=skip)
 
 
+def lora_warnings(loras: Sequence[LoraSource], folds: Iterable[Folds]) -> list[str]:
+    """Warnings about files for one noise level by their name, which change both experts."""
+    folds, texts = list(folds), []
+    for i, source in enumerate(loras):
+        changed = [own for fold in folds if (own := fold.applied[i]) and own.num_keys]
+        if len(changed) > 1 and (match := _NOISE.search(source.path.stem)):
+            noise = match[1].lower()
+            texts.append(
+                f"{source.path.name} is added to both experts; for the {noise}-noise one: --lora {noise}=FILE"
+            )
+    return texts
+
+
 def stored_schemes(expert: Expert) -> set[str]:
     """The schemes of quantized weights, `bf16` for smoothed ones; without FP8 in tiles, a float format."""
     return {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
@@ -202,7 +217,7 @@ def _check_layer(applied: AppliedRecipe, layer: LayerScheme) -> None:
         raise UsageError(
             f"{layer.name} is float64",
             needs="weights in BF16, float16 or float32",
-            fix='add round_to = "bf16" to the recipe; instead of --scheme, pass --recipe a file with it',
+            fix='add round_to = "bf16" to the recipe; and pass this file as the recipe, without --scheme',
             code="E-QNT-01",
         )
     if (layer.scale_rule or "").startswith("msms:") and dtype == "F16":

@@ -72,6 +72,8 @@ def scoped(prefix: str, **fields: Any) -> dict[str, Any]:
 
 METADATA = "lora_adapter_metadata"
 MUSUBI = {"ss_network_dim": "4", "ss_network_alpha": "1.0", "ss_network_module": "networks.lora_wan"}
+CONVERTED = MUSUBI | {"sshs_model_hash": "0123"}
+"""What `convert_lora.py --target other` leaves in a header after it multiplied alpha into the factors."""
 CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     # name: style of the keys, header, alpha tensor, scale
     "nothing": (COMFYUI, {"format": "pt"}, None, 1.0),
@@ -116,7 +118,9 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "kohya, dotted": (COMFYUI, {"ss_network_alpha": "1", "ss_network_dim": "4"}, None, 0.25),
     "musubi": (KOHYA, MUSUBI, 1.0, 0.25),
     "musubi, alphas removed": (KOHYA, MUSUBI, None, 0.25),
-    "musubi, converted": (COMFYUI, MUSUBI, None, 1.0),
+    "musubi, converted": (COMFYUI, CONVERTED, None, 1.0),
+    "musubi, converted to bare names": (BARE, CONVERTED, None, 1.0),
+    "musubi, renamed": (COMFYUI, MUSUBI, None, 0.25),
     "kohya, resized": (KOHYA, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, 2.0, 0.5),
     "kohya, alpha 0 is the rank": (KOHYA, {"ss_network_alpha": "0", "ss_network_dim": "4"}, 4.0, 1.0),
     "kohya, own rank of convolutions": (
@@ -318,7 +322,7 @@ NOTES = {
     ),
     "converted": (
         None,
-        MUSUBI,
+        CONVERTED,
         "scale 1 (alpha 1, rank 4; from header ss_network_alpha; already in the factors)",
     ),
 }

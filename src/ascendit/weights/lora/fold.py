@@ -87,7 +87,10 @@ class LoraSource:
 
     def __str__(self) -> str:
         """The text that `parse_lora` reads."""
-        text = f"{self.expert}={self.path}" if self.expert else str(self.path)
+        path = str(self.path)
+        if path.partition("=")[0] in EXPERT_NAMES:  # the name of a file, not an expert
+            path = f"./{path}"
+        text = f"{self.expert}={path}" if self.expert else path
         plain = self.weight == 1 and ":" not in text
         return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
 

@@ -303,9 +303,10 @@ def read_settings(file: LoraFile) -> Settings:
 def _alpha_is_in_factors(header: Mapping[str, Any], keys: Iterable[LoraKey]) -> bool:
     """Whether musubi-tuner's `convert_lora.py` has multiplied alpha into the factors.
 
-    Its own files have flat names and alpha tensors. The converted ones have neither, but the same header.
+    Its own files have a hash in the header, flat names and alpha tensors. The converted ones have the same
+    header, with the hash of the original, but dotted names and no alpha tensors.
     """
-    own = "networks.lora" in str(header.get("ss_network_module", ""))
+    own = "sshs_model_hash" in header and "networks.lora" in str(header.get("ss_network_module", ""))
     return own and not any(key.flat or key.role == "alpha" for key in keys)
 
 
