@@ -104,8 +104,7 @@ def quantize(
     of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
     with the same arguments. `overwrite`: replace an output of ascendit. `force`: quantize even if a loss of
     accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or .json file.
-    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
-    report.
+    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -117,7 +116,7 @@ def quantize(
     files = lora_sources(loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
-        ("--recipe", Path(recipe).name if recipe and recipe.endswith(".toml") else recipe),
+        ("--recipe", _recipe_name(recipe)),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
         ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
@@ -128,8 +127,6 @@ def quantize(
         ("--report", report is not False),
         ("--hash", hash),
     ]
-    if recipe and recipe.endswith(".toml") and Path(recipe).is_file():
-        record_source(Path(os.path.abspath(recipe)))
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -148,12 +145,19 @@ def quantize(
         flags=[*flags, *(calibrate.flags if calibrate else ())],
     )
     job.check(force)
-    job.check_report(overwrite)
+    job.check_output(overwrite)
     if dry_run:
-        if overwrite:
-            check_replaceable(job.dst)
         return job.report(0.0, dry_run=True, overwrite=overwrite)
     return job.run(resume, on_progress, overwrite)
+
+
+def _recipe_name(recipe: str | None) -> str | None:
+    """A recipe in the record of the run: the name of a TOML file without its folder. Records the file."""
+    if recipe is None or not recipe.endswith(".toml"):
+        return recipe
+    if Path(recipe).is_file():
+        record_source(Path(os.path.abspath(recipe)))
+    return Path(recipe).name
 
 
 def _two_smoothings() -> UsageError:
@@ -261,8 +265,13 @@ class QuantizeJob:
             self.calibration = self.calibrate.record(self.layout)
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
-    def check_report(self, overwrite: bool) -> None:
-        """Check the name of the report. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem."""
+    def check_output(self, overwrite: bool) -> None:
+        """Check report and output folder. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem.
+
+        Without `overwrite`, `Staging` refuses an existing folder.
+        """
+        if overwrite:
+            check_replaceable(self.dst)
         if (file := self.report_file) is None:
             return
         check_report_file(file, overwrite=overwrite)
