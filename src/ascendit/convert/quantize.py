@@ -288,7 +288,12 @@ class QuantizeJob:
         if (file := self.report_file) is None or file.is_relative_to(self.dst) != (staging is not None):
             return
         target = file if staging is None else staging.path / file.relative_to(self.dst)
+        keep = staging.keep if staging else False
+        if staging:
+            staging.keep = True  # an error of the report loses no weights
         write_report(target, report.as_dict(), lambda: quantize_page(report))
+        if staging:
+            staging.keep = keep
 
     @property
     def folds(self) -> dict[str, Folds]:

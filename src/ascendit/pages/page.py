@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import EnvironmentProblem, UsageError, escaped
+from ascendit.pages import charts
 from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
 
@@ -143,10 +143,11 @@ def _heading(title: str) -> str:
 
 
 def _is_numeric(column: Sequence[str | Cell]) -> bool:
-    """Whether a column is right-aligned: most of its cells are numbers."""
-    texts = [cell.text if isinstance(cell, Cell) else cell for cell in column]
+    """Whether a column is right-aligned: most of its cells are numbers, apart from coloured words."""
+    toned = any(isinstance(cell, Cell) and cell.tone and _NUMBER.fullmatch(cell.text) for cell in column)
+    texts = [cell for cell in column if not isinstance(cell, Cell)]
     texts = [text for text in texts if text not in ("", "-")]
-    return sum(bool(_NUMBER.fullmatch(text)) for text in texts) > len(texts) / 2
+    return toned or sum(bool(_NUMBER.fullmatch(text)) for text in texts) > len(texts) / 2
 
 
 def _cell(tag: str, cell: str | Cell, numeric: bool) -> str:
@@ -221,9 +222,9 @@ def check_report_file(
             fix=f"use another name, for example {shell_line([flag, short_path(_free_name(file))])}",
             code="E-USE-03",
         )
-    if is_page(file) and find_spec("matplotlib") is None:
+    if is_page(file) and (problem := charts.import_problem()):
         raise EnvironmentProblem(
-            f"{flag} {file}: matplotlib, which draws the plots, is not installed",
+            f"{flag} {file}: matplotlib, which draws the plots, cannot be imported: {problem}",
             needs='matplotlib, which is in the extra "report" of ascendit; a .json report needs nothing',
             fix="pip install matplotlib",
             code="E-ENV-01",
