@@ -104,3 +104,42 @@ def gloo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     group = Gloo(tmp_path_factory.mktemp("gloo") / "meeting")
     yield group
     group.close()
+
+
+# ---- the `try` line of every error --------------------------------------------------------------
+
+
+class _Fixes:
+    """The fixes of all errors that were made since the last look, each checked once."""
+
+    def __init__(self) -> None:
+        self.checked: set[str] = set()
+        self.new: set[str] = set()
+
+    def watch(self) -> None:
+        from ascendit.errors import AscenditError
+
+        def record(error: AscenditError, name: str, value: Any) -> None:
+            if name == "_fix" and value not in self.checked:
+                self.new.add(value)
+            object.__setattr__(error, name, value)
+
+        AscenditError.__setattr__ = record  # type: ignore[method-assign, assignment]
+
+    def problems(self) -> list[str]:
+        from fix_lines import problems
+
+        fixes, self.new = self.new, set()
+        self.checked |= fixes
+        return [f"{problem}   in the fix: {fix}" for fix in sorted(fixes) for problem in problems(fix)]
+
+
+_FIXES = _Fixes()
+_FIXES.watch()
+
+
+@pytest.fixture(autouse=True)
+def _fixes_exist() -> Iterator[None]:
+    """The fix of each error names only commands, flags, keywords and values that exist."""
+    yield
+    assert not (bad := _FIXES.problems() if _FIXES.new else []), "\n".join(bad)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from ascendit import errors
 from ascendit.errors import OutOfMemory, escaped, is_out_of_memory, out_of_memory
+from ascendit.option_text import command_line
 
 SOURCES = Path(errors.__file__).parent
 # In the table but not raised yet.
@@ -86,9 +88,12 @@ def test_the_tree_in_the_docstring_is_correct() -> None:
 @pytest.mark.parametrize("name", TREE)
 def test_text_has_got_needs_and_try(name: str) -> None:
     error = classes()[name]("80 frames", needs="4n+1", fix="--frames 81", code="E-REQ-01")
-    assert str(error) == "[E-REQ-01] 80 frames\n  needs  4n+1\n  try    --frames 81"
-    assert error.as_dict() == {"code": "E-REQ-01", "got": "80 frames", "needs": "4n+1", "try": "--frames 81"}
-    assert (error.got, error.needs, error.fix, error.code) == ("80 frames", "4n+1", "--frames 81", "E-REQ-01")
+    data = {"code": "E-REQ-01", "got": "80 frames", "needs": "4n+1"}
+    for fix in ("--frames 81", "num_frames=81"):
+        with command_line() if fix[0] == "-" else nullcontext():
+            assert str(error) == f"[E-REQ-01] 80 frames\n  needs  4n+1\n  try    {fix}"
+            assert error.as_dict() == data | {"try": fix}
+            assert (error.got, error.needs, error.fix, error.code) == ("80 frames", "4n+1", fix, "E-REQ-01")
     assert error.args == ("80 frames",)
 
 
@@ -184,7 +189,7 @@ def test_the_error_has_the_required_and_the_free_memory() -> None:
     assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
     assert error.got == "out of memory on cuda in stage decode"
     assert error.needs == "20.00 GiB more; 3.25 GiB is free"
-    assert "--size" in error.fix
+    assert "smaller size" in error.fix and 'text_on="drop"' in error.fix
 
 
 def test_without_numbers() -> None:

@@ -58,7 +58,7 @@ def test_stored_appears_in_the_text():
 def test_an_invalid_schedule_is_an_error(text, problem):
     with pytest.raises(UsageError) as e:
         StepSchedule.parse(text)
-    assert problem in e.value.got and e.value.code == "E-USE-01" and "--step-policy" in e.value.fix
+    assert problem in e.value.got and e.value.code == "E-USE-01" and "step_policy" in e.value.fix
 
 
 def test_steps_beyond_the_last_are_refused():

@@ -107,7 +107,7 @@ def test_deep_nesting_in_the_metadata_of_latents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "end"), [("prompt", 5, "valid value"), ("seed", -1, "a random one")]
+    ("name", "value", "end"), [("prompt", 5, '"a red circle moves right"'), ("seed", -1, "a random one")]
 )
 def test_the_fix_of_a_field_without_a_default_of_the_model(name: str, value: Any, end: str) -> None:
     request: dict[str, Any] = {"prompt": "a", "width": 16, "height": 16, "num_frames": 1, "fps": 8}

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 from demo_data import WORDINGS
 
 from ascendit.checkpoint.stored_kinds import KINDS
+from ascendit.cli.models import INPUTS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
@@ -70,11 +71,10 @@ def boundary_text(spec: WanSpec) -> str:
 
 def defaults_table() -> str:
     head = ("model", "input", "size", "frames", "fps", "steps", "shift", "guidance", "boundary")
-    inputs = {"t2v": "text", "i2v": "image + text", "ti2v": "text, image optional"}
     return table(
         head,
         (
-            (s.name, inputs[s.task], size_text(s.sizes[0]), s.num_frames, s.fps, s.num_inference_steps)
+            (s.name, INPUTS[s.task], size_text(s.sizes[0]), s.num_frames, s.fps, s.num_inference_steps)
             + (shift_text(s), guidance_text(s), boundary_text(s))
             for s in SPECS.values()
         ),
@@ -502,6 +502,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags-repack": lambda: flags_table("repack"),
     "flags-inspect": lambda: flags_table("inspect"),
     "flags-verify": lambda: flags_table("verify"),
+    "flags-models": lambda: flags_table("models"),
     "flags-doctor": lambda: flags_table("doctor"),
     "settings": settings_table,
     "npu-operators": npu_operators_table,

@@ -20,7 +20,17 @@ REPO = Path(__file__).resolve().parents[1]
 SRC = REPO / "src" / "ascendit"
 IMAGES = REPO / "docs" / "images"
 
-BASICS = ("version", "errors", "validation", "environment", "exclusive", "progress", "report")
+BASICS = (
+    "version",
+    "option_text",
+    "errors",
+    "foreign",
+    "validation",
+    "environment",
+    "exclusive",
+    "progress",
+    "report",
+)
 """Single files that every folder may import; together they are the row `basics`."""
 GROUPS: dict[str, dict[str, str]] = {
     "facts": {

@@ -107,6 +107,13 @@ def disable_device_plugins() -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 
+def accept_click_completion() -> None:
+    """Accept `_ASCENDIT_COMPLETE=bash_source`, the order of Click, for typer's `source_bash`."""
+    shell, _, action = os.environ.get("_ASCENDIT_COMPLETE", "").partition("_")
+    if action in ("source", "complete"):
+        os.environ["_ASCENDIT_COMPLETE"] = f"{action}_{shell}"
+
+
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     value = environ.get(name, "").strip().lower()
     if value in ("", "0", "false", "off", "no"):

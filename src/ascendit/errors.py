@@ -21,6 +21,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from ascendit.option_text import for_reader
+
 ERROR_CODES: dict[str, str] = {
     "E-USE-01": "bad value for an option",
     "E-USE-02": "file or folder does not exist",
@@ -69,6 +71,7 @@ class AscenditError(Exception):
     """Base class of all errors shown to users.
 
     `got`: the value received. `needs`: the rule. `fix`: an action. `code`: a key of `ERROR_CODES`.
+    They are written with flags, `--scheme mxfp8`, and read in Python as `scheme="mxfp8"`.
     """
 
     exit_code: ClassVar[int] = 1
@@ -82,7 +85,34 @@ class AscenditError(Exception):
     def __init__(self, got: str, *, needs: str, fix: str, code: str) -> None:
         assert code in ERROR_CODES, code
         super().__init__(got)
-        self.got, self.needs, self.fix, self.code = got, needs, fix, code
+        self._got, self._needs, self._fix, self.code = got, needs, fix, code
+
+    @property
+    def got(self) -> str:
+        """The value received."""
+        return for_reader(self._got)
+
+    @got.setter
+    def got(self, text: str) -> None:
+        self._got = text
+
+    @property
+    def needs(self) -> str:
+        """The rule."""
+        return for_reader(self._needs)
+
+    @needs.setter
+    def needs(self, text: str) -> None:
+        self._needs = text
+
+    @property
+    def fix(self) -> str:
+        """An action that fixes it."""
+        return for_reader(self._fix)
+
+    @fix.setter
+    def fix(self, text: str) -> None:
+        self._fix = text
 
     def __str__(self) -> str:
         got, needs, fix = map(escaped, (self.got, self.needs, self.fix))
@@ -189,7 +219,7 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
         f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
         needs=(f"{_gib(requested[1])} more" if requested else "more memory")
         + (f"; {available} is free" if available else ""),
-        fix="use a smaller --size or --frames; --text-on drop frees the text encoder after use",
+        fix="use a smaller size or fewer frames; --text-on drop frees the text encoder after use",
     )
 
 

@@ -75,6 +75,13 @@ class WanSpec:
         assert self.num_frames % 4 == 1, self.name
         assert all(w % self.size_multiple == h % self.size_multiple == 0 for w, h in self.sizes), self.name
 
+    @property
+    def hub(self) -> str:
+        """The MODEL argument for the weights that its authors publish."""
+        if self.name == "ascendit-demo":
+            return "demo"
+        return f"hf:Wan-AI/{self.name}-{'diffusers' if self.last_frame == 'required' else 'Diffusers'}"
+
     def shift_for(self, width: int, height: int) -> float:
         """`flow_shift` for this size."""
         return self.flow_shift_by_size.get((width, height), self.flow_shift)

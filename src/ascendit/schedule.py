@@ -93,7 +93,7 @@ class StepSchedule:
             raise RequestError(
                 f"step policy {self} names step {beyond[0]}, but there are {count} steps",
                 needs=f"steps 0 to {count - 1}: the first step is 0",
-                fix="correct --step-policy, or increase --steps",
+                fix=f"--steps {self.steps[-1][0] + 1}, or another --step-policy",
             )
 
     def check_schemes(self, schemes: Iterable[str], *, floats: bool) -> None:
@@ -147,5 +147,5 @@ def _bad(text: str, problem: str) -> UsageError:
     return UsageError(
         f"step policy {text!r}: {problem}",
         needs=f"STEPS:PRECISION, .., the first step is 0; precisions: {', '.join(PRECISIONS)}",
-        fix="for example --step-policy 0-1:w4a8,default:w4a4",
+        fix="omit --step-policy, or for MXFP4 weights --step-policy 0-1:w4a8,default:w4a4",
     )

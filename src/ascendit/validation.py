@@ -37,6 +37,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ascendit.errors import RequestError, UsageError
+from ascendit.foreign import hint, value_for
+from ascendit.option_text import option, option_name
 
 TYPE_LABELS: dict[Any, tuple[str, str]] = {
     str: ("text", "some text"),
@@ -48,13 +50,18 @@ TYPE_LABELS: dict[Any, tuple[str, str]] = {
     tuple[str, ...]: ("text", "some text"),
 }
 """Type -> label, example."""
+OF_THE_MODEL = frozenset(
+    ("width", "height", "num_frames", "boundary_ratio", "guidance_scale_2")
+    + ("activation_rule", "attention", "recipe", "keep", "image", "last_image")
+)
+"""Options whose valid values depend on the model, or on files: the fix is to omit them."""
 MAX_BYTES = 16 * 2**20
 """Limit for a file of settings."""
 MAX_DEPTH = 64
 """Limit for tables and lists inside one another."""
 
-_OMITTED = {"prompt": "", "seed": ", or omit it for a random one"}
-"""Field of a request without a default from the model -> the end of its fix."""
+_OMITTED = {"prompt": 'pass a text, as "a red circle moves right"', "seed": "omit --seed for a random one"}
+"""Field of a request without a default from the model -> its fix."""
 
 
 class Model(BaseModel):
@@ -107,7 +114,7 @@ class Checked(Model):
             unknown = problems[0].get("ctx", {}).get("unknown", type(problems[0]["input"]).__name__)
             needs = f"fields among {', '.join(sorted(cls.model_fields))}"
             got = f"{cls.title} has unknown fields: {unknown}"
-            return UsageError(got, needs=needs, fix="remove or correct them")
+            return UsageError(got, needs=needs, fix=cls._unknown_fix(unknown, problems[0]["input"]))
         invalid = [p for p in problems if p["type"] != "missing"]
         if not invalid:
             missing = ", ".join(str(p["loc"][0]) for p in problems)
@@ -117,8 +124,23 @@ class Checked(Model):
         field = cls.model_fields[name]
         if field.description is None:
             return bad_value(name, value, field.annotation)
-        fix = f"set {name} to a valid value" + _OMITTED.get(name, ", or omit it for the model's default")
+        value_type = non_optional(field.annotation)
+        choices = get_args(value_type) if get_origin(value_type) is Literal else ()
+        fix = f"omit {option_name(name)} for the model's default"
+        if choices and (choice := value_for(name, value, choices)):
+            fix = option(name, choice)
+        fix = _OMITTED.get(name, fix)
         return RequestError(f"{name} is {value!r}", needs=f"{name}: {field.description}", fix=fix)
+
+    @classmethod
+    def _unknown_fix(cls, unknown: Any, data: Any) -> str:
+        if not isinstance(unknown, list) or not isinstance(data, Mapping):
+            return "pass the output of to_json"
+        value = data[unknown[0]]
+        value = value if isinstance(value, str | int | float) else None
+        close = get_close_matches(unknown[0], cls.model_fields, n=1)
+        fix = f"{option_name(close[0])} instead of {unknown[0]}" if close else f"omit {unknown[0]}"
+        return hint(unknown[0], value, cls.model_fields) or fix
 
 
 def problem(text: str, **context: Any) -> PydanticCustomError:
@@ -156,22 +178,25 @@ def usage_error(error: ValueError, *, source: str, needs: str, fix: str, syntax:
     return UsageError(f"{source}: {text}", needs=needs, fix=fix)
 
 
-def bad_value(name: str, value: object, hint: Any, source: str = "", flag: str = "") -> UsageError:
+def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageError:
     """The error E-USE-01 for a value that is not of the type `hint`.
 
-    `source`: the file, or `--set`, that it comes from. `flag`: the flag of `name` that it comes from.
+    `source`: the file, or `--set`, that it comes from; omitted for a flag or an argument.
     """
     value_type = non_optional(hint)
     choices = get_args(value_type) if get_origin(value_type) is Literal else ()
     label, example = (" or ".join(choices), choices[0]) if choices else TYPE_LABELS[value_type]
-    example = next(iter(get_close_matches(str(value), choices, n=1)), example)
-    got = f"{name}={value}" if choices or source else f"{name} {value!r}"
-    fix = f"{name}={example}"
-    if flag:
-        got, fix = f"{flag} {value}", f"{flag} {example}"
+    example = (value_for(name, value, choices) if choices else None) or example
+    setting, fix = option(name, value), option(name, example)
+    if source == "--set":
+        setting, fix = f"--set {name}={value}", f"--set {name}={example}"
     elif source:
-        got, fix = f"{source} {got}", f"--set {fix}" if source == "--set" else fix
-    return UsageError(got, needs=f"{name}: {label}", fix=fix)
+        is_text = bool(choices) or value_type is str
+        setting, fix = f"{source} {name}={value}", f"{name} = {json.dumps(example) if is_text else example}"
+    if name in OF_THE_MODEL:
+        shown = f"--set {name}" if source == "--set" else name if source else option_name(name)
+        fix = f"omit {shown} for the model's default"
+    return UsageError(setting, needs=f"{name}: {label}", fix=fix)
 
 
 def non_optional(hint: Any) -> Any:

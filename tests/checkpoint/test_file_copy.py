@@ -215,7 +215,7 @@ def test_messages_of_disk_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         f"[E-ENV-04] 3,221,225,472 bytes (3.00 GiB) to write below {tmp_path}, 1,073,741,824 bytes available",
         "  needs  2,147,483,648 more bytes: space for the complete output, within the quota and the maximum"
         " file size",
-        "  try    free disk space, or choose another disk with -o",
+        "  try    free disk space, or choose an output on another disk",
     ]
     quota = write_error(tmp_path, OSError(errno.EDQUOT, "Disk quota exceeded"), 10)
     assert quota.code == "E-ENV-04" and quota.got.endswith("(Disk quota exceeded)")

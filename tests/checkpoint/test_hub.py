@@ -288,5 +288,5 @@ def test_absent(tmp_path, monkeypatch):
         model_folder("Wan-AI/Wan2.2")
     assert e.value.code == "E-USE-02" and "hf:" in e.value.fix
     monkeypatch.setattr(hub, "DEMO", tmp_path / "demo")
-    with pytest.raises(EnvironmentProblem, match="install ascendit again"):
+    with pytest.raises(EnvironmentProblem, match="install the package again"):
         model_folder("demo")

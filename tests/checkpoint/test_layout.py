@@ -109,7 +109,7 @@ def test_name_and_source_of_a_hub_snapshot(tmp_path: Path, monkeypatch: pytest.M
 def test_nothing_there(tmp_path: Path) -> None:
     e = refused(tmp_path / "no", "E-USE-02", UsageError)
     assert "no file or folder" in e.got
-    assert "hf:org/name" in e.fix
+    assert "hf:ORG/NAME" in e.fix
 
 
 @pytest.mark.parametrize(

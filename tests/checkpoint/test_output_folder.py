@@ -126,7 +126,7 @@ def test_resume_with_other_options_is_refused_and_changes_nothing(tmp_path: Path
     before = kill.contents(folder)
     e = refused(tmp_path / "out", "E-USE-01", resume=True)
     assert e.got == f"{folder} is from a run with another source, other options or another version"
-    assert "--resume" in e.fix
+    assert "without resume" in e.fix
     assert kill.contents(folder) == before
     stage(tmp_path / "out", fingerprint="other", resume=True).publish()
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.headers import WEIGHTS, floats, write_weights
 import ascendit
 from ascendit.checkpoint.hub import DEMO
 from ascendit.cli.main import main
+from ascendit.option_text import command_line
 from ascendit.pipeline import load
 from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.video import Video
@@ -31,6 +32,13 @@ def _logs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     """Write error logs to a temporary folder, and restore the environment variable that commands set."""
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("logs")))
+
+
+@pytest.fixture(autouse=True)
+def _flags_in_errors() -> Iterator[None]:
+    """Errors have the form of the command line, also where a test calls a function of a command."""
+    with command_line():
+        yield
 
 
 @pytest.fixture

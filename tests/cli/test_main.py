@@ -16,6 +16,7 @@ import typer
 import ascendit
 from ascendit.cli import main as cli
 from ascendit.errors import CheckpointError
+from ascendit.family import PRESETS, SPECS
 from ascendit.inspect import checkpoint
 
 FLAGS = {
@@ -99,6 +100,7 @@ FLAGS = {
         "--json",
         "--swap-experts",
     ],
+    "models": ["--json"],
     "doctor": ["--self-check", "--device", "--out", "--json"],
 }
 
@@ -110,6 +112,7 @@ HIDDEN = {
         "--shift",
         "--solver",
         "--timesteps",
+        "--part",
         "--defaults",
         "--text-on",
         "--lora-skip",
@@ -128,7 +131,10 @@ def test_flags_are_pinned():
     shown = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
     assert shown == FLAGS
     assert all(len(flags) <= 30 for flags in FLAGS.values())
-    assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
+    assert ["/".join(p.opts) for p in group.params] == [
+        *("-q/--quiet", "-v/--verbose", "-V/--version"),
+        *("--install-completion", "--show-completion"),
+    ]
 
 
 def test_the_help_lists_first_sentences_without_importing_commands(environ):
@@ -156,7 +162,7 @@ def test_a_failure_imports_no_options(environ):
     assert done.stdout == "False\n" and done.stderr.startswith("error[E-USE-02]: no model at nosuch")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["verify", "-h"], ["models"]])
 def test_help_imports_nothing_heavy(environ, args):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "ascendit", *args],
@@ -215,10 +221,63 @@ def test_help_lists_every_flag(run):
     assert all(f"{flag}" in text.partition("More flags:")[2] for flag in HIDDEN["generate"])
 
 
-def test_version(run):
-    ended = run("--version")
+@pytest.mark.parametrize("args", [["--version"], ["-V"], ["version"], ["-q", "version"]])
+def test_version(run, args):
+    ended = run(*args)
     assert ended.code == 0
     assert ended.out == f"ascendit {ascendit.__version__}\n"
+
+
+def test_help_has_three_forms(run):
+    for name in ((), *((command,) for command in cli.COMMANDS)):
+        texts = {run(*args).out for args in ([*name, "--help"], [*name, "-h"], ["help", *name])}
+        assert len(texts) == 1 and "Usage: ascendit" in texts.pop()
+    assert run("help", "nosuch").code == 2
+    assert run("generate", "help", "x", "--demo").err.startswith("error[E-USE-01]: ")  # a prompt stays one
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("ascendit ge", ["generate"]),
+        ("ascendit quantize --sc", ["--scheme", "--scale-rule"]),
+        ("ascendit quantize demo --scheme mxfp4", ["mxfp4", "mxfp4_dualscale"]),
+        ("ascendit generate --preset light", ["lightning", "lightx2v"]),
+        ("ascendit generate --demo --solver e", ["euler"]),
+        ("ascendit repack --for s", ["sglang"]),
+        ("ascendit inspect d", ["demo"]),
+        ("ascendit generate hf:Wan-AI/Wan2.2-TI", ["hf:Wan-AI/Wan2.2-TI2V-5B-Diffusers"]),
+    ],
+)
+@pytest.mark.parametrize("action", ["complete_bash", "bash_complete"])
+def test_bash_completes_commands_flags_and_values(monkeypatch, capsys, words, completed, action):
+    monkeypatch.setenv("_ASCENDIT_COMPLETE", action)
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert capsys.readouterr().out.split() == completed
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_a_shell(monkeypatch, capsys, shell):
+    monkeypatch.setenv("_ASCENDIT_COMPLETE", f"{shell}_source")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    out = capsys.readouterr().out
+    assert not ended.value.code and f"_ASCENDIT_COMPLETE=complete_{shell}" in out
+
+
+def test_models_lists_the_rows_of_the_family(run):
+    text, data = run("models").out, run("models", "--json").json["models"]
+    assert [row["name"] for row in data] == list(SPECS)
+    for row, line in zip(data, text.splitlines()[1:], strict=True):
+        spec = SPECS[row["name"]]
+        assert line.split()[0] == spec.name and line.split()[-1] == row["model"] == spec.hub
+        assert row["sizes"] == [f"{w}x{h}" for w, h in spec.sizes] and row["sizes"][0] in line
+        assert row["presets"] == [p.name for p in PRESETS.values() if spec.name in p.models]
+        assert (row["num_frames"], row["fps"]) == (spec.num_frames, spec.fps)
+        assert f" {row['num_inference_steps']} " in line and all(preset in line for preset in row["presets"])
 
 
 def test_without_a_command(run):
@@ -237,7 +296,6 @@ def test_common_flags_may_follow_the_command():
     ("args", "got"),
     [
         (["generate", "--bogus"], "No such option: --bogus"),
-        (["generate", "--steps", "x", "m", "p"], "'--steps'"),
         (["generat"], "Did you mean 'generate'?"),
         (["inspect"], "Missing argument 'PATH'"),
     ],

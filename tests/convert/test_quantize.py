@@ -371,7 +371,7 @@ def test_nan_names_the_layer_and_the_row(tmp_path, dst, monkeypatch):
     monkeypatch.setattr(reader, "BLOCK_BYTES", 10 * 128)
     for scheme in ("mxfp8", "int8", "mxfp4_dualscale"):
         error = refused("E-QNT-01", CheckpointError, folder, dst, scheme=scheme)
-        assert f"{Q}.weight has NaN or infinity in row 37" in error.got and f"--keep {Q}" in error.fix
+        assert f"{Q}.weight has NaN or infinity in row 37" in error.got and f'keep=["{Q}"]' in error.fix
     quantize(folder, dst, scheme="mxfp8", keep=[Q])
     assert read(dst / "transformer")[f"{Q}.weight"][37, 3] == torch.inf
 
@@ -380,7 +380,7 @@ def test_ti2v_in_four_bits_needs_force(tmp_path, dst):
     folder = write_transformer(tmp_path / "model", **TI2V)
     for scheme in ("mxfp4", "mxfp4_dualscale"):
         error = refused("E-QNT-02", UsageError, folder, dst, scheme=scheme)
-        assert "TI2V-5B" in error.got and "--force" in error.needs and "mxfp8" in error.fix
+        assert "TI2V-5B" in error.got and "force=True" in error.needs and "mxfp8" in error.fix
     quantize(folder, dst.parent / "8", scheme="mxfp8")
     assert quantize(folder, dst, scheme="mxfp4", force=True).schemes["mxfp4"] == 20
 

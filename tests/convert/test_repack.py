@@ -493,13 +493,13 @@ def test_a_base_of_another_shape(changes: dict[str, int], message: str, tmp_path
 
 def test_a_base_with_another_number_of_experts(tmp_path: Path) -> None:
     base = base_for(exports.MXFP8, tmp_path)
-    with pytest.raises(CheckpointError, match=r"has two experts, but --base .* has one transformer") as e:
+    with pytest.raises(CheckpointError, match=r"has two experts, but base=.* has one transformer") as e:
         repack(exports.INT8, tmp_path / "out", base=base)
     assert e.value.code == "E-CKP-04"
 
 
 def test_a_base_that_is_not_a_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--base .* is an msModelSlim export") as e:
+    with pytest.raises(UsageError, match="base=.* is an msModelSlim export") as e:
         repack(exports.MXFP8, tmp_path / "out", base=exports.MXFP4)
     assert e.value.code == "E-USE-01"
 

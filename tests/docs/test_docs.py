@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
+import ascendit
 from ascendit.family import PRESETS
 
 REPO = Path(__file__).resolve().parents[2]
@@ -84,6 +85,28 @@ def test_tables_match_the_code(page: Path, tables: ModuleType) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(tables.TABLE.findall(text))
     assert tables.rewrite(text) == text, "stale: run `make docs`"
+
+
+def test_every_flag_of_every_command_is_on_one_page(tables: ModuleType) -> None:
+    text = (REPO / "docs" / "cli.md").read_text(encoding="utf-8")
+    missing = []
+    for name in ("", *tables.command("").commands):
+        for param in tables.command(name).params:
+            if param.param_type_name == "option" and "--help" not in param.opts:
+                row = f"| {', '.join(f'`{flag}`' for flag in param.opts)}"
+                missing += [] if row in text else [f"{name} {param.opts}"]
+    assert missing == []
+
+
+def test_python_names_in_the_pages_exist() -> None:
+    names = {n for page in PAGES for n in re.findall(r"\bascendit\.(\w+)", page.read_text(encoding="utf-8"))}
+    names -= {"json", "md", "partial", "readthedocs", "mp4"}
+    assert names > {"load", "quantize", "repack", "inspect"}
+    assert [
+        name
+        for name in sorted(names)
+        if importlib.util.find_spec(f"ascendit.{name}") is None and not hasattr(ascendit, name)
+    ] == []
 
 
 def test_every_table_is_in_a_page_and_a_stale_one_is_detected(tables: ModuleType) -> None:

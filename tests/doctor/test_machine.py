@@ -96,13 +96,20 @@ def test_this_machine():
     assert {"platform", "CPU", "ascendit", "demo model"} <= set(items)
     libraries = rows(machine._libraries)
     assert {"torch", "diffusers", "transformers", "safetensors", "PyAV"} <= set(libraries)
+    optional = {name: libraries.pop(name) for name in machine.OPTIONAL_LIBRARIES}
     assert all(r.status == "ok" and r.required for r in libraries.values())
+    assert all(r.status in ("ok", "absent") and not r.required for r in optional.values())
+    assert {"accelerate", "ftfy", "typer", "rich", "filelock"} <= set(libraries)
 
 
 def test_the_minimum_versions_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = dict(d.split(">=") for d in project["dependencies"])
-    assert {name: bounds[name] for name in machine.PYTHON_LIBRARIES} == machine.PYTHON_LIBRARIES
+    assert bounds == machine.PYTHON_LIBRARIES
+    extras = dict(
+        d.split(">=") for name in ("gguf", "report") for d in project["optional-dependencies"][name]
+    )
+    assert {name: needed for name, (needed, _) in machine.OPTIONAL_LIBRARIES.items()} == extras
     assert project["requires-python"] == f">={machine.PYTHON}"
 
 

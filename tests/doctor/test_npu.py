@@ -189,7 +189,10 @@ def test_an_unlisted_version_is_no_error(complete: Machine) -> None:
 def test_device_files_of_a_container(complete: Machine) -> None:
     (complete.root / "dev" / "devmm_svm").unlink()
     row = rows()["NPU device files"]
-    assert row.status == "broken" and row.fix == f"in a container: --device {complete.root}/dev/devmm_svm"
+    assert (
+        row.status == "broken"
+        and row.fix == f"in a container: docker run --device {complete.root}/dev/devmm_svm"
+    )
 
 
 def test_missing_permissions_for_a_card(complete: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_scheme_without_a_matmul_on_the_chip_is_refused(chip, scheme):
             call()
         assert e.value.code == "E-CAP-01" and f"scheme {scheme} on twin:{chip}" in e.value.got
         assert "Ascend 950" in e.value.needs and f"{chip} has bf16, int8, int8_block" in e.value.needs
-        assert "--emulate" in e.value.fix and "int8" in e.value.fix
+        assert 'emulate="decode-on-use"' in e.value.fix and "int8" in e.value.fix
 
 
 @pytest.mark.usefixtures("twin")

@@ -91,7 +91,7 @@ def test_sizes(defaults: Any, picture: tuple[int, int], size: tuple[int, int]) -
 def test_an_image_that_is_too_narrow(defaults: Any, picture: tuple[int, int]) -> None:
     with pytest.raises(RequestError, match="too narrow") as error:
         size_for(defaults, picture)
-    assert error.value.code == "E-REQ-02" and error.value.fix.startswith(f"--size {defaults.width}x")
+    assert error.value.code == "E-REQ-02" and error.value.fix.startswith(f"width={defaults.width}, height=")
 
 
 @given(st.tuples(st.integers(1, 60), st.integers(1, 60)), st.tuples(st.integers(1, 9), st.integers(1, 9)))

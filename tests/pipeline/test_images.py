@@ -343,10 +343,10 @@ def test_a_request_with_pixels_is_json_and_names_them() -> None:
     assert pictures_of(resolve(TI2V, "a"), {}) == {}
     with pytest.raises(RequestError, match="no pixels for image") as error:
         pictures_of(request, {})
-    assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
+    assert error.value.code == "E-REQ-04" and 'image="FILE"' in error.value.fix
     with pytest.raises(RequestError, match="no pixels for image") as error:
         pictures_of(request, pixels)
-    assert error.value.code == "E-REQ-04" and "--last-image FILE" in error.value.fix
+    assert error.value.code == "E-REQ-04" and 'last_image="FILE"' in error.value.fix
     with pytest.raises(RequestError, match="other pixels for image") as error:
         pictures_of(request, {str(name): first + 1})
     assert error.value.code == "E-REQ-04"

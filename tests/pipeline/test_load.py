@@ -131,7 +131,7 @@ def test_quantizing_twice_and_fp4_on_ti2v_without_force_are_refused(tmp_path, ti
         assert e.value.code == "E-QNT-01"
     with pytest.raises(UsageError, match="W4A4") as e:
         ascendit.load(tiny_folder("ti2v"), scheme="mxfp4")
-    assert e.value.code == "E-QNT-02" and "--set force=true" in e.value.fix
+    assert e.value.code == "E-QNT-02" and "force=True" in e.value.fix
 
 
 def test_a_missing_scale_and_a_manifest_of_another_model_are_named(tmp_path):

@@ -190,7 +190,7 @@ def test_equal_noise_levels_are_refused(
 ) -> None:
     with pytest.raises(RequestError, match=got) as error:
         make_schedule(solver, 2, shift, timesteps)
-    assert error.value.code == "E-REQ-03" and "--shift 5" in error.value.fix
+    assert error.value.code == "E-REQ-03" and "flow_shift=5" in error.value.fix
 
 
 @given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), st.integers(1, 300))

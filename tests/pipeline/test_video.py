@@ -501,7 +501,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("a regular file")
     path = tmp_path / folder / "out.mp4"
     for call in (check_writable, make().save):
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "another folder with -o"):
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "another output folder"):
             call(path)
     assert names(tmp_path) == ["file"]
 

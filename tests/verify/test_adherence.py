@@ -65,5 +65,5 @@ def test_the_control_swaps_the_experts() -> None:
     check_adherence(pipe, pick(1), [0], swap_experts=True)
     assert (pipe.transformer, pipe.transformer_2) == ("low", "high")
     pipe.transformer_2 = None
-    with pytest.raises(UsageError, match="--swap-experts for a model with one expert"):
+    with pytest.raises(UsageError, match="swap_experts=True for a model with one expert"):
         check_adherence(pipe, pick(1), [0], swap_experts=True)

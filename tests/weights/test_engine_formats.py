@@ -252,13 +252,13 @@ def test_target_formats() -> None:
     assert target_format(None) == target_format(None, "diffusers")
     assert target_format(None).naming == "diffusers"
     assert target_format(None, "wan").naming == target_format("mindie").naming == "wan"
-    with pytest.raises(UsageError, match="--for tensorrt") as e:
+    with pytest.raises(UsageError, match='engine="tensorrt"') as e:
         target_format("tensorrt")
     assert e.value.code == "E-USE-01" and "vllm-omni, sglang, mindie" in e.value.needs
-    with pytest.raises(UsageError, match="--to wan with --for sglang") as e:
+    with pytest.raises(UsageError, match='to="wan" with engine="sglang"') as e:
         target_format("sglang", "wan")
     assert "sglang 0.5.23 reads these names" in e.value.needs
-    with pytest.raises(UsageError, match="--to comfy"):
+    with pytest.raises(UsageError, match='to="comfy"'):
         target_format(None, "comfy")
 
 

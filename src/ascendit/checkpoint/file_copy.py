@@ -162,14 +162,14 @@ def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentPro
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror}",
             needs="a shorter name: the longest file beside it has at most 255 bytes in most file systems",
-            fix="choose a shorter name with -o",
+            fix="choose a shorter output name",
             code="E-ENV-02",
         )
     if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",
             needs="a writable folder",
-            fix="choose another folder with -o",
+            fix="choose another output folder",
             code="E-ENV-02",
         )
     free = available_bytes(folder) if needed or not folder.is_dir() else shutil.disk_usage(folder).free
@@ -179,6 +179,6 @@ def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentPro
     return EnvironmentProblem(
         f"{got} ({error.strerror})" if error.strerror else got,
         needs=f"{needed - free:,} more bytes: {rule}" if needed > free else rule,
-        fix="free disk space, or choose another disk with -o",
+        fix="free disk space, or choose an output on another disk",
         code="E-ENV-04",
     )

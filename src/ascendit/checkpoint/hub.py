@@ -33,6 +33,7 @@ from ascendit.checkpoint.download_list import (
 )
 from ascendit.checkpoint.trust import blob_hash
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+from ascendit.family import SPECS
 
 logger = logging.getLogger("ascendit")
 
@@ -57,7 +58,7 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
             raise EnvironmentProblem(
                 f"the demo model is not in this installation ({DEMO})",
                 needs="the weights that are part of the package",
-                fix="install ascendit again, or: python tools/train_demo.py "
+                fix="install the package again, or in a clone: python tools/train_demo.py "
                 "--export src/ascendit/demo/models/demo",
                 code="E-ENV-01",
             )
@@ -78,7 +79,11 @@ def _suggestion(name: str) -> str:
         return f"pass {'ms' if 'modelscope' in link[1] else 'hf'}:{link[2]}"
     if _REPO.fullmatch(name) and not name.endswith(".safetensors"):
         return f"correct the path; for the model on Hugging Face, pass hf:{name}"
-    return "correct the path; for a model on Hugging Face, pass hf:org/name"
+    models = {re.sub(r"[^a-z0-9]", "", spec.name.lower()): spec.hub for spec in SPECS.values()}
+    short = re.sub(r"[^a-z0-9]", "", Path(name).name.lower()).removesuffix("diffusers")
+    if close := [key for key in models if short and short in (key, key[len("wan22") :])]:
+        return f"correct the path; for the model on Hugging Face, pass {models[close[0]]}"
+    return "correct the path; for a model on Hugging Face, pass hf:ORG/NAME; for names: ascendit models"
 
 
 def fetch(

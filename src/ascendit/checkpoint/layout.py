@@ -31,6 +31,7 @@ from ascendit.checkpoint.weight_files import Shards
 from ascendit.checkpoint.weight_sets import NUMBERED, WEIGHT_SUFFIXES, is_numbered_set, weights_in
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
+from ascendit.report import shell_line
 
 LayoutKind = Literal["diffusers", "transformers-only", "transformer", "wan", "msmodelslim", "file"]
 KIND_LABELS: dict[LayoutKind, str] = {
@@ -92,10 +93,11 @@ class Layout:
     def require_pipeline(self) -> None:
         """Raise CheckpointError (E-CKP-01) unless this is a complete pipeline, which can generate videos."""
         if self.kind != "diffusers":
+            repack = shell_line(["ascendit", "repack", str(self.root)])
             raise CheckpointError(
                 f"{self.root} is {KIND_LABELS[self.kind]}; it cannot generate videos on its own",
                 needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
-                fix=f"ascendit repack {self.root} --base MODEL -o DST, where MODEL is the Diffusers folder "
+                fix=f"{repack} --base MODEL -o DST, where MODEL is the Diffusers folder "
                 "of the same model, then use DST",
                 code="E-CKP-01",
             )
@@ -114,7 +116,7 @@ def recognise(path: Path | str) -> Layout:
             raise UsageError(
                 f"no file or folder at {path}",
                 needs="a model folder, or a .safetensors file",
-                fix="correct the path; for a model on a hub, write hf:org/name or ms:org/name",
+                fix="correct the path; for a model on a hub, write hf:ORG/NAME or ms:ORG/NAME",
                 code="E-USE-02",
             )
         if (layout := _diffusers(root)) is not None:

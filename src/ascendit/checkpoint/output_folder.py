@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +24,7 @@ from ascendit.checkpoint.sources import check_sources
 from ascendit.checkpoint.trust import Home
 from ascendit.errors import Cancelled, CheckpointError, EnvironmentProblem, UsageError
 from ascendit.names import listed
+from ascendit.report import shell_line
 
 logger = logging.getLogger("ascendit")
 
@@ -238,10 +240,16 @@ def _absolute(dst: Path) -> Path:
         raise UsageError(
             f"the output {str(dst)!r} has no name",
             needs="the name of a new folder",
-            fix="for example -o models/wan-mxfp8",
+            fix="-o models/wan-mxfp8",
         )
     nameless = dst.name in ("", "..")  # ".", "/", "a/..": existing folders, which `_check_free` rejects
     return Path(os.path.realpath(dst)) if nameless else Path(os.path.realpath(dst.parent)) / dst.name
+
+
+def option_for(dst: Path) -> str:
+    """`-o` with this name, or the first of `DST-2`, `DST-3`, .. that does not exist."""
+    later = (Path(f"{dst}-{n}" if dst.name else f"out-{n}") for n in count(2))
+    return shell_line(["-o", str(next(path for path in chain([dst], later) if not os.path.lexists(path)))])
 
 
 def _check_free(dst: Path) -> None:
@@ -251,7 +259,7 @@ def _check_free(dst: Path) -> None:
     raise UsageError(
         f"the output {dst} already exists: a {kind}",
         needs="a name that does not exist: nothing is overwritten without --overwrite (overwrite=True)",
-        fix=f"choose another name with -o{_or_overwrite(dst)}",
+        fix=f"{option_for(dst)}{_or_overwrite(dst)}",
         code="E-USE-03",
     )
 
@@ -281,7 +289,7 @@ def _check_apart(dst: Path, folder: Path, sources: Sequence[Path]) -> None:
         raise UsageError(
             problem,
             needs="an output folder that neither is inside a source folder nor contains one",
-            fix=f"for example -o {real.parent / (real.name + '-new')}",
+            fix=option_for(Path(f"{real}-new")),
             code="E-USE-06",
         )
 
@@ -308,7 +316,7 @@ def _lock(folder: Path) -> int:
             raise UsageError(
                 f"another run is writing {folder.name} in {folder.parent}",
                 needs="one run per output",
-                fix="wait for it, or choose another output with -o",
+                fix="wait for it, or choose another output name",
                 code="E-USE-03",
             ) from e
         except OSError as e:
@@ -323,7 +331,7 @@ def _name_taken(folder: Path) -> UsageError:
     return UsageError(
         f"{folder} exists, and it is not the output of a killed run",
         needs="this name for the unfinished output",
-        fix="move it to another name, or choose another output with -o",
+        fix="move it to another name, or choose another output name",
         code="E-USE-03",
     )
 

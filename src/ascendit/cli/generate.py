@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ascendit.cli.main import completion
 from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
@@ -28,7 +29,8 @@ def _flag(
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
     names = names or f"--{name.replace('_', '-')}"
-    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden)
+    complete = completion(names.split()[-1])
+    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, autocompletion=complete)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
     return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
@@ -51,7 +53,9 @@ PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
 NEGATIVE = "Negative prompt; the model's own if omitted, none if empty."
 SIZE = "Width and height in pixels: 832x480; default: the model's area in the ratio of --image."
 FIT = "Images of another ratio than --size: crop (default), pad or stretch."
-ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
+ARGS = typer.Argument(
+    metavar="[MODEL] PROMPT", hidden=True, autocompletion=completion("MODEL")
+)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
     inspect.Parameter("args", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, ARGS]),
@@ -100,10 +104,10 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     ascendit generate --demo "a red circle moves right on a black background"
 
-    More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --lora-skip,
+    More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --lora-skip, --part,
     --max-memory; see docs/cli.md.
     """
-    _check_length(ctx, params)
+    _check_length(params)
     from ascendit.cli.generate_options import read_call
     from ascendit.cli.generate_plan import plan_many, plan_one
     from ascendit.cli.prompts import parse_seeds, read_prompts
@@ -156,9 +160,9 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
 
 
-def _check_length(ctx: typer.Context, params: dict[str, Any]) -> None:
+def _check_length(params: dict[str, Any]) -> None:
     if params["num_frames"] is not None and params["seconds"] is not None:
-        raise typer.BadParameter("use --frames or --seconds, not both", ctx=ctx)
+        raise UsageError("--frames and --seconds", needs="one of the two", fix="omit --seconds")
 
 
 def _refuse_latents(latents: Path) -> None:

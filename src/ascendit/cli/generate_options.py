@@ -17,10 +17,11 @@ from pydantic import TypeAdapter
 
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
-from ascendit.errors import UsageError
+from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
+from ascendit.foreign import KEYWORD_OF, hint, normal, value_for
 from ascendit.geometry import FrameRate, frame_rate
-from ascendit.pipeline.options import FLAGS, VARIABLES, LoadOptions
+from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
 from ascendit.validation import bad_value, non_optional, read_settings
@@ -61,27 +62,8 @@ _REPLACES = {
     "seconds": ("num_frames",),
     "num_frames": ("seconds",),
 }
-_FLAGS = FLAGS | {
-    "num_inference_steps": "--steps",
-    "num_frames": "--frames",
-    "flow_shift": "--shift",
-    "negative_prompt": "--negative",
-}
-"""Key -> its flag, if that has another name."""
 SHOWN_KEYS = 6
 """Keys in the error of an unknown one."""
-
-OTHER_NAMES = {
-    "num_inference_steps": "steps sample_steps infer_steps",
-    "flow_shift": "shift sample_shift",
-    "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale",
-    "solver": "sampler scheduler sample_solver",
-    "negative_prompt": "negative n_prompt",
-    "num_frames": "frames frame_num target_video_length",
-    "boundary_ratio": "boundary",
-    "image": "image_path",
-}
-"""Key -> its names in other tools and in flags, for the fix of an unknown key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +116,14 @@ def read_call(
     flag_values = {key: value for key, value in flags.items() if key in KEYS and value is not None}
     for flag, split in SPLIT.items():
         if flags.get(flag) is not None:
-            flag_values |= split(flags[flag])
+            try:
+                flag_values |= split(flags[flag])
+            except UsageError as e:
+                e.fix = (
+                    _own_value(flag, flags[flag], "demo" if demo else args[0] if len(args) == 2 else None)
+                    or e.fix
+                )
+                raise
     layers = [
         read_latents_config(latents) if latents else read_config(config) if config else {},
         environment,
@@ -161,6 +150,25 @@ def read_call(
         notes=notes,
         latents=latents,
     )
+
+
+def _own_value(flag: str, text: str, model: str | None) -> str | None:
+    """`--size` or `--guidance` with a value of the model itself, for a fix; None for an unknown model."""
+    from ascendit.pipeline.job import prepare_model
+
+    if model is None or flag not in ("size", "guidance"):
+        return None
+    try:
+        defaults = prepare_model(LoadOptions(model=model)).defaults
+    except AscenditError:
+        return None  # reported once the flag is corrected
+    if flag == "guidance":
+        scales = (defaults.guidance_scale, defaults.guidance_scale_2)
+        return f"--guidance {','.join(f'{scale:g}' for scale in scales if scale is not None)}"
+    sizes = defaults.spec.sizes if defaults.spec else ()
+    number = re.search(r"\d+", text)
+    near = [size for size in sizes if number and int(number[0]) in size]
+    return "--size {}x{}".format(*(near or [(defaults.width, defaults.height)])[0])
 
 
 def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
@@ -208,7 +216,9 @@ def parse_size(text: str) -> dict[str, int]:
     """Parse width and height: `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
     match = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
     if not match:
-        raise UsageError(f"--size {text}", needs="width x height in pixels", fix="--size 832x480")
+        raise UsageError(
+            f"--size {text}", needs="width x height in pixels", fix="omit --size for the model's own size"
+        )
     return {"width": int(match[1]), "height": int(match[2])}
 
 
@@ -221,7 +231,7 @@ def parse_guidance(text: str) -> dict[str, float]:
         numbers = []
     if not 1 <= len(numbers) <= 2:
         needs = "one number, or two: high-noise,low-noise"
-        raise UsageError(f"--guidance {text}", needs=needs, fix="--guidance 4,3")
+        raise UsageError(f"--guidance {text}", needs=needs, fix="omit --guidance for the model's own scale")
     return dict(zip(("guidance_scale", "guidance_scale_2"), numbers, strict=False))
 
 
@@ -248,7 +258,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UsageError(f"--set {setting}", needs="KEY=VALUE", fix="--set solver=euler")
+            raise UsageError(
+                f"--set {setting}", needs="KEY=VALUE", fix=f"--set solver=euler instead of {setting}"
+            )
         layer[key.strip()] = value
     return typed_layer(layer, source="--set")
 
@@ -295,13 +307,28 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
     Raises UsageError (E-USE-01) for bad keys or values.
     """
     if unknown := sorted(set(layer) - set(KEYS)):
-        close = [key for key, others in OTHER_NAMES.items() if unknown[0] in others.split()]
-        close = close or get_close_matches(unknown[0], KEYS, n=1)
-        fix = f"did you mean {close[0]}?" if close else "ascendit generate --help; all keys: docs/cli.md"
-        near = get_close_matches(unknown[0], KEYS, n=SHOWN_KEYS, cutoff=0) if close else KEYS
-        needs = f"a key of --set, as {', '.join([*dict.fromkeys([*close, *near])][:SHOWN_KEYS])}, .."
-        raise UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
+        raise _unknown_key(unknown, layer, source)
     return {key: _typed(key, value, source) for key, value in layer.items()}
+
+
+def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> UsageError:
+    name, allowed = unknown[0], [*KEYS]
+    value = layer[name] if isinstance(layer[name], str | int | float) else None
+    other = normal(name)
+    key = KEYWORD_OF.get(other)
+    if key is None and hint(name, None, allowed) is None:
+        key = next(iter(get_close_matches(other, KEYS, n=1)), None)
+    if key in KEYS:
+        text = value_for(key, value) or value
+        setting = f"{key} = {text}" if source.startswith("--config") else f"--set {key}={text}"
+        fix = f"{setting} instead of {name}" if value is not None else f"{key} instead of {name}"
+    elif key in SPLIT and value is not None:
+        fix = f"--{key} {value}"
+    else:
+        fix = hint(name, value, allowed) or "ascendit generate --help; all keys are in docs/cli.md"
+    near = get_close_matches(key or name, KEYS, n=SHOWN_KEYS, cutoff=0 if key else 1)
+    needs = f"a key of --set, as {', '.join((near or allowed)[:SHOWN_KEYS])}, .."
+    return UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
 
 
 def _typed(key: str, value: Any, source: str) -> Any:
@@ -322,5 +349,4 @@ def _typed(key: str, value: Any, source: str) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
     except ValueError:  # also pydantic's
-        flag = _FLAGS.get(key, f"--{key.replace('_', '-')}") if source == "flags" else ""
-        raise bad_value(key, value, hint, source, flag) from None
+        raise bad_value(key, value, hint, "" if source == "flags" else source) from None

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ascendit.cli.main import ANY_MODEL, Json, flag
+from ascendit.cli.main import ANY_MODEL, Json, completion, flag
 from ascendit.cli.output import Output
 from ascendit.errors import UsageError
 
 
 def inspect(
     ctx: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="PATH", help=ANY_MODEL)],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=ANY_MODEL, autocompletion=completion("MODEL"))],
     layers: Annotated[
         bool, flag("--layers", "One row per layer and tensor: scheme, shape, bytes, dtypes.")
     ] = False,
@@ -56,7 +56,11 @@ def _check_flags(other: str | None, *, layers: bool, values: bool, report: Path 
     if other is None and values:
         raise UsageError("--values without --diff", needs="two models to compare", fix="add --diff OTHER")
     if other is not None and layers:
-        raise UsageError("--layers and --diff", needs="one of them", fix="omit one; --diff --json lists all")
+        raise UsageError(
+            "--layers and --diff",
+            needs="one of them",
+            fix="omit --layers; --json lists the differences of all layers",
+        )
     if report is not None and not values:
         raise UsageError(
             f"--report {report} without --values",

@@ -43,7 +43,7 @@ def check_latents_file(output: Path, *, overwrite: bool) -> None:
     file = latents_file(output)
     check_name(new_file(file))
     if file.is_dir():
-        fix = f"another name with -o, or move the folder: {shell_line(['mv', str(file), f'{file}.old'])}"
+        fix = f"move the folder: {shell_line(['mv', str(file), f'{file}.old'])}"
         raise UsageError(f"{file} is a folder", needs="a name for the latents", fix=fix, code="E-USE-03")
     if os.path.lexists(file) and not overwrite:
         needs = "a new name; files are overwritten only with --overwrite"

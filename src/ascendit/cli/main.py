@@ -9,15 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from typer.core import TyperGroup
 
 from ascendit.cli.output import Output, report_internal_error, traceback_text
-from ascendit.environment import disable_device_plugins
+from ascendit.environment import accept_click_completion, disable_device_plugins
 from ascendit.errors import (
     AscenditError,
     EnvironmentProblem,
@@ -26,6 +26,7 @@ from ascendit.errors import (
     is_out_of_memory,
     out_of_memory,
 )
+from ascendit.option_text import command_line
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -34,12 +35,58 @@ COMMANDS = {
     "repack": "Convert a checkpoint to another layout.",
     "inspect": "Show the contents of a checkpoint.",
     "verify": "Check the quality of a model's videos.",
+    "models": "List the models with their defaults.",
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
 REPORT_SUFFIXES = (".html", ".json")
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
+
+
+HELP = {"help_option_names": ["-h", "--help"]}
+ALIASES = {"help": "--help", "version": "--version"}
+"""Words that are accepted for a flag, as in `ascendit help generate`."""
+
+
+COMPLETED = frozenset(
+    ("--defaults", "--device", "--emulate", "--fit", "--for", "--preset", "--recipe", "--scheme")
+    + ("--solver", "--text-on", "--to", "MODEL")
+)
+"""Flags, and MODEL, with values that a shell completes."""
+
+
+def values_of(flag: str) -> list[str]:
+    """The values of a flag, or of MODEL, that a shell completes; empty for any other."""
+    from ascendit import family
+    from ascendit.quant import engines, recipe, schemes
+
+    values: dict[str, Callable[[], Iterable[str]]] = {
+        "MODEL": lambda: ["demo", *(spec.hub for spec in family.SPECS.values() if spec.hub != "demo")],
+        "--scheme": lambda: schemes.QUANTIZED,
+        "--recipe": recipe.recipe_names,
+        "--for": lambda: engines.ENGINES,
+        "--to": lambda: ("diffusers", "wan"),
+        "--preset": lambda: family.PRESETS,
+        "--solver": lambda: get_args(family.Solver),
+        "--fit": lambda: ("crop", "pad", "stretch"),
+        "--device": lambda: ("cpu", "cuda", "npu", "twin:a2", "twin:a3", "twin:a5"),
+        "--emulate": lambda: ("decode-on-use", "decode-once"),
+        "--text-on": lambda: ("cpu", "device", "drop"),
+        "--defaults": lambda: ("model", "folder"),
+    }
+    return list(values[flag]()) if flag in values else []
+
+
+def completion(name: str) -> Callable[[str], list[str]] | None:
+    """The function that completes the value of a flag or of MODEL; None: a file, or any text."""
+    if name not in COMPLETED:
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values_of(name) if value.startswith(incomplete)]
+
+    return complete
 
 
 def flag(shown: str, help: str) -> Any:
@@ -49,10 +96,10 @@ def flag(shown: str, help: str) -> Any:
     """
     names = shown.replace(",", "").split()
     metavar = None if names[-1].startswith("-") else names.pop()
-    return typer.Option(*names, metavar=metavar, help=help)
+    return typer.Option(*names, metavar=metavar, help=help, autocompletion=completion(names[-1]))
 
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL)]
+Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL, autocompletion=completion("MODEL"))]
 Target = Annotated[Path, flag("-o, --output DST", "Folder to create.")]
 Engine = Annotated[str | None, flag("--for ENGINE", "Write the files for vllm-omni, sglang or mindie.")]
 Copy = Annotated[bool, flag("--copy", "Copy the other components instead of linking them.")]
@@ -83,7 +130,7 @@ class Group(TyperGroup):
         """The command of this name, or None."""
         if cmd_name not in COMMANDS:
             return None
-        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=HELP)
         single.command(cmd_name)(getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name))
         return typer.main.get_command(single)
 
@@ -95,10 +142,9 @@ class Group(TyperGroup):
 
 app = typer.Typer(
     cls=Group,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"max_content_width": 100},
+    context_settings={"max_content_width": 100, **HELP},
 )
 
 
@@ -109,7 +155,7 @@ def common(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Print decisions with their reasons, and tracebacks.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("-V", "--version", help="Print the version.")] = False,
 ) -> None:
     """Wan video diffusion on Ascend NPUs, CUDA or a plain CPU. Start with: ascendit doctor"""
     if version:
@@ -129,6 +175,7 @@ CLOSED_PIPE = 141
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
+    accept_click_completion()
     try:
         code = _run(argv)
         sys.stdout.flush()
@@ -148,23 +195,29 @@ def _run(argv: Sequence[str] | None) -> int:
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     args = with_report_value(args)
     command = typer.main.get_command(app)
-    try:
-        code = command.main(args, "ascendit", standalone_mode=False, obj=output)
-        error: BaseException | None = KeyboardInterrupt() if code == 130 else None  # typer's, after Ctrl-C
-    except (Exception, KeyboardInterrupt) as e:
-        error = e
-    if error is None:
-        return code or 0
-    if argv is None:  # the process ends
-        from ascendit.cli.interruptions import ignore_ctrl_c
+    with command_line(next((arg for arg in args if arg in COMMANDS), "")):
+        try:
+            code = command.main(args, "ascendit", standalone_mode=False, obj=output)
+            error: BaseException | None = (
+                KeyboardInterrupt() if code == 130 else None
+            )  # typer's, after Ctrl-C
+        except (Exception, KeyboardInterrupt) as e:
+            error = e
+        if error is None:
+            return code or 0
+        if argv is None:  # the process ends
+            from ascendit.cli.interruptions import ignore_ctrl_c
 
-        ignore_ctrl_c()
-    return report_error(error, output, args)
+            ignore_ctrl_c()
+        return report_error(error, output, args)
 
 
 def common_flags(args: list[str]) -> tuple[list[str], Output]:
     """Move `-q` and `-v`, which are allowed anywhere before `--`, to the front, as typer expects."""
     end = args.index("--") if "--" in args else len(args)
+    first = next((n for n, arg in enumerate(args[:end]) if not arg.startswith("-")), end)
+    if first < end and args[first] in ALIASES:
+        args = [*args[:first], *args[first + 1 : end], ALIASES[args[first]], *args[end:]]
     flags = [arg for arg in args[:end] if arg in COMMON]
     names = {COMMON[flag] for flag in flags}
     output = Output(quiet="quiet" in names, verbose="verbose" in names, json="--json" in args[:end])
@@ -218,7 +271,22 @@ def _usage(error: Any, args: Sequence[str]) -> UsageError:
     usage = f"{command} [OPTIONS]" if name else "ascendit COMMAND"
     if ctx:
         usage = " ".join(ctx.get_usage().removeprefix("Usage: ").split())
-    return UsageError(error.format_message(), needs=usage, fix=f"{command} --help")
+    from ascendit.cli.translate import repaired
+
+    group = typer.main.get_command(app)
+    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error):  # type: ignore[attr-defined]
+        needs, fix = hint
+        return UsageError(error.format_message(), needs=needs, fix=fix)
+    return UsageError(error.format_message(), needs=usage, fix=_parameter_fix(error) or f"{command} --help")
+
+
+def _parameter_fix(error: Any) -> str | None:
+    """The fix for an option that is missing or has a bad value."""
+    param = getattr(error, "param", None)
+    if param is None or param.param_type_name != "option":
+        return None
+    flag = f"{param.opts[0]} {param.metavar or ''}".strip()
+    return f"add {flag}" if param.required else f"omit {param.opts[0]}, or {flag} as its help says"
 
 
 def _set_up_log(output: Output) -> None:

@@ -137,7 +137,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a request field such as num_inference_steps, height, width or num_frames",
-            fix="omit it",
+            fix=f"omit --set {wrong[0]}",
         )
     return layer
 
@@ -158,6 +158,6 @@ def _ended_early(view: ProgressView) -> Iterator[None]:
             raise OutOfMemory(
                 "out of memory while the float model ran to calibrate",
                 needs="memory for the unquantized model, with text encoder and VAE",
-                fix="use a --device with more memory, or omit --calibrate",
+                fix="use a device with more memory, or omit --calibrate",
             ) from e
         raise

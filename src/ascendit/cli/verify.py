@@ -73,7 +73,11 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int) -> st
             fix="ascendit verify --demo --adherence",
         )
     if demo == (model is not None):
-        raise UsageError("--demo and a MODEL" if demo else "no model", needs="one of the two", fix="--demo")
+        raise UsageError(
+            "--demo and a MODEL" if demo else "no model",
+            needs="one of the two",
+            fix="omit MODEL" if demo else "--demo",
+        )
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", needs="at least 1 seed", fix="--seeds 2")
     return model or "demo"

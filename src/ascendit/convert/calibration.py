@@ -107,7 +107,7 @@ def mul_scales(
                 f"{applied.expert.name}: {name} {problem}",
                 needs="finite inputs of every quantized layer when the float model runs",
                 fix="check that `ascendit generate` makes a good video with the source; "
-                "--keep excludes the layer from quantization",
+                "--keep PATTERN excludes the layer from quantization",
                 code="E-QNT-01",
             )
         stored = TORCH_DTYPES[applied.dtype(applied.weight(name))]

@@ -47,6 +47,7 @@ from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, St
 from ascendit.convert.report_page import quantize_page
 from ascendit.errors import UsageError
 from ascendit.family import Task
+from ascendit.foreign import checked_keywords
 from ascendit.pages.page import check_report_file, is_page, write_report
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
@@ -68,6 +69,7 @@ FLOAT_RECIPE = "none: float weights in the dtype of the source"
 """Shown as the recipe of a float folder."""
 
 
+@checked_keywords
 @recording()
 def quantize(
     src: Path | str,
@@ -104,7 +106,8 @@ def quantize(
     of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
     with the same arguments. `overwrite`: replace an output of ascendit. `force`: quantize even if a loss of
     accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or .json file.
-    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check.
+    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
+    report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -145,15 +148,15 @@ def quantize(
         flags=[*flags, *(calibrate.flags if calibrate else ())],
     )
     job.check(force)
-    job.check_output(overwrite)
+    job.check_report(overwrite)
     if dry_run:
         return job.report(0.0, dry_run=True, overwrite=overwrite)
     return job.run(resume, on_progress, overwrite)
 
 
 def _recipe_name(recipe: str | None) -> str | None:
-    """A recipe in the record of the run: the name of a TOML file without its folder. Records the file."""
-    if recipe is None or not recipe.endswith(".toml"):
+    """The name for the model card. A file is recorded as a source of the run."""
+    if not recipe or not recipe.endswith(".toml"):
         return recipe
     if Path(recipe).is_file():
         record_source(Path(os.path.abspath(recipe)))
@@ -265,11 +268,8 @@ class QuantizeJob:
             self.calibration = self.calibrate.record(self.layout)
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
-    def check_output(self, overwrite: bool) -> None:
-        """Check report and output folder. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem.
-
-        Without `overwrite`, `Staging` refuses an existing folder.
-        """
+    def check_report(self, overwrite: bool) -> None:
+        """Check report and existing output. Raises UsageError (E-USE-01, -03, -06), EnvironmentProblem."""
         if overwrite:
             check_replaceable(self.dst)
         if (file := self.report_file) is None:
@@ -288,12 +288,11 @@ class QuantizeJob:
         if (file := self.report_file) is None or file.is_relative_to(self.dst) != (staging is not None):
             return
         target = file if staging is None else staging.path / file.relative_to(self.dst)
-        keep = staging.keep if staging else False
         if staging:
             staging.keep = True  # an error of the report loses no weights
         write_report(target, report.as_dict(), lambda: quantize_page(report))
         if staging:
-            staging.keep = keep
+            staging.keep = False
 
     @property
     def folds(self) -> dict[str, Folds]:

@@ -37,6 +37,7 @@ from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.part_output import PartOutput, part_outputs
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import UsageError
+from ascendit.foreign import checked_keywords
 from ascendit.progress import Meter, OnProgress
 from ascendit.report import shell_line
 from ascendit.weights.applied_recipe import stored_warnings
@@ -53,6 +54,7 @@ REWRITE_LABELS = {
 }
 
 
+@checked_keywords
 @recording()
 def repack(
     src: Path | str | Sequence[Path | str],

@@ -28,6 +28,9 @@ class QuantizedLayer(NamedTuple):
     shape: tuple[int, int]
 
 
+DEFAULT_RULES = "omit --set activation_rule for the defaults"
+
+
 def parse_rules(text: str | None) -> dict[str, str]:
     """Parse `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule.
 
@@ -38,12 +41,16 @@ def parse_rules(text: str | None) -> dict[str, str]:
         raise UsageError(
             f"activation_rule {text!r}",
             needs="text such as mxfp8=floor,mxfp4=max:7",
-            fix="omit it for the defaults",
+            fix=DEFAULT_RULES,
         )
     for item in text.split(",") if text else ():
         name, _, rule = item.partition("=")
-        scheme = scheme_of(name.strip())
-        rules[scheme.name] = resolve_rule(lookup(scheme.activation), rule.strip() or "?")
+        try:
+            scheme = scheme_of(name.strip())
+            rules[scheme.name] = resolve_rule(lookup(scheme.activation), rule.strip() or "?")
+        except UsageError as e:
+            e.fix = DEFAULT_RULES
+            raise
     return rules
 
 
@@ -53,7 +60,7 @@ def check_rules(rules: Mapping[str, str], schemes: Collection[str]) -> None:
         raise UsageError(
             f"activation_rule for {', '.join(unused)}, which no layer uses",
             needs=f"rules for {', '.join(sorted(set(schemes) - {'bf16'})) or 'a quantized model'}",
-            fix="omit it, or name a scheme of the model",
+            fix="omit --set activation_rule, or name a scheme of the model",
         )
 
 
@@ -63,7 +70,7 @@ def check_attention(device: Device, attention: str | None, *, reference: bool) -
         raise UsageError(
             f"attention={attention} with {'ops=reference' if reference else f'device {device}'}",
             needs="an NPU or a twin, whose kernels it names",
-            fix="omit attention",
+            fix="omit --set attention",
         )
 
 

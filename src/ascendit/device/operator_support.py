@@ -271,6 +271,6 @@ def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"scheme {scheme} on {device}: the {CHIPS[chip].product} has no matmul for it",
         needs=f"{allowed}; {chip} has {', '.join(native)}",
-        fix="quantize to int8, or use --emulate decode-on-use: the same numbers, slower",
+        fix="--emulate decode-on-use: the same numbers, slower; or quantize to int8",
         code="E-CAP-01",
     )

@@ -47,8 +47,20 @@ PYTHON_LIBRARIES = {
     "numpy": "1.26",
     "pillow": "10.1",
     "av": "13",
+    "tokenizers": "0.22",
+    "accelerate": "1.0",
+    "filelock": "3.13",
+    "ftfy": "6.1",
+    "pydantic": "2.7",
+    "typer": "0.16",
+    "rich": "13.7",
 }
 """Oldest supported versions, the same as in `pyproject.toml`."""
+OPTIONAL_LIBRARIES = {
+    "gguf": ("0.17", "to read GGUF files"),
+    "matplotlib": ("3.8", "for plots in reports"),
+}
+"""Library of an extra -> oldest supported version, use."""
 MEMORY_GIB = 2.0
 DISK_GIB = 1.0
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
@@ -129,6 +141,16 @@ def _libraries() -> list[ProbeRow]:
         fix = f'pip install "{name}>={needed}"'
         row = ProbeRow(label, version or "none", needed=f">= {needed}", status=status, fix=fix, required=True)
         rows.append(row)
+    return rows + _optional_libraries()
+
+
+def _optional_libraries() -> list[ProbeRow]:
+    versions, rows = installed(*OPTIONAL_LIBRARIES), []
+    for name, (needed, use) in OPTIONAL_LIBRARIES.items():
+        version, fix = versions.get(name), f'pip install "{name}>={needed}"'
+        status: Status = "absent" if version is None else "ok" if at_least(version, needed) else "too old"
+        needs = f"optional, >= {needed}, {use}"
+        rows.append(ProbeRow(name, version or "none", needed=needs, status=status, fix=fix))
     return rows
 
 

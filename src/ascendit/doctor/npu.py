@@ -198,7 +198,7 @@ def nodes() -> list[ProbeRow]:
     """The device files, and whether this user can read and write them."""
     row = ProbeRow("NPU device files", "none", needed="read and write", part="npu", status="absent")
     if not (files := cards()):
-        fix = "install the driver; in a container: --device /dev/davinci0 --device /dev/davinci_manager ..."
+        fix = "install the driver; in a container: docker run --device /dev/davinci0 --device .."
         return [replace(row, status="missing" if has_npu_parts() else "absent", fix=fix)]
     shared = [str(DEV / name) for name in SHARED_NODES]
     missing = [p for p in shared if not Path(p).exists()]
@@ -206,7 +206,7 @@ def nodes() -> list[ProbeRow]:
     row = replace(row, detected=f"{len(files)} x {files[0]}", status="ok", data={"cards": files})
     if missing:
         row = replace(row, detected=f"{row.detected}; no {', '.join(missing)}", status="broken")
-        return [replace(row, fix=f"in a container: --device {' --device '.join(missing)}")]
+        return [replace(row, fix=f"in a container: docker run --device {' --device '.join(missing)}")]
     if denied:
         row = replace(row, detected=f"{row.detected}; no access to {', '.join(denied)}", status="broken")
         return [replace(row, fix=f"sudo usermod -aG {_group(denied[0])} $USER, then log in again")]

@@ -14,6 +14,7 @@ from ascendit.checkpoint.transformer import TensorMismatch
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.family import WanSpec, spec_of
+from ascendit.foreign import checked_keywords
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
@@ -22,6 +23,7 @@ from ascendit.pipeline.model_check import check_model
 from ascendit.progress import OnProgress
 
 
+@checked_keywords
 def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | None = None) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 

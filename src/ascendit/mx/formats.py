@@ -219,11 +219,13 @@ def resolve_rule(fmt: Format, rule: str | None) -> str:
     if f"{head}:" in fmt.rules and (_in_limits(value) or (head == "msms:ceil_x" and value == "search")):
         return rule
     low, high = CEIL_X_LIMITS
-    example = f"use a number from {low:g} to {high:g}, as in max:7; msms:ceil_x:search finds the best one"
+    fix = f"omit --scale-rule for {fmt.default_rule}, the default"
+    if any(r.endswith(":") for r in fmt.rules):
+        fix += f"; numbers are from {low:g} to {high:g}, as in max:7; msms:ceil_x:search finds the best one"
     raise UsageError(
         f"scale rule {rule!r} for {fmt.name}",
         needs="one of " + ", ".join(f"{r}<number>" if r.endswith(":") else r for r in fmt.rules),
-        fix=example if any(r.endswith(":") for r in fmt.rules) else f"use {fmt.default_rule}, the default",
+        fix=fix,
     )
 
 

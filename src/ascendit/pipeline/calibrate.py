@@ -303,7 +303,7 @@ def _refuse(got: str) -> NoReturn:
     raise UsageError(
         got,
         needs="a text file with one prompt per line, or the number of demo prompts for the demo model",
-        fix="--calibrate prompts.txt with prompts like those of real use; --calibrate 8 for the demo",
+        fix="--calibrate 8 for the demo; --calibrate FILE with prompts like those of real use",
     )
 
 

@@ -95,7 +95,7 @@ def _flat(frames: Frames) -> QualityError | None:
         got = f"the video is a single colour, rgb({r}, {g}, {b}), in all {len(frames)} frames"
     else:
         return None
-    fix = "try another --seed or more --steps, or accept it with --allow-flat (allow_flat=True)"
+    fix = "try another seed or more steps, or accept it with --allow-flat"
     return QualityError(got, needs="visible content in at least one frame", fix=fix, code="E-OUT-02")
 
 
@@ -114,8 +114,7 @@ def _noise(frames: Frames, latents: Array | None) -> QualityError | None:
                 f"the video is noise: the correlation of neighbouring {name} is {space:.2f} in space and "
                 f"{time:.2f} in time",
                 needs="a picture; noise usually means damaged weights, or a scale that was not applied",
-                fix="check the weights with: ascendit inspect MODEL; or accept the video with --allow-flat "
-                "(allow_flat=True)",
+                fix="check the weights with: ascendit inspect MODEL; or accept the video with --allow-flat",
                 code="E-OUT-04",
             )
     return None

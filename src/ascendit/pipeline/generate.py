@@ -339,7 +339,7 @@ def check_finite(latents: Tensor) -> Tensor:
         raise QualityError(
             f"{bad} of {latents.numel()} latents are not finite",
             needs="finite values; a NaN usually means a damaged or badly quantized weight",
-            fix="check the model with ascendit inspect; try --set dtype=float32 or --set ops=reference",
+            fix="--set dtype=float32 or --set ops=reference; check the model with: ascendit inspect MODEL",
             code="E-OUT-01",
         )
     return latents

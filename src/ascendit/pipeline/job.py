@@ -28,12 +28,13 @@ from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
+from ascendit.foreign import unknown_arguments
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
 from ascendit.pipeline.fit import describe_fit
 from ascendit.pipeline.images import FIELDS, Pictures, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
+from ascendit.pipeline.request import SAVE, GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 from ascendit.weights.lora.fold import lora_report, lora_sources
@@ -253,9 +254,15 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
     while it loads, as `ascendit.quantize` does; `loras` are added to the float weights first. `on_progress`
-    is called with each Progress event. Raises the errors of `prepare_model` before any weight is read, and
+    is called with each Progress event. Raises
+    UsageError (E-USE-01) for an unknown keyword, the errors of `prepare_model` before any weight is read, and
     those of `load.build`.
     """
+    if unknown := {name: options[name] for name in options if name not in LoadOptions.model_fields}:
+        allowed = {*LoadOptions.model_fields, "on_progress"} - {"model"}
+        raise unknown_arguments(
+            "load", unknown, allowed, {"generate": {*GenerateRequest.model_fields}, **SAVE}
+        )
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, mo
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
+from ascendit.foreign import unknown_arguments
 from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import Fit, size_for
@@ -108,7 +109,7 @@ class GenerateRequest(Checked):
     def _as_many_steps_as_timesteps(self) -> Self:
         if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
             got = f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps"
-            raise RequestError(got, needs="as many steps as timesteps", fix="pass only one of them")
+            raise RequestError(got, needs="as many steps as timesteps", fix="omit --steps, or --timesteps")
         return self
 
     @property
@@ -200,7 +201,7 @@ def resolve(
     images = {"image", "last_image"} & set(fields)
     if (fit := fields.get("fit")) in ("pad", "stretch") and not images:
         needs = "an image: fit says how one of another ratio becomes a frame"
-        raise UsageError(f"fit {fit} without an image", needs=needs, fix="--image FILE, or omit --fit")
+        raise UsageError(f"fit {fit} without an image", needs=needs, fix="omit --fit, or add --image FILE")
     if isinstance(fields.get("timesteps"), Iterator):
         fields["timesteps"] = tuple(fields["timesteps"])
     if preset is not None:
@@ -220,15 +221,17 @@ def resolve(
     return request
 
 
+SAVE = {"save": ("metadata", "overwrite")}
+"""The keywords of `Video.save`, for the hints of other functions."""
+
+
 def check_names(fields: Mapping[str, Any]) -> None:
     """Raise UsageError (E-USE-01) for a name that is neither a field of GenerateRequest nor `preset`."""
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
-    if not (unknown := sorted(set(fields) - allowed - {"preset"})):
-        return
-    needs, fix = f"one of {', '.join(sorted(allowed))}", "correct the name"
-    if options := [name for name in unknown if name in LoadOptions.model_fields]:
-        fix = f"{options[0]} is an option of the model: ascendit.load(model, {options[0]}=...)"
-    raise UsageError(f"unknown argument: {', '.join(unknown)}", needs=needs, fix=fix)
+    if unknown := {name: fields[name] for name in sorted(set(fields) - allowed - {"preset"})}:
+        raise unknown_arguments(
+            "generate", unknown, {*allowed, "on_progress"}, {"load": {*LoadOptions.model_fields}, **SAVE}
+        )
 
 
 def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:
@@ -247,7 +250,8 @@ def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:
         raise RequestError(
             f"preset {name} with {defaults.model}",
             needs=f"one of {', '.join(preset.models)}: {preset.weights}",
-            fix=f"for weights of your own, {flags} --guidance 1 --set solver={preset.solver}",
+            fix=f"{flags} --guidance 1 --set solver={preset.solver} instead of --preset {name}, "
+            "for weights of your own",
         )
     return preset.fields
 
@@ -286,7 +290,7 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
     _check_images(request, defaults)
     second = (request.guidance_scale_2, request.boundary_ratio)
     if defaults.num_experts == 1 and second != (None, None):
-        fix = "pass one guidance scale and no boundary"
+        fix = f"--guidance {request.guidance_scale:g}, without --set boundary_ratio"
         raise RequestError("a second guidance scale or a boundary", needs=f"{model} has one expert", fix=fix)
     if defaults.num_experts == 2 and request.boundary_ratio is None:
         needs = "boundary_ratio between 0 and 1 (the folder's model_index.json has no value)"
@@ -302,10 +306,10 @@ def _check_images(request: GenerateRequest, defaults: Defaults) -> None:
         raise RequestError("no image", needs=f"{model} starts from an image", fix=fix, code="E-REQ-04")
     if defaults.task == "t2v" and request.image is not None:
         needs = f"{model} is text-to-video and takes no image"
-        fix = "omit the image, or use an I2V or TI2V model"
+        fix = "omit --image, or use an I2V or TI2V model"
         raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
     if defaults.last_frame == "refused" and last is not None:
-        fix = "omit the last image, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B-720P"
+        fix = "omit --last-image, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B-720P"
         needs = f"{model} takes no last image"
         raise RequestError(f"last image {last}", needs=needs, fix=fix, code="E-REQ-04")
     if defaults.last_frame == "required" and last is None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from ascendit.checkpoint.file_copy import check_writable, nearest_folder, write_error
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.foreign import checked_keywords
 from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, rate_text
 from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
@@ -151,6 +152,7 @@ class Video:
         flags = ["--allow-flat"] if self.warnings else []
         return self.request.replay_line(model, load=self.loaded, flags=flags)
 
+    @checked_keywords
     def save(
         self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False, crf: int | None = None
     ) -> Path:
@@ -330,7 +332,7 @@ def _described(target: OutputTarget) -> Path | None:
 
 def _taken(target: OutputTarget, reason: str) -> UsageError:
     slash = "/" if target.kind == "folder" else ""
-    rule = "a new name; files are overwritten only with --overwrite (overwrite=True)"
+    rule = "a new name; files are overwritten only with --overwrite"
     fix = _option(f"{target.path}{slash}", 1 if target.kind == "png" else 2)
     return UsageError(f"{target.path}{slash} {reason}", needs=rule, fix=fix, code="E-USE-03")
 

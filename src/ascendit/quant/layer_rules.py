@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, StrictBool, ValidationInfo, field_v
 
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.family import Task
+from ascendit.foreign import value_for
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import to_wan
 from ascendit.quant.schemes import SCHEMES
@@ -89,7 +90,7 @@ class LayerRule(Model):
         raise UsageError(
             f"scheme {scheme!r}" + (f" in {info.context}" if info.context else ""),
             needs=f"one of {', '.join(SCHEMES)}",
-            fix="check the spelling",
+            fix=_scheme_fix(scheme, info.context),
         )
 
     @field_validator("scale_rule")
@@ -164,13 +165,23 @@ def wan_attention(name: str) -> str:
     return name.replace("attn1", "self_attn").replace("attn2", "cross_attn")
 
 
+def _scheme_fix(scheme: str, file: object) -> str:
+    name = value_for("scheme", scheme, SCHEMES) or "mxfp8"
+    return f'scheme = "{name}" in this file' if file else f"--scheme {name}"
+
+
+def _keep_fix(pattern: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(pattern, names, n=1)
+    return f"--keep {close[0]}" if close else "omit --keep"
+
+
 def _no_layer(pattern: str, origin: str, names: Sequence[str], fix: str) -> UsageError:
     without_wildcards = re.sub(r"[*?\[\]]+", "", pattern)
     near = difflib.get_close_matches(without_wildcards, names, n=3, cutoff=0.0)
     return UsageError(
         f"pattern {pattern!r} of {origin} matches none of {len(names)} layers",
         needs=f"names of layers of this model, such as {', '.join(near)}",
-        fix=fix,
+        fix=f"{_keep_fix(without_wildcards, names)}; {fix}" if origin == "--keep" else fix,
         code="E-USE-05",
     )
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -182,7 +183,7 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
         raise UsageError(
             f"no recipe {name_or_path!r}" + (f": {e.strerror}" if is_path else ""),
             needs=f"one of {', '.join(recipe_names())}, or the path of a TOML file",
-            fix="check the spelling; the name of a recipe file ends in .toml",
+            fix="correct the path" if is_path else _recipe_fix(name_or_path),
             code="E-USE-02",
         ) from e
     except ValueError as e:  # not TOML, not UTF-8, or an error of pydantic
@@ -193,6 +194,12 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
             needs="a recipe: TOML with [[rules]], each with layers, scheme and scale_rule",
             fix=f"correct the file; {FOLDER / 'ascend-w8a8f8.toml'} is an example",
         ) from e
+
+
+def _recipe_fix(name: str) -> str:
+    close = get_close_matches(name, recipe_names(), n=1)
+    fix = f"--recipe {close[0]}" if close else "--recipe default --scheme mxfp8"
+    return f"{fix}; the name of a recipe file ends in .toml"
 
 
 def _filled(recipe: Recipe, scheme: str | None, scale_rule: str | None) -> tuple[LayerRule, ...]:

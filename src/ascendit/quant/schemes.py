@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ascendit.errors import UsageError
+from ascendit.foreign import value_for
 from ascendit.mx.formats import FORMATS
 
 METHOD = "ascendit"
@@ -208,6 +209,6 @@ def scheme_of(name: str) -> Scheme:
         raise UsageError(
             f"scheme {name!r} for a quantized layer",
             needs=", ".join(LINEAR_SCHEMES),
-            fix="check the spelling; bf16 layers are not quantized",
+            fix=f"--scheme {value_for('scheme', name, LINEAR_SCHEMES) or 'mxfp8'}",
         )
     return LINEAR_SCHEMES[name]

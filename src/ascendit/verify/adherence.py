@@ -73,7 +73,7 @@ def adherence_error(result: Adherence) -> QualityError | None:
     return QualityError(
         f"prompt adherence is below its limit: {', '.join(shares)}",
         needs=", ".join(f"{TITLES[key]} at least {limit:.0%}" for key, limit in LIMITS.items()),
-        fix="see the failures in --report FILE; check the weights with ascendit inspect",
+        fix="see the failures in --report FILE; check the weights with: ascendit inspect MODEL",
         code="E-OUT-03",
     )
 

@@ -217,7 +217,7 @@ def _check_layer(applied: AppliedRecipe, layer: LayerScheme) -> None:
         raise UsageError(
             f"{layer.name} is float64",
             needs="weights in BF16, float16 or float32",
-            fix='add round_to = "bf16" to the recipe; instead of --scheme, pass --recipe a file with it',
+            fix='add round_to = "bf16" to the recipe; and pass this file as the recipe, without --scheme',
             code="E-QNT-01",
         )
     if (layer.scale_rule or "").startswith("msms:") and dtype == "F16":

@@ -125,7 +125,7 @@ def test_unsupported_heads_of_the_infer_kernel_are_refused(head, dtype):
         pytest.raises(UsageError, match=f"head size {head} in {str(dtype)[6:]}") as e,
     ):
         bind("twin:a5", attention="fused_infer").attention(q, q, q)
-    assert e.value.fix == "use --set attention=fusion, which supports it"
+    assert e.value.fix == 'use attention="fusion", which supports it'
     assert not {n for n in recorder.launched if n.startswith("npu_")}
 
 

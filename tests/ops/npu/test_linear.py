@@ -134,7 +134,7 @@ def test_int8_in_tiles_supports_only_bfloat16():
 def test_float32_activations_are_refused():
     with pytest.raises(UsageError, match="an activation in float32 for int8") as e:
         bind("twin:a5").quantized.quantize_activation(torch.randn(4, 64), "int8")
-    assert e.value.fix == "--set dtype=bfloat16"
+    assert e.value.fix == 'dtype="bfloat16"'
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4", "mxfp4_dualscale"])

@@ -111,8 +111,7 @@ def _to_nz(qdata: Tensor, internal_format: Callable[[], AbstractContextManager[A
         raise EnvironmentProblem(
             f"npu_format_cast of a weight {tuple(qdata.shape)} returned format {layout}",
             needs="format 29 (FRACTAL_NZ)",
-            fix="check with ascendit doctor that torch_npu and CANN match; without nz only mxfp4_dualscale"
-            " needs this format",
+            fix="nz=False: only mxfp4_dualscale needs this format; if it does, run ascendit doctor",
             code="E-CAP-01",
         )
     return cast

@@ -1,0 +1,100 @@
+"""Command lines of other tools: the correction that is shown parses, and means the same."""
+
+from __future__ import annotations
+
+import shlex
+
+import fix_lines
+import pytest
+
+from ascendit.cli import main as cli
+from ascendit.cli.translate import options_of, translate
+
+LINES = [
+    (  # generate.py of Wan2.2
+        "generate --task t2v-A14B --size 1280*720 --ckpt_dir ./Wan2.2-T2V-A14B --offload_model True "
+        '--convert_model_dtype --prompt "Two cats" --base_seed 42 --sample_steps 8 --sample_shift 12 '
+        "--sample_solver "
+        "unipc --frame_num 81 --t5_cpu --save_file a.mp4 --sample_guide_scale 4 --ulysses_size 8 "
+        "--dit_fsdp",
+        "ascendit generate ./Wan2.2-T2V-A14B 'Two cats' --size 1280x720 --seed 42 --steps 8 --shift "
+        "12 --solver unipc "
+        "--frames 81 --text-on cpu -o a.mp4 --guidance 4",
+    ),
+    (  # SGLang
+        "generate --model-path Wan-AI/x --prompt 'A cat' --num-inference-steps 8 --guidance-scale 4 "
+        "--seed 1024 "
+        "--num-frames 17 --text-encoder-cpu-offload --pin-cpu-memory --num-gpus 4 --ulysses-degree=4 "
+        "--save-output "
+        "--output-path out/ --width 832 --height 480 --negative-prompt blur --flow-shift 3 "
+        "--enable-teacache",
+        "ascendit generate Wan-AI/x 'A cat' --steps 8 --guidance 4 --seed 1024 --frames 17 --text-on "
+        "cpu -o out/ "
+        "--negative blur --shift 3 --size 832x480",
+    ),
+    (  # Diffusers' names, LightX2V's
+        "generate --demo 'a cat' --num_inference_steps=8 --torch_dtype bf16 --infer_steps 4 --dtype "
+        "torch.float16",
+        "ascendit generate 'a cat' --demo --steps 8 --set dtype=bfloat16 --steps 4 --set dtype=float16",
+    ),
+    (  # ComfyUI's names
+        "generate --demo 'a cat' --cfg 5 --sampler_name dpmpp_2m --noise_seed 3 --denoise 1.0 --batch_size 2",
+        "ascendit generate 'a cat' --demo --guidance 5 --solver dpm++ --seed 3",
+    ),
+    (  # vLLM-Omni
+        "generate --model demo --prompt cat --boundary-ratio 0.9 --fps 8 --vae-use-tiling "
+        "--cfg-parallel-size 2",
+        "ascendit generate demo cat --set boundary_ratio=0.9 --fps 8",
+    ),
+    (  # msModelSlim
+        "quantize --model_path demo --save_path out --quant_type w8a8_mxfp8 --model_type Wan2.2 "
+        "--trust_remote_code True --device_type npu",
+        "ascendit quantize demo -o out --scheme mxfp8 --device npu",
+    ),
+    (
+        "quantize demo --mlx-path out --q-mode mxfp8 --q-bits 8",
+        "ascendit quantize demo -o out --scheme mxfp8",
+    ),
+    ("convert demo -o out", "ascendit repack demo -o out"),
+    ("info demo --json", "ascendit inspect demo --json"),
+    ("run demo 'a cat' --steps 3", "ascendit generate demo 'a cat' --steps 3"),
+    ("plan demo cat", "ascendit generate demo cat --dry-run"),
+    ("env", "ascendit doctor"),
+    ("generate --demo '-a cat' --seed 3", "ascendit generate --demo --seed 3 -- '-a cat'"),
+    ("generate --demo cat --stepz 3", "ascendit generate cat --demo --steps 3"),
+    ("generate --prompt cat --seed 3 --task t2v", "ascendit generate MODEL cat --seed 3"),
+    ("inspect demo --layer", "ascendit inspect demo --layers"),
+]
+
+
+@pytest.mark.parametrize(("line", "corrected"), LINES, ids=[line.split()[0] for line, _ in LINES])
+def test_a_line_of_another_tool_is_corrected(run, line, corrected):
+    ended = run(*shlex.split(line))
+    fix = ended.json["error"]["try"] if "--json" in line else ended.err.partition("  try    ")[2].strip()
+    assert (ended.code, fix) == (2, corrected)
+    assert list(fix_lines.problems(fix)) == []
+
+
+def test_each_note_says_what_a_flag_is(run):
+    ended = run("generate", "--demo", "x", "--num_inference_steps", "8", "--width=64", "--task", "t2v")
+    needs = ended.err.splitlines()[1]
+    assert "--num_inference_steps 8 is --steps 8 here" in needs and "part of --size" in needs
+    assert "--task: the folder of the model says its task" in needs
+
+
+def test_an_unknown_flag_without_a_translation_gets_the_help(run):
+    ended = run("generate", "--demo", "x", "--qwertz", "8")
+    assert ended.err.splitlines()[-1] == "  try    ascendit generate --help"
+
+
+def test_a_seed_of_minus_one_is_omitted(run):
+    ended = run("generate", "--demo", "x", "--seed", "-1")
+    assert ended.code == 2 and ended.err.endswith("try    omit --seed for a random one\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_flags_of_ascendit_stay_as_they_are(name):
+    options = options_of(fix_lines.command(name))
+    for flag, has_value in options.items():
+        args = [flag, *(["1"] if has_value else [])]
+        assert translate(["a", *args], name, options).args() == ["a", *args]

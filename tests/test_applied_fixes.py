@@ -1,0 +1,219 @@
+"""The `try` line of an error, applied to the call as it says, removes the error."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ascendit.cli import main as cli
+from ascendit.errors import AscenditError, EnvironmentProblem
+from ascendit.option_text import command_line
+
+DEMO = ("generate", "--demo", "a red circle", "--dry-run")
+CASES = """
+generate --scheme w8a8
+generate --scheme MXFP8
+generate --scheme mxpf4
+generate --scheme W4A4_MXFP4
+generate --size 480p
+generate --size 65x64
+generate --frames 16
+generate --seconds 0
+generate --guidance x
+generate --guidance 1,2,3
+generate --guidance -1
+generate --seed -1
+generate --steps 0
+generate --steps 5000
+generate --solver eulr
+generate --solver uni_pc
+generate --set solver=dpm
+generate --set steps=3
+generate --set cfg=3
+generate --set torch_dtype=bf16
+generate --set dtype=bf16
+generate --set dtype=int8
+generate --set vae_dtype=fp16
+generate --set vae_dtype=bf16
+generate --set boundary_ratio=2
+generate --set boundary_ratio=x
+generate --set guidance_scale_2=x
+generate --set schedule=oficial
+generate --set ops=fast
+generate --set attention=flash
+generate --set nz=perhaps
+generate --set width=x
+generate --set num_frames=x
+generate --set sampler
+generate --set nosuch=3
+generate --set activation_rule=x
+generate --set keep=nosuch --scheme mxfp8
+generate --set keep=blocks.0.*
+generate --set max_sequence_length=9000
+generate --preset lightnin
+generate --preset lightning
+generate --device gpu
+generate --device cuda:99
+generate --device npu:0
+generate --device twin:a9
+generate --device twin:a2 --scheme mxfp8
+generate --emulate yes
+generate --text-on gpu
+generate --defaults mine
+generate --max-memory much
+generate --step-policy 0:w4a4
+generate --step-policy garbage
+generate --step-policy 0:w4a4 --scheme int8
+generate --step-policy 99:w4a4 --scheme mxfp4
+generate --image IMAGE
+generate --last-image IMAGE
+generate --fit pad
+generate --timesteps x
+generate --timesteps 1000,500 --steps 4
+generate --timesteps 500,1000
+generate --fps 0
+generate --shift 0
+generate --recipe nosuch
+generate --recipe recommended-fp5
+generate --scheme int8 --recipe ascend-w8a8f8
+generate --frames 17 --seconds 2
+generate -o out.xyz
+generate -o EXISTING.mp4
+generate -o out.gif --fps 60
+generate --num_inference_steps 8
+generate --width 64 --height 64
+generate --dtype bf16 --cfg 5
+generate --task t2v-A14B --offload_model True
+generate --stepz 3
+generate --steps x
+quantize demo -o DST
+quantize demo -o DST --scheme w8a8
+quantize demo -o DST --scheme W8A8_MXFP8
+quantize demo -o DST --scheme mxfp88
+quantize demo -o DST --recipe nosuch
+quantize demo -o DST --recipe ascend-w8a8
+quantize demo -o DST --scheme mxfp8 --scale-rule bad
+quantize demo -o DST --scheme mxfp8 --keep nosuch.*
+quantize demo -o DST --scheme mxfp8 --keep blocks.0.atn1.*
+quantize demo -o DST --scheme mxfp8 --for tensorrt
+quantize demo -o DST --scheme int8_block --for sglang
+quantize demo -o DST --scheme mxfp8 --alpha 0.5
+quantize demo -o DST --scheme mxfp8 --device cuda
+quantize demo -o DST --scheme mxfp8 --calibrate 2 --alpha 3
+quantize demo -o DST --scheme mxfp8 --calibrate 0
+quantize demo -o DST --scheme mxfp8 --calibrate 2 --set metadata=false
+quantize demo -o DST --quant_type w8a8
+quantize demo --scheme mxfp8
+repack demo -o DST --to comfy
+repack demo -o DST --to wan --for sglang
+repack demo -o DST --for nosuch
+inspect demo --values
+inspect demo --layers --diff demo
+run demo hello
+info demo
+""".strip().splitlines()
+PROSE = ("correct the", "copy ", "download", "check ", "convert it", "pip install")
+"""Fixes that are work outside a command line."""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], AscenditError | None]:
+    """Run a command that writes nothing; return its error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EXISTING").mkdir()
+    (tmp_path / "EXISTING" / "x").touch()
+    (tmp_path / "EXISTING.mp4").touch()
+    Image.new("RGB", (64, 64)).save(tmp_path / "IMAGE", "png")
+    errors: list[BaseException] = []
+
+    def report(error: BaseException, output: Any, args: Any = ()) -> int:
+        error = cli._usage(error, args) if hasattr(error, "format_message") else error
+        errors.append(error)
+        return 1
+
+    monkeypatch.setattr(cli, "report_error", report)
+
+    def call(args: list[str]) -> AscenditError | None:
+        errors.clear()
+        cli.main(args)
+        if not errors:
+            return None
+        assert isinstance(errors[0], AscenditError), errors
+        return errors[0]
+
+    return call
+
+
+def texts(error: AscenditError, command: str) -> tuple[str, str]:
+    with command_line(command):
+        return error.got, error.fix
+
+
+def applied(args: list[str], fix: str) -> list[str] | None:
+    """The call with its fix; None for a fix that is not a change of the call."""
+    fix = re.split(
+        r";? correct|; |,? or (?=(?:--|-o|omit|add|ascendit|another|remove|use|exclude|an? ))", fix
+    )[0]
+    fix = re.sub(r",? (?:which|so that|where|with the).*", "", fix)
+    if fix.startswith(PROSE):
+        return None
+    if match := re.search(r"(?:^|: )(ascendit .*)", fix):
+        return shlex.split(match[1].replace("MODEL", "demo"))[1:]
+    words, call = re.findall(r"\"[^\"]*\"|\S+", fix), list(args)
+    if match := re.search(r" instead of ([^\s,]+)", fix):
+        drop(call, *((match[1], "") if match[1].startswith("--") else ("--set", match[1])))
+        words = words[: words.index("instead")]
+    omit = False
+    for n, word in enumerate(words):
+        omit = omit or word in ("omit", "without")
+        omit = omit and word not in ("add", "use")
+        following = words[n + 1] if n + 1 < len(words) else ""
+        word = word.rstrip(";,:")
+        if not re.match(r"--[a-z]|-o$", word):
+            continue
+        if omit:
+            drop(call, word, following if word == "--set" else "")
+        else:
+            drop(call, word, following.partition("=")[0] if word == "--set" else "")
+            value = following.rstrip(",:").strip('"').replace("OTHER", "demo").replace("DST", "out")
+            call += [word] if not value or value.startswith("-") else [word, value]
+    return call
+
+
+def drop(args: list[str], flag: str, key: str = "") -> None:
+    while flag in args:
+        n = next((i for i, arg in enumerate(args) if arg == flag and args[i + 1].startswith(key)), None)
+        if n is None:
+            return
+        has_value = n + 1 < len(args) and not re.match(r"--?[a-z]", args[n + 1])
+        del args[n : n + 2 if has_value else n + 1]
+        if key:
+            return
+
+
+def full(case: str) -> list[str]:
+    command, *flags = shlex.split(case)
+    if command == "generate":
+        return [*DEMO, *flags]
+    return [command, *flags, *(["--dry-run"] if command in ("quantize", "repack", "run") else [])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_fix_removes_the_error(case: str, run: Callable[[list[str]], AscenditError | None]) -> None:
+    args = full(case)
+    error = run(args)
+    assert error is not None, "no error"
+    got, fix = texts(error, args[0])
+    call = applied(args, fix)
+    if call is None and isinstance(error, EnvironmentProblem):
+        return  # a library to install
+    assert call is not None and call != args, f"{got} | {fix}"
+    again = run(call)
+    if again is not None and not isinstance(again, EnvironmentProblem):
+        raise AssertionError(f"{got} | {fix} | {shlex.join(call)} | {texts(again, call[0])}")
