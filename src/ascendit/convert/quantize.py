@@ -106,8 +106,7 @@ def quantize(
     of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
     with the same arguments. `overwrite`: replace an output of ascendit. `force`: quantize even if a loss of
     accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or .json file.
-    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
-    report.
+    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
