@@ -106,8 +106,7 @@ def quantize(
     of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
     with the same arguments. `overwrite`: replace an output of ascendit. `force`: quantize even if a loss of
     accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or .json file.
-    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check and
-    report.
+    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -269,7 +268,7 @@ class QuantizeJob:
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
     def check_report(self, overwrite: bool) -> None:
-        """Check the name of the report. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem."""
+        """Check report and existing output. Raises UsageError (E-USE-01, -03, -06), EnvironmentProblem."""
         if overwrite:
             check_replaceable(self.dst)
         if (file := self.report_file) is None:
@@ -288,7 +287,11 @@ class QuantizeJob:
         if (file := self.report_file) is None or file.is_relative_to(self.dst) != (staging is not None):
             return
         target = file if staging is None else staging.path / file.relative_to(self.dst)
+        if staging:
+            staging.keep = True  # an error of the report loses no weights
         write_report(target, report.as_dict(), lambda: quantize_page(report))
+        if staging:
+            staging.keep = False
 
     @property
     def folds(self) -> dict[str, Folds]:
