@@ -241,7 +241,9 @@ def test_stored_quantized_layers_are_refused(cascade: Path, files: dict[str, Pat
     ascendit.quantize(cascade, tmp_path / "int8", scheme="int8")
     error = refused("E-QNT-03", tmp_path / "int8", loras=texts(["low={style}:0.5"], files))
     assert f"{tmp_path / 'int8' / 'transformer_2'}, which is stored quantized (int8)" in error.got
-    assert f"--scheme int8 --lora transformer_2={files['style']}:0.5" in error.fix
+    assert f"--scheme int8 and --lora transformer_2={files['style']}:0.5;" in error.fix
+    error = refused("E-QNT-03", tmp_path / "int8", loras=texts(CASES["everything"], files))
+    assert "--scheme int8 and the same LoRA files;" in error.fix
     refused("E-QNT-01", tmp_path / "int8", scheme="bf16", loras=texts(["{style}"], files))
 
 
