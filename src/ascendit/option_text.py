@@ -27,6 +27,7 @@ KEYWORDS = {
     "--keep": "keep",
     "--last-image": "last_image",
     "--lora": "loras",
+    "--lora-skip": "lora_skip",
     "--max-memory": "max_memory",
     "--negative": "negative_prompt",
     "--preset": "preset",
@@ -74,7 +75,7 @@ COMMAND_LINE_ONLY = frozenset(
     " --out --quality --quiet --report --seconds --seeds --self-check --verbose --version".split()
 )
 """Flags that Python has no keyword for; they stay in the text."""
-_LISTS = ("keep", "loras")
+_LISTS = ("keep", "loras", "lora_skip")
 _PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _FREE = frozenset("--base --image --keep --last-image --lora --negative".split())
