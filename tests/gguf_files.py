@@ -92,3 +92,9 @@ def write_model(
         values[key] = decoded(tensors[key][0], kind).reshape(weight.shape)
     write(path, tensors, arch=arch)
     return values
+
+
+def llama_cpp_name(name: str) -> str:
+    """The name in llama.cpp of a tensor of transformers' encoder."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 24)
+    return f"{names.get_name(name.removesuffix('.weight'))}.weight"

@@ -296,7 +296,7 @@ def test_other_versions_and_alignments_are_read(tmp_path: Path) -> None:
 def test_every_truncation_is_refused(valid, tmp_path: Path) -> None:
     data = valid[0].read_bytes()
     end = max(info.end for info in read_header(valid[0]).values())
-    for length in [*range(4, 700, 7), *range(700, end, 997), end - 1]:
+    for length in [*range(4, 700, 13), *range(700, end, 997), end - 1]:
         assert refusal(tmp_path / "x.gguf", data[:length]).code == "E-CKP-02", length
 
 
@@ -309,7 +309,7 @@ def parsed(data: bytes, path: Path = Path("x.gguf")) -> str:
     return "ok"
 
 
-@settings(max_examples=200, deadline=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, 800), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4)
 )
@@ -321,7 +321,7 @@ def test_random_edits_of_the_header_never_raise_another_error(valid, edits) -> N
 
 
 def test_a_header_of_many_small_parts_is_read_in_bounded_time() -> None:
-    texts = number(STRING) + number(200_000, "Q") + text("") * 200_000
+    texts = number(STRING) + number(100_000, "Q") + text("") * 100_000
     entries = (entry("tokens", ARRAY, texts), *(entry(f"k{i}", U8, b"1") for i in range(20_000)))
     start = time.process_time()
     assert parsed(raw(tensor(), metadata=entries)) == "ok"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import gguf_files
 import pytest
 import tiny
@@ -22,17 +21,11 @@ from ascendit.model.library_component import load_library_part
 BLOCKS = 13
 
 
-def llama_cpp_name(name: str) -> str:
-    """The name in llama.cpp of a tensor of transformers' encoder."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, BLOCKS)
-    return f"{names.get_name(name.removesuffix('.weight'))}.weight"
-
-
 @pytest.mark.parametrize("gated", [True, False])
 def test_all_names_of_an_encoder(gated: bool) -> None:
     config = TextEncoderConfig(num_layers=BLOCKS, feed_forward_proj="gated-gelu" if gated else "relu")
     ours = text_encoder_tensors(config)
-    theirs = {llama_cpp_name(name): name for name in ours}
+    theirs = {gguf_files.llama_cpp_name(name): name for name in ours}
     assert len(theirs) == len(ours) and llama_cpp_names(theirs) == theirs
     assert recognise_part(theirs) == "text_encoder"
 
@@ -56,11 +49,11 @@ def encoder(tmp_path: Path) -> tuple[Part, dict[str, torch.Tensor], torch.nn.Mod
     weights = {n: w for n, w in model.state_dict().items() if n != "encoder.embed_tokens.weight"}
     values = gguf_files.write_model(
         tmp_path / "umt5-Q8_0.gguf",
-        {llama_cpp_name(name): weight for name, weight in weights.items()},
+        {gguf_files.llama_cpp_name(name): weight for name, weight in weights.items()},
         "Q8_0",
         arch="t5encoder",
     )
-    stored = {name: values[llama_cpp_name(name)] for name in weights}
+    stored = {name: values[gguf_files.llama_cpp_name(name)] for name in weights}
     assert {str(value.dtype) for value in stored.values()} == {"torch.bfloat16", "torch.float32"}
     tied = {"encoder.embed_tokens.weight": stored["shared.weight"]}
     model.load_state_dict({name: value.float() for name, value in (stored | tied).items()})
@@ -83,7 +76,9 @@ def test_a_text_encoder_has_the_embeddings_of_the_decoded_weights(encoder) -> No
 def test_a_missing_tensor_is_named(encoder) -> None:
     part, stored, _ = encoder
     left = {
-        llama_cpp_name(name): value for name, value in stored.items() if "layer.0.SelfAttention.q" not in name
+        gguf_files.llama_cpp_name(name): value
+        for name, value in stored.items()
+        if "layer.0.SelfAttention.q" not in name
     }
     gguf_files.write_model(part.path / "umt5-Q8_0.gguf", left, "Q8_0", arch="t5encoder")
     with pytest.raises(CheckpointError) as e:

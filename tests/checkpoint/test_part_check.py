@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from checkpoint.test_part_tensors import CLIP_H, UMT5_XXL, WAN21_VAE, WAN22_VAE
 from safetensors.torch import load_file, save_file
+from wan_files import umt5_name, vae_name
 
 from ascendit.checkpoint import tokenizer_check
 from ascendit.checkpoint.layout import recognise
@@ -29,12 +31,14 @@ from ascendit.checkpoint.part_configs import (
     TokenMapConfig,
     TransformerConfig,
 )
+from ascendit.checkpoint.part_tensors import autoencoder_tensors, image_encoder_tensors, text_encoder_tensors
 from ascendit.errors import CheckpointError
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.pipeline.job import load, prepare_model
 from ascendit.pipeline.options import LoadOptions
 
 FILE = Path("some/config.json")
+UMT5, VAE, CLIP = "text_encoder", "vae", "image_encoder"
 INF, NAN = float("inf"), float("nan")
 NOT_COUNTS: tuple[Any, ...] = (True, "1", 1.0, 0, -1, 2**31, 10**400, None, [], {}, NAN, INF)
 """Values that are no size; a number and null are valid in some keys."""
@@ -361,3 +365,51 @@ def test_deep_nesting(copy: Path) -> None:
                 recognise(copy)
             assert e.value.code == "E-CKP-06"
         file.write_text(content)
+
+
+# ---- single files -------------------------------------------------------------------------------
+
+
+def empty_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """A sparse safetensors file of BF16 zeros."""
+    header, position = {}, 0
+    for name, shape in shapes.items():
+        end = position + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + position)
+    return path
+
+
+SINGLE = {
+    "umt5": (UMT5, text_encoder_tensors(TextEncoderConfig(**UMT5_XXL)), umt5_name),
+    "vae of Wan2.1": (VAE, autoencoder_tensors(AutoencoderConfig(**WAN21_VAE)), None),
+    "vae of Wan2.2": (
+        VAE,
+        autoencoder_tensors(AutoencoderConfig(**WAN22_VAE)),
+        lambda n: vae_name(n, WAN22_VAE),
+    ),
+    "clip": (CLIP, image_encoder_tensors(ImageEncoderConfig(**CLIP_H)), None),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_file_is_compared_with_the_published_model(name: str, tmp_path: Path) -> None:
+    part, shapes, rename = SINGLE[name]
+    shapes = {rename(key): shape for key, shape in shapes.items()} if rename else dict(shapes)
+    layout = recognise(empty_file(tmp_path / "x.safetensors", shapes))
+    assert list(layout.parts) == [part] and check_part(layout.part(part)) is not None
+    shapes.popitem()
+    empty_file(tmp_path / "x.safetensors", shapes)
+    with pytest.raises(CheckpointError, match="missing keys") as e:
+        check_part(layout.part(part))
+    assert e.value.code == "E-CKP-04"
+    empty_file(
+        tmp_path / "x.safetensors", {key: tuple(2 * n for n in shape) for key, shape in shapes.items()}
+    )
+    with pytest.raises(CheckpointError, match="sizes of no published") as e:
+        check_part(layout.part(part))
+    assert e.value.code == "E-CKP-06" and "--base MODEL" in e.value.fix

@@ -79,6 +79,8 @@ FILES: dict[str, tuple[str | None, Callable[[], list[str]]]] = {
     "umt5 tied": ("text_encoder", lambda: [*list(UMT5)[1:], "encoder.embed_tokens.weight"]),
     "umt5 wan": ("text_encoder", lambda: [umt5_name(name) for name in UMT5]),
     "umt5 comfy": ("text_encoder", lambda: [*UMT5, "spiece_model", "scaled_fp8"]),
+    "umt5 prefix": ("text_encoder", lambda: [f"model.{umt5_name(name)}" for name in UMT5]),
+    "vae prefix": ("vae", lambda: [f"first_stage_model.{name}" for name in VAES[0]]),
     "vae": ("vae", lambda: list(VAES[0])),
     "vae 2.2": ("vae", lambda: list(VAES[1])),
     "vae wan": ("vae", lambda: [vae_name(name, WAN21_VAE | {"is_residual": False}) for name in VAES[0]]),

@@ -16,6 +16,7 @@ from owned import INPUTS, REFUSED, Owned
 from safetensors.torch import load_file, save_file
 from stored import read, refused
 
+from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import check_part
 from ascendit.checkpoint.reader import RowReader
@@ -25,6 +26,8 @@ from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.inspect.checkpoint import inspect
 from ascendit.model.library_component import load_library_part
+from ascendit.model.loader import load_expert
+from ascendit.ops.operators import bind
 from ascendit.weights.decoded_rows import layer_rows, tensor_rows
 
 
@@ -67,6 +70,7 @@ def test_refused(tmp_path: Path, name: str) -> None:
     assert text in refused(make().write(tmp_path / "wan.safetensors"), code)
 
 
+DEMO = recognise(model_folder("demo"))
 SCALES = {"NaN": float("nan"), "infinite": float("inf"), "zero": 0.0, "negative": -0.5}
 
 
@@ -137,9 +141,9 @@ def test_the_command_that_drops_the_rest_of_a_training_checkpoint(
 
 
 @pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant"])
-def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> None:
+def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
     """The loaded encoder has exactly the values of the oracle; its embedding is plain fp8."""
-    tensors = load_file(tiny_t2v_single / "text_encoder" / "model.safetensors")
+    tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
     stored: dict[str, torch.Tensor] = {"spiece_model": torch.zeros(9, dtype=torch.uint8)}
     expected = dict(tensors)
     for name, tensor in tensors.items():
@@ -157,9 +161,9 @@ def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> Non
             elif kind == "comfy_quant" and not table:
                 entry = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
                 stored |= {f"{layer}.weight_scale": factor, f"{layer}.comfy_quant": entry}
-    shutil.copytree(tiny_t2v_single / "text_encoder", folder := tmp_path / "text_encoder")
+    shutil.copytree(DEMO.root / "text_encoder", folder := tmp_path / "text_encoder")
     save_file(stored, folder / "model.safetensors")
-    part = replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder)
+    part = replace(DEMO.part("text_encoder"), path=folder)
     shards = check_part(part)
     kinds = {"scaled": "comfy-scaled-fp8", "comfy_quant": "comfy-quant-fp8"}
     assert shards is not None and shards.kinds == (kinds.get(kind, "fp8"),)
@@ -168,24 +172,49 @@ def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> Non
         assert torch.equal(state[name], tensor.float()), name
 
 
-def test_a_vae_in_plain_fp8(tmp_path: Path, tiny_t2v_single: Path) -> None:
-    tensors = load_file(tiny_t2v_single / "vae" / owned.WEIGHTS)
+def test_a_vae_in_plain_fp8(tmp_path: Path) -> None:
+    tensors = load_file(DEMO.root / "vae" / owned.WEIGHTS)
     stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
-    shutil.copytree(tiny_t2v_single / "vae", folder := tmp_path / "vae")
+    shutil.copytree(DEMO.root / "vae", folder := tmp_path / "vae")
     save_file(stored, folder / owned.WEIGHTS)
-    part = replace(recognise(tiny_t2v_single).part("vae"), path=folder)
+    part = replace(DEMO.part("vae"), path=folder)
     shards = check_part(part)
     assert shards is not None and shards.kinds == ("fp8",)
     state = load_library_part(part, shards, torch.float32).state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
 
 
-def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path, tiny_t2v_single: Path) -> None:
-    tensors = load_file(tiny_t2v_single / "text_encoder" / "model.safetensors")
-    shutil.copytree(tiny_t2v_single / "text_encoder", folder := tmp_path / "text_encoder")
+def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
+    shutil.copytree(DEMO.root / "text_encoder", folder := tmp_path / "text_encoder")
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     tensors |= {name: tensors[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(32)}
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="bitsandbytes") as e:
-        check_part(replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder))
+        check_part(replace(DEMO.part("text_encoder"), path=folder))
     assert e.value.code == "E-CKP-04" and e.value.fix == "use the text_encoder of the BF16 model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INPUTS)
+def test_repack_quantize_and_load(tmp_path: Path, name: str) -> None:
+    """Each verb gives the same as the oracle's values in a float folder."""
+    file = INPUTS[name]()
+    file.config = owned.CONFIG
+    source = file.write(tmp_path / "in" / "wan.safetensors")
+    repack(source, tmp_path / "r", check=True)
+    written = values(read(tmp_path / "r"))
+    assert written.keys() == file.values.keys()
+    assert all(torch.equal(written[n], tensor.float()) for n, tensor in file.values.items())
+    model = load_expert(read(source), None, bind("cpu"), dtype=torch.float32)
+    for parameter, tensor in model.named_parameters():
+        if parameter.removesuffix(".weight") not in file.schemes and parameter in file.values:
+            assert torch.equal(tensor, file.values[parameter].float()), parameter
+    if not file.schemes:
+        floats = Owned(file.values, file.values, (), config=owned.CONFIG)
+        floats.write(tmp_path / "floats" / owned.WEIGHTS)
+        quantize(source, tmp_path / "a", scheme="int8")
+        quantize(tmp_path / "floats", tmp_path / "b", scheme="int8")
+        one, other = (load_file(tmp_path / x / "transformer" / owned.WEIGHTS) for x in "ab")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[n], other[n]) for n in one)

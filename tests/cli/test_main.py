@@ -112,6 +112,7 @@ HIDDEN = {
         "--shift",
         "--solver",
         "--timesteps",
+        "--part",
         "--defaults",
         "--text-on",
         "--lora-skip",

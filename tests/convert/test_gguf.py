@@ -7,12 +7,14 @@ from typing import Any
 
 import gguf_files
 import pytest
+import tiny
 import torch
 from convert import models
 from safetensors.torch import load_file, save_file
 from stored import load_transformer
 from torch import Tensor
 
+import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
@@ -59,7 +61,7 @@ def slow(*values: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "prefix"),
     [
-        *[("Q4_K", "model.diffusion_model."), ("BF16", ""), slow("Q8_0", ""), slow("Q4_0", "")],
+        *[("Q4_K", "model.diffusion_model."), slow("BF16", ""), slow("Q8_0", ""), slow("Q4_0", "")],
         *[slow("Q5_K", ""), slow("Q6_K", "diffusion_model."), slow("F16", ""), slow("F32", "")],
         *[slow(kind, "") for kind in ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL")],
     ],
@@ -115,3 +117,26 @@ def test_a_file_without_the_3d_convolution_is_refused_by_its_name(tmp_path: Path
         repack(tmp_path / "wan.gguf", tmp_path / "out")
     assert e.value.code == "E-CKP-04" and "GGUF" in e.value.got
     assert e.value.got.endswith("1 missing (patch_embedding.weight)") and "fix_5d_tensors" in e.value.fix
+
+
+@pytest.mark.slow
+def test_two_files_and_a_base_make_a_pipeline_that_runs(tmp_path: Path) -> None:
+    base = tiny.build_t2v_single(tmp_path / "base")
+    weights = load_file(base / "transformer" / tiny.WEIGHTS)
+    wan = gguf_files.write_model(tmp_path / "w.gguf", {str(to_wan(n)): w for n, w in weights.items()}, "Q8_0")
+    encoder = load_file(base / "text_encoder" / "model.safetensors")
+    names = {name: gguf_files.llama_cpp_name(name) for name in encoder}
+    umt5 = gguf_files.write_model(
+        tmp_path / "u.gguf", {names[n]: w for n, w in encoder.items()}, "Q8_0", arch="t5encoder"
+    )
+    repack([tmp_path / "w.gguf", tmp_path / "u.gguf"], tmp_path / "out", base=base)
+    decoded = tiny.copy(base, tmp_path / "decoded")
+    save_file({str(to_diffusers(n)): w for n, w in wan.items()}, decoded / "transformer" / tiny.WEIGHTS)
+    save_file({n: umt5[names[n]] for n in encoder}, decoded / "text_encoder" / "model.safetensors")
+
+    def frames(folder: Path) -> Any:
+        pipe = ascendit.load(folder)
+        return pipe.generate("boat", width=32, height=32, num_frames=5, num_inference_steps=2, seed=1).frames
+
+    assert (frames(tmp_path / "out") == frames(decoded)).all()
+    assert (frames(tmp_path / "out") != frames(base)).any()

@@ -10,6 +10,7 @@ from ascendit.checkpoint.component import CONFIG_FILES, Part, unsupported_class
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
 from ascendit.checkpoint.layout import INDEX_FILE, Layout
 from ascendit.checkpoint.part_configs import (
+    PUBLISHED,
     AutoencoderConfig,
     ImageEncoderConfig,
     ImageProcessorConfig,
@@ -32,6 +33,7 @@ from ascendit.checkpoint.tokenizer_check import check_tokenizer
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.names import Shapes, listed
+from ascendit.report import shell_line
 
 LIBRARY_CONFIGS: dict[str, type[PartConfig]] = {
     "AutoencoderKLWan": AutoencoderConfig,
@@ -49,8 +51,8 @@ def check_part(part: Part) -> Shards | None:
     """The headers of `part`, checked against its config; None if it has no weights.
 
     Raises CheckpointError: E-CKP-06 for an invalid value or file; E-CKP-05 for a class without a model of its
-    config; E-CKP-04 for tensors that the config does not imply; the errors of `Shards.from_part` and of
-    `stored_kinds.interpret`.
+    config; E-CKP-04 for tensors that the config does not imply, or, without config.json, the published model;
+    the errors of `Shards.from_part` and of `stored_kinds.interpret`.
     """
     if part.has_weights:
         config = library_config(part) if part.name in LIBRARY_PARTS else None
@@ -62,6 +64,7 @@ def check_part(part: Part) -> Shards | None:
                 tensors.pop(PROJECTION, None)
             shards = replace(shards, tensors=tensors, kinds=read.kinds)
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
+            config = config if part.config else _published_config(part, stored)
             _check_tensors(part, _expected_tensors(part, config, stored), stored)
         return shards
     if part.name == "scheduler":
@@ -113,6 +116,25 @@ def _config_file(part: Part) -> Path:
 
 
 # ---- tensors ------------------------------------------------------------------------------------
+
+
+def _published_config(part: Part, stored: Mapping[str, TensorInfo]) -> PartConfig:
+    """The sizes of the published model that most of these tensors have, for a file without config.json."""
+
+    def equal(config: PartConfig) -> int:
+        expected = _expected_tensors(part, config, stored)
+        return sum(expected.get(name) == info.shape for name, info in stored.items())
+
+    config = max(PUBLISHED[part.name], key=equal)
+    if 2 * equal(config) > len(stored):
+        return config
+    raise CheckpointError(
+        f"{part.path} has no config.json, and its tensors have the sizes of no published {part.name}",
+        needs=f"the config.json of the {part.name}",
+        fix=f"pass the folder of the {part.name}; or: "
+        + shell_line(["ascendit", "repack", str(part.path), "--base", "MODEL", "-o", "DIR"]),
+        code="E-CKP-06",
+    )
 
 
 def _expected_tensors(part: Part, config: PartConfig, stored: Collection[str]) -> Shapes:

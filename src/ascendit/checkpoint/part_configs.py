@@ -419,3 +419,37 @@ class TokenizerConfig(TokenMapConfig):
     add_prefix_space: bool | None = None
     model_input_names: list[Literal["input_ids", "token_type_ids", "attention_mask"]] = ["input_ids"]
     added_tokens_decoder: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Token] = {}
+
+
+# ---- published models ---------------------------------------------------------------------------
+
+PUBLISHED: dict[str, tuple[PartConfig, ...]] = {
+    "text_encoder": (
+        TextEncoderConfig(vocab_size=256384, d_model=4096, d_ff=10240, num_layers=24, num_heads=64),
+    ),
+    "vae": (
+        AutoencoderConfig(),
+        AutoencoderConfig(
+            is_residual=True,
+            base_dim=160,
+            decoder_base_dim=256,
+            z_dim=48,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+            latents_mean=[0.0] * 48,
+            latents_std=[1.0] * 48,
+        ),
+    ),
+    "image_encoder": (
+        ImageEncoderConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            patch_size=14,
+        ),
+    ),
+}
+"""Component -> configs that give the shapes of its published files; means and deviations are placeholders."""

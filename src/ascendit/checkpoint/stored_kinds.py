@@ -333,7 +333,8 @@ def _comfy(stored: Stored, roles: Collection[str], *, described: bool) -> Stored
     if LAYER_MARKER not in roles and not metadata:
         return None
     layers = fp8_files.comfy_layers(stored.tensors, metadata=metadata)
-    if not layers:
+    layers = {name: entry for name, entry in layers.items() if f"{name}.weight" in stored.tensors}
+    if not layers and LAYER_MARKER not in roles:
         return None
     other = {
         layer: f"{entry['format']}{''.join(f' {key}' for key in entry if _TRANSFORMS.search(key))}"
@@ -385,7 +386,7 @@ def _f4(stored: Stored) -> Stored:
         if info.dtype != "F4" or not name.endswith(".weight"):
             continue
         scale = stored.tensors.get(f"{name}_scale")
-        if scale is None or len(info.shape) != 2 or info.shape[1] % 2:
+        if scale is None or len(info.shape) != 2 or info.shape[1] % 2 or info.strides is not None:
             continue  # `read_expert` reports the dtype
         if scale.dtype not in BYTE_SCALES:
             wrong.append(name)
@@ -405,9 +406,10 @@ def _turbodiffusion(stored: Stored) -> Stored:
 
     Raises CheckpointError (E-CKP-09) for a layer with two weights or two scales.
     """
-    layers = {name.removesuffix(".int8_weight") for name in stored.tensors if name.endswith(".int8_weight")}
+    skipped = {name for name in stored.tensors if _PROJECTION in name}
+    weights = [name for name in stored.tensors if name.endswith(".int8_weight") and name not in skipped]
+    layers = [name.removesuffix(".int8_weight") for name in weights]
     names = {f"{layer}.{old}": f"{layer}.{new}" for layer in layers for old, new in _TURBO_ROLES.items()}
-    skipped = [name for name in stored.tensors if _PROJECTION in name]
     tensors: dict[str, TensorInfo] = {}
     for name, info in stored.tensors.items():
         new = names.get(name, name)

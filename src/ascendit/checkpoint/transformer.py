@@ -119,7 +119,8 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     shards = shards or Shards.from_part(part)
     read = interpret(shards.tensors, part.config, part=part.name, described=path is not None)
     stored = read.tensors
-    label = f"{part.path} ({kinds_text(read.kinds)})" if read.kinds else f"{part.path}"
+    stored_as = kinds_text(read.kinds) or method_text(part.config)
+    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
             f"{label} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
@@ -132,7 +133,6 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     quantization = read_quantization_config(part.config, tolerant=manifest is not None)
     declared = manifest.declared_schemes() if manifest else {}
     declared |= read.declared({name: canonical(name, naming) for name in stored} if read.schemes else {})
-    stored_as = kinds_text(read.kinds) or method_text(part.config)
     with naming_kind(stored_as):
         schemes = quantization.declared_schemes(tensors) if quantization else {}
         layers = read_layers(tensors, schemes | declared)

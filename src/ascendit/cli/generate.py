@@ -104,7 +104,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     ascendit generate --demo "a red circle moves right on a black background"
 
-    More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --lora-skip,
+    More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --lora-skip, --part,
     --max-memory; see docs/cli.md.
     """
     _check_length(params)

@@ -119,7 +119,7 @@ def quantize(
     files = lora_sources(loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
-        ("--recipe", Path(recipe).name if recipe and recipe.endswith(".toml") else recipe),
+        ("--recipe", _recipe_name(recipe)),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
         ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
@@ -130,8 +130,6 @@ def quantize(
         ("--report", report is not False),
         ("--hash", hash),
     ]
-    if recipe and recipe.endswith(".toml") and Path(recipe).is_file():
-        record_source(Path(os.path.abspath(recipe)))
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -152,10 +150,17 @@ def quantize(
     job.check(force)
     job.check_report(overwrite)
     if dry_run:
-        if overwrite:
-            check_replaceable(job.dst)
         return job.report(0.0, dry_run=True, overwrite=overwrite)
     return job.run(resume, on_progress, overwrite)
+
+
+def _recipe_name(recipe: str | None) -> str | None:
+    """The name for the model card. A file is recorded as a source of the run."""
+    if not recipe or not recipe.endswith(".toml"):
+        return recipe
+    if Path(recipe).is_file():
+        record_source(Path(os.path.abspath(recipe)))
+    return Path(recipe).name
 
 
 def _two_smoothings() -> UsageError:
@@ -265,6 +270,8 @@ class QuantizeJob:
 
     def check_report(self, overwrite: bool) -> None:
         """Check the name of the report. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem."""
+        if overwrite:
+            check_replaceable(self.dst)
         if (file := self.report_file) is None:
             return
         check_report_file(file, overwrite=overwrite)

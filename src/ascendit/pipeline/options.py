@@ -132,7 +132,13 @@ class LoadOptions(Checked):
     parts: Annotated[
         tuple[str, ...],
         BeforeValidator(_texts),
-        Option("Weights of one component in place of the model's: [NAME=]FILE."),
+        Option(
+            "Weights of one component in place of the model's; repeatable.",
+            "[NAME=]FILE",
+            hidden=True,
+            flag="--part",
+            repeatable=True,
+        ),
     ] = ()
     defaults: Annotated[
         Source,
