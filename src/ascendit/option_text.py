@@ -16,6 +16,7 @@ from contextlib import contextmanager
 KEYWORDS = {
     "--alpha": "alpha",
     "--base": "base",
+    "--crf": "crf",
     "--defaults": "defaults",
     "--device": "device",
     "--emulate": "emulate",
@@ -72,7 +73,8 @@ SETTABLE = frozenset(
 """Keywords without a flag of the same value; `--set keyword=value` sets them."""
 COMMAND_LINE_ONLY = frozenset(
     "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers --limit"
-    " --out --quality --quiet --report --seconds --seeds --self-check --verbose --version".split()
+    " --num-videos --out --prompts --quality --quiet --report --seconds --seeds --self-check --sheet"
+    " --verbose --version".split()
 )
 """Flags that Python has no keyword for; they stay in the text."""
 _LISTS = ("keep", "loras", "lora_skip")
