@@ -17,8 +17,10 @@ import torch
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, Shards
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import DTYPE_BITS
 from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import Online

@@ -40,6 +40,7 @@ ORDER = (
     "quant",
     "geometry",
     "checkpoint",
+    "pages",
     "weights",
     "convert",
     "device",
@@ -94,6 +95,7 @@ LATE = {
     ("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported",
     ("pipeline.job", "pipeline.load.open_accelerator"): "start-up: only CUDA and NPUs need torch",
     ("pipeline.memory", "ops.open_device.free_bytes"): "start-up: only CUDA and NPUs need torch",
+    ("checkpoint.reader", "mx.stored_floats.decode_rows"): "start-up: only encoded tensors need torch",
     ("checkpoint.hub", "checkpoint.modelscope.ENDPOINT"): "start-up: pydantic is needed for ms: names only",
     ("checkpoint.hub", "checkpoint.modelscope.download_model"): "start-up: pydantic is for ms: names only",
 }
@@ -114,6 +116,7 @@ LIGHT = (
     "geometry",
     "native.*",
     "mx.formats",
+    "mx.ggml",
     "quant.*",
     "checkpoint.*",
     "convert.repack",
@@ -274,7 +277,7 @@ def test_loading_needs_few_modules() -> None:
     """Modules reachable from `pipeline.job`, including imports in functions, without empty files."""
     reached = reachable(import_graph(), "ascendit.pipeline.job")
     sizes = {module_name(path): path.stat().st_size for path in sources()}
-    assert len([module for module in reached if sizes[module]]) <= 100
+    assert len([module for module in reached if sizes[module]]) <= 110
 
 
 def late_imports() -> dict[tuple[str, str], str]:
@@ -441,7 +444,7 @@ def test_files_stay_small() -> None:
 def test_the_number_and_size_of_files() -> None:
     """A limited number of files of medium size."""
     lines = sorted(len(p.read_text(encoding="utf-8").splitlines()) for p in sources() if p.stat().st_size)
-    assert len(lines) <= 185
+    assert len(lines) <= 210
     assert 150 <= lines[len(lines) // 2] <= 300
 
 

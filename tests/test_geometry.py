@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendit.errors import UsageError
 from ascendit.geometry import (
+    frame_rate,
     frames_for,
     latent_grid,
     nearest_frames,
     nearest_sizes,
     num_tokens,
     patch_grid,
+    rate_text,
     size_multiple,
 )
 
@@ -53,8 +59,46 @@ def test_frames_for_returns_the_nearest_valid_length(seconds: float, fps: int) -
 
 def test_frames_for() -> None:
     assert frames_for(5, 16) == 81 and frames_for(5, 24) == 121
+    assert frames_for(5, Fraction(24000, 1001)) == 121
     with pytest.raises(UsageError, match="--seconds 0"):
         frames_for(0, 16)
+
+
+@pytest.mark.parametrize(
+    ("value", "numerator", "denominator"),
+    [
+        (24, 24, 1),
+        (24.0, 24, 1),
+        ("24", 24, 1),
+        (np.float64(12.5), 25, 2),
+        (23.976, 24000, 1001),
+        ("23.98", 24000, 1001),
+        (23.976023976, 24000, 1001),
+        ("29.97", 30000, 1001),
+        ("59.94", 60000, 1001),
+        (119.88, 120000, 1001),
+        ("24000/1001", 24000, 1001),
+        ("48/2", 24, 1),
+        (Fraction(30000, 1001), 30000, 1001),
+        (23.9, 239, 10),
+        (37 / 3, 37, 3),
+        ("25.001", 25001, 1000),
+    ],
+)
+def test_frame_rates(value: Any, numerator: int, denominator: int) -> None:
+    rate = frame_rate(value)
+    assert rate == Fraction(numerator, denominator) and isinstance(rate, int) == (denominator == 1)
+    assert frame_rate(str(rate)) == frame_rate(float(rate)) == frame_rate(rate) == rate
+    assert float(rate_text(rate)) == pytest.approx(float(rate), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0, 0.5, 241, 240.5, -24, True, None, "", "x", "1e2", "1/0", "24/", 24.00001, "1/1002", float("nan")],
+)
+def test_frame_rates_that_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError):
+        frame_rate(value)
 
 
 def test_tokens_of_published_sizes() -> None:

@@ -69,3 +69,18 @@ def test_the_module_imports_no_torch() -> None:
     code = "import ascendit.progress, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_part_counts_exactly_its_bytes() -> None:
+    events: list[Progress] = []
+    meter = Meter(150, events.append)
+    with meter.part("load", "a", 100) as advance:
+        advance("x", 30)
+        advance("y", 0)
+        advance("z", 90)
+        advance("z", 90)
+    with meter.part("load", "b", 50):
+        pass
+    with meter.part("load", "c", 0) as advance:
+        advance("d", 10)
+    assert [(e.name, e.step) for e in events] == [("x", 30), ("z", 100), ("b", 150)]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ascendit.report import (
+    beginning,
     columns,
     counted,
     group_by,
@@ -20,6 +21,7 @@ from ascendit.report import (
     json_text,
     selected,
     shell_line,
+    short_path,
     titled,
     totals,
 )
@@ -34,6 +36,43 @@ def test_columns_have_the_width_of_their_widest_cell_and_no_trailing_blanks() ->
     ]
     assert columns([("a", "b")], first_width=4) == ["a     b"]
     assert columns([]) == columns(iter([]), first_width=3) == []
+
+
+def test_a_table_fits_a_terminal() -> None:
+    rows = [("Model", "demo   layout diffusers"), ("", "a second line of words"), ("Size", "4 KiB")]
+    assert columns(rows, width=80) == columns(rows)
+    assert columns(rows, width=32) == columns(rows) and columns(rows, width=31) == [
+        "Model  demo   layout diffusers",
+        "       a second line of words",
+        "Size   4 KiB",
+    ]
+    wide = [("Model", "words " * 12), ("Path", "/a/path/without/any/blank/" * 2)]
+    assert columns(wide, width=40) == [
+        "Model  words words words words words",
+        "         words words words words words",
+        "         words words",
+        "Path   " + "/a/path/without/any/blank/" * 2,
+    ]
+
+
+def test_a_table_that_is_much_too_wide_has_its_first_cells_above() -> None:
+    rows = [("layer or tensor", "scheme", "stored"), ("transformer.blocks.0.attn1", "mxfp8", "e4m3, uint8")]
+    assert columns([*rows, ("", "", "bias")], indent=" ", width=30) == [
+        " layer or tensor",
+        "   scheme  stored",
+        " transformer.blocks.0.attn1",
+        "   mxfp8  e4m3, uint8",
+        "   bias",
+    ]
+
+
+def test_a_path_is_relative_below_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert short_path(Path("a/b")) == short_path(tmp_path / "a" / "b") == "a/b"
+    assert short_path(Path("-rf")) == "./-rf" and short_path(Path("/x/y")) == "/x/y"
+    assert short_path(tmp_path.parent) == str(tmp_path.parent)
 
 
 def test_rows_of_unequal_length_are_refused() -> None:
@@ -118,3 +157,9 @@ def test_a_shell_reads_the_arguments_of_a_printed_line(tmp_path: Path) -> None:
     out = subprocess.run(["bash", "-c", line], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
     assert out.stdout.decode(errors="surrogateescape").split("\0")[:-1] == arguments
     assert shell_line(["a b", "it's"]) == shlex.join(["a b", "it's"])
+
+
+def test_the_beginning_of_a_text() -> None:
+    assert beginning("a" * 60) == "a" * 60
+    assert beginning("a" * 61) == "a" * 57 + " .."
+    assert beginning("one two three", 8) == "one t .."

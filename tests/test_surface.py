@@ -21,6 +21,7 @@ PUBLIC = [
     "Pipeline",
     "Video",
     "__version__",
+    "contact_sheet",
     "inspect",
     "load",
     "quantize",

@@ -18,16 +18,19 @@ from typing import Any, Literal, get_args, get_origin
 
 from demo_data import WORDINGS
 
+from ascendit.checkpoint.stored_kinds import KINDS
 from ascendit.cli.models import INPUTS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
 from ascendit.errors import ERROR_CODES, AscenditError
 from ascendit.family import PRESETS, SPECS, Preset, ScheduleName, Size, Solver, WanSpec
+from ascendit.geometry import FrameRate
 from ascendit.names import ROLES
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
+from ascendit.weights.lora.keys import SKIPPED
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -138,6 +141,11 @@ def schedules_table() -> str:
             for cells in (row(solver, "diffusers", diffusers), row(solver, "official", theirs))
         ),
     )
+
+
+def file_kinds_table() -> str:
+    rows = ((kind.label, kind.marks, kind.read_as or "no: refused by name") for kind in KINDS.values())
+    return table(("kind", "recognised by", "read as"), rows)
 
 
 # ---- schemes, engines, chips, files -------------------------------------------------------------
@@ -351,7 +359,7 @@ def settings_table() -> str:
     from ascendit.pipeline.options import OPTIONS
 
     values = {key: value_text(hint) for key, hint in KEYS.items()}
-    values["max_memory"] = "a size, as 24GiB or 8e9"
+    values |= {"max_memory": "a size, as 24GiB or 8e9", "loras": "`FILE[:WEIGHT]`, or a list of them"}
     meanings = {p.name: p.help for p in command("generate").params if p.param_type_name == "option"}
     meanings |= {name: row.help for name, row in OPTIONS.items()} | MEANINGS
     rows = ((f"`{key}`", text, escape(meanings[key])) for key, text in values.items())
@@ -364,7 +372,8 @@ def value_text(hint: Any) -> str:
     if get_origin(types[0]) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(types[0]))
     texts: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
-    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, separated by spaces or ;"}
+    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "names or patterns, separated by spaces or ;"}
+    texts[FrameRate] = "number or fraction, as `24000/1001`"
     return texts[types[0]]
 
 
@@ -462,6 +471,11 @@ def world_table() -> str:
     )
 
 
+def lora_groups_table() -> str:
+    rows = ((f"`{name}`", group.keys) for name, group in SKIPPED.items())
+    return table(("`--lora-skip`", "keys"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "defaults": defaults_table,
     "shapes": shapes_table,
@@ -475,7 +489,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tensors": tensors_table,
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
+    "file-kinds": file_kinds_table,
     "recipes": recipes_table,
+    "lora-groups": lora_groups_table,
     "errors": errors_table,
     "exits": exits_table,
     "commands": commands_table,

@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "disk": {
         "checkpoint": "folders, headers, manifest: read and write",
+        "pages": "report files: JSON and HTML with plots",
         "weights": "a transformer as a stream of tensors; LoRA",
         "convert": "quantize and repack",
     },

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline
     from ascendit.pipeline.job import load
     from ascendit.pipeline.request import GenerateRequest
+    from ascendit.pipeline.sheet import contact_sheet
     from ascendit.pipeline.video import Video
 
 _MODULES = {
@@ -41,6 +42,7 @@ _MODULES = {
     "GenerateRequest": "ascendit.pipeline.request",
     "Pipeline": "ascendit.pipeline.generate",
     "Video": "ascendit.pipeline.video",
+    "contact_sheet": "ascendit.pipeline.sheet",
     "inspect": "ascendit.inspect.checkpoint",
     "load": "ascendit.pipeline.job",
     "quantize": "ascendit.convert.quantize",
@@ -66,6 +68,7 @@ __all__ = [
     "Pipeline",
     "Video",
     "__version__",
+    "contact_sheet",
     "inspect",
     "load",
     "quantize",

@@ -16,7 +16,9 @@ classes have a default code.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from ascendit.option_text import for_reader
@@ -47,7 +49,7 @@ ERROR_CODES: dict[str, str] = {
     "E-QNT-02": "known to lose too much accuracy; requires --force",
     "E-QNT-03": "quantized weights cannot be changed as requested",
     "E-ENG-01": "engine cannot run this checkpoint",
-    "E-LRA-01": "LoRA key matches no layer, or its pair is incomplete",
+    "E-LRA-01": "LoRA key matches no layer, its pair is incomplete, or two of its strengths disagree",
     "E-HUB-01": "hub model, revision or file is not available",
     "E-OUT-01": "video has NaN or infinite values",
     "E-OUT-02": "video is black or a single colour",
@@ -77,6 +79,8 @@ class AscenditError(Exception):
     """The clean latents of a run that failed after its last step, float32 [1, z, F, h, w]."""
     kept_in: str = ""
     """The file that these latents were saved in."""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """More keys of the `--json` object, beside the error."""
 
     def __init__(self, got: str, *, needs: str, fix: str, code: str) -> None:
         assert code in ERROR_CODES, code

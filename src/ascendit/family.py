@@ -65,6 +65,8 @@ class WanSpec:
     image_cross_attention: bool = False
     """Wan2.1 I2V: CLIP image tokens in the cross-attention."""
     last_frame: LastFrame = "refused"
+    few_words: bool = False
+    """The model was trained on the words of its tokenizer only; others are spelled in letters."""
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -187,6 +189,7 @@ SPECS: dict[str, WanSpec] = {
             guidance_scale=2.0,
             guidance_scale_2=1.5,
             negative_prompt="",
+            few_words=True,
         ),
     )
 }
@@ -361,6 +364,37 @@ class WanConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`, with lists instead of tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def spec_of(config: Mapping[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
+    """The row of `SPECS` with the dimensions and channels of this config, for any task."""
+    heads = config.get("num_attention_heads", WanConfig.num_attention_heads)
+    size = config.get("attention_head_dim", WanConfig.attention_head_dim)
+    if heads is None or size is None:  # unknown, as `repack` without a base model writes them
+        return None
+    return match_spec(
+        dim=heads * size,
+        num_layers=config.get("num_layers", WanConfig.num_layers),
+        in_channels=config.get("in_channels", WanConfig.in_channels),
+        out_channels=out_channels(config),
+        num_experts=num_experts,
+        image_cross_attention=config.get("image_dim") is not None,
+        first_last_frame=has_position_embeddings(config),
+        folder_name=folder_name,
+    )
+
+
+def has_position_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether this config is of an FLF2V model: position embeddings for the tokens of two images."""
+    return config.get("image_dim") is not None and config.get("pos_embed_seq_len") is not None
+
+
+def published_base(config: Mapping[str, Any], num_experts: int, folder_name: str) -> str:
+    """The value of `--base` for the published model with these dimensions; `MODEL` for any other model."""
+    spec = spec_of(config, num_experts, folder_name)
+    if spec is None:
+        return "MODEL"
+    return f"hf:Wan-AI/{spec.name}-Diffusers" if spec.name.startswith("Wan") else "demo"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Shapes and FLOPs of a run: pixels and frames -> latents -> patches -> tokens. Does not import torch.
+"""Shapes, rates and FLOPs of a run: pixels and frames -> latents -> patches -> tokens. Does not import torch.
 
 A VAE with temporal stride s encodes s * n + 1 frames to n + 1 latent frames. The transformer divides latents
 [C, F, H, W] into patches; each patch is one token. FLOPs are those of matrix products and attention, two for
@@ -8,14 +8,58 @@ a multiplication with its addition, as `torch.utils.flop_counter` counts them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Rational
+from typing import Any
 
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
 
 Grid = tuple[int, int, int]
 """(frames, height, width), in latents or in patches."""
+
+FrameRate = int | Fraction
+"""Frames per second; a Fraction if the number is not whole."""
+RATE_RULE = "frames per second from 1 to 240: a number as 24 or 23.976, or a fraction as 24000/1001"
+_NTSC = (12, 15, 24, 30, 48, 60, 120, 240)
+"""Rates that video players also have slowed down by 1000/1001."""
+
+
+def frame_rate(value: Any) -> FrameRate:
+    """Convert a number or text to a rate: 24, 23.976, "24000/1001". Rounded NTSC rates become exact.
+
+    23.976, 23.98 and 29.97 mean 24000/1001 and 30000/1001. Raises ValueError for anything outside
+    `RATE_RULE`, and for a number that needs a denominator above 1001.
+    """
+    text = str(value).strip()
+    if isinstance(value, Rational) and not isinstance(value, bool):
+        rate = Fraction(value)
+    elif isinstance(value, bool) or not re.fullmatch(r"\d{1,3}(\.\d{1,20})?|\d{1,6}/\d{1,4}", text):
+        raise ValueError(text)
+    elif "." in text:
+        decimals = len(text.partition(".")[2])
+        slowed = (Fraction(whole * 1000, 1001) for whole in _NTSC)
+        same = (x for x in slowed if decimals > 1 and round(float(x), decimals) == float(text))
+        exact = Fraction(text)
+        rate = next(same, exact.limit_denominator(1001))
+        if decimals > 3 and abs(rate - exact) > 1e-9:
+            raise ValueError(text)
+    else:
+        numerator, _, denominator = text.partition("/")
+        if denominator and not int(denominator):
+            raise ValueError(text)
+        rate = Fraction(int(numerator), int(denominator or 1))
+    if not 1 <= rate <= 240 or rate.denominator > 1001:
+        raise ValueError(text)
+    return rate.numerator if rate.denominator == 1 else rate
+
+
+def rate_text(fps: FrameRate) -> str:
+    """A rate in decimals: `8`, `23.976`."""
+    return f"{float(fps):.5g}"
 
 
 def latent_grid(num_frames: int, height: int, width: int, *, frame_stride: int, stride: int) -> Grid:
@@ -51,7 +95,7 @@ def nearest_sizes(pixels: int, multiple: int) -> tuple[int, int]:
     return low, low + multiple
 
 
-def frames_for(seconds: float, fps: int, frame_stride: int = 4) -> int:
+def frames_for(seconds: float, fps: FrameRate, frame_stride: int = 4) -> int:
     """The valid number of frames nearest to `seconds` of video.
 
     Raises UsageError (E-USE-01) unless `seconds` is above 0 and below 3600.
@@ -62,7 +106,7 @@ def frames_for(seconds: float, fps: int, frame_stride: int = 4) -> int:
             needs="a length above 0 and below 3600 seconds",
             fix="--seconds 5",
         )
-    return frame_stride * round(seconds * fps / frame_stride) + 1
+    return frame_stride * round(seconds * float(fps) / frame_stride) + 1
 
 
 def size_of_area(area: int, picture: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -297,8 +297,20 @@ def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> st
 
 Naming = Literal["diffusers", "wan"]
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""Prefixes that ComfyUI and others add to all names of a transformer."""
+PREFIXES = (
+    *("model", "diffusion_model", "base_model", "transformer", "transformer_2", "dit", "net", "unet", "wan"),
+    *("denoiser", "backbone", "generator", "student", "pipe", "high_noise_model", "low_noise_model"),
+    *("vae", "first_stage_model", "text_encoder", "text_encoders", "umt5xxl", "t5xxl", "cond_stage_model"),
+    *("clip_vision", "image_encoder", "state_dict", "model_state_dict"),
+)
+"""Components that tools add, in any order and number, before all names of a part of a model."""
+EMA = ("ema", "ema_model", "model_ema", "net_ema", "transformer_ema", "generator_ema", "unet_ema", "dit_ema")
+"""Components before a moving average of the weights, which trainers store beside them or alone."""
+_PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *EMA])})\.)+")
+_WRAPPER = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+"""Wrappers of modules in training: DDP, torch.compile, FSDP, activation checkpoints, DeepSpeed."""
 _WRAPPED = re.compile(r"\.linear(\.(?:weight(?:_\w+)?|bias))$|\.div(\.mul_scale)$")
 """msModelSlim moves a smoothed layer X to `X.linear` and adds `X.div.mul_scale`."""
 _HALF_TRANSLATED = re.compile(r"(\.attn[12]\.)to_((?:[qk]_rot|quant_type))$")
@@ -333,12 +345,20 @@ def canonical(name: str, naming: Naming) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """`name` without the prefixes in `PREFIXES` and without msModelSlim's wrapper of a smoothed layer."""
-    for prefix in PREFIXES:
-        if name.startswith(prefix):
-            name = name[len(prefix) :]
-            break
-    return _WRAPPED.sub(lambda match: match[1] or match[2], name)
+    """`without_prefix(name)` without msModelSlim's wrapper of a smoothed layer."""
+    return _WRAPPED.sub(lambda match: match[1] or match[2], without_prefix(name))
+
+
+def without_prefix(name: str) -> str:
+    """`name` without the prefixes in `PREFIXES` and `EMA`, and without wrappers of modules at any depth.
+
+    For tensors of a transformer, a text encoder or a VAE, none of which has a module of these names at its
+    top.
+    """
+    if "mod" in name:
+        name = _WRAPPER.sub("", name)
+    match = _PREFIX.match(name)
+    return name[match.end() :] if match else name
 
 
 def on_disk(name: str, naming: Naming) -> str:

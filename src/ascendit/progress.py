@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -83,3 +84,18 @@ class Meter:
                 self._on_progress(event)
 
         return advance
+
+    @contextmanager
+    def part(self, stage: str, label: str, size: int) -> Iterator[Advance]:
+        """A function that counts at most `size` bytes; the end of the context counts those that remain."""
+        done, counter = 0, self.stage_counter(stage)
+
+        def advance(name: str, count: int, skipped: bool = False) -> None:
+            nonlocal done
+            count = min(count, size - done)
+            done += count
+            if count:
+                counter(name, count, skipped)
+
+        yield advance
+        advance(label, size)

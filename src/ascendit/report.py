@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -17,16 +19,46 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 
-def columns(rows: Iterable[Sequence[str]], *, indent: str = "", first_width: int = 0) -> list[str]:
+MIN_WRAPPED = 24
+"""Minimum width of a column whose cells are wrapped."""
+
+
+def columns(
+    rows: Iterable[Sequence[str]], *, indent: str = "", first_width: int = 0, width: int | None = None
+) -> list[str]:
     """Lines of a table: cells padded to the width of their column, two spaces between, no trailing spaces.
 
     Right-aligned columns need cells of equal width. `first_width`: minimum width of the first column.
+    `width`: of the terminal; a wider table has its last column wrapped, or the other cells below the first.
     """
     rows = list(rows)
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     widths[:1] = [max(first_width, *widths[:1])] if widths else []
-    lines = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return [f"{indent}{line}".rstrip() for line in lines]
+    cells = ("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
+    lines = [f"{indent}{line}".rstrip() for line in cells]
+    if width is None or not widths or max(map(len, lines)) <= width:
+        return lines
+    start = len(indent) + sum(widths[:-1]) + 2 * len(widths[:-1])
+    if start and width - start >= MIN_WRAPPED:
+        heads = (line[:start].ljust(start) for line in lines)
+        return [line for head, row in zip(heads, rows, strict=True) for line in wrapped(head, row[-1], width)]
+    return [line for row in rows for line in _stacked(row, indent, width)]
+
+
+def _stacked(row: Sequence[str], indent: str, width: int) -> Iterator[str]:
+    """The first cell on its own line, the others below it."""
+    if row[0]:
+        yield f"{indent}{row[0]}".rstrip()
+    if others := "  ".join(cell.strip() for cell in row[1:] if cell.strip()):
+        yield from wrapped(f"{indent}  ", others, width)
+
+
+def wrapped(head: str, text: str, width: int) -> list[str]:
+    """`head` and `text` in lines of at most `width` columns, as far as the words allow."""
+    indent = " " * len(head)
+    options: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
+    texts = textwrap.wrap(text, max(width - len(head), 8), **options) or [""]
+    return [f"{indent if number else head}{line}".rstrip() for number, line in enumerate(texts)]
 
 
 def titled(blocks: Iterable[tuple[str, Iterable[str]]]) -> Iterator[tuple[str, str]]:
@@ -47,6 +79,11 @@ def human_bytes(nbytes: int) -> str:
 def counted(number: int, noun: str) -> str:
     """A count with its noun: `1 file`, `2 files`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def beginning(text: str, length: int = 60) -> str:
+    """The first characters of a long text, with `..`."""
+    return text if len(text) <= length else f"{text[: length - 3].rstrip()} .."
 
 
 def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
@@ -90,6 +127,16 @@ def json_text(data: Any) -> str:
     """Indented JSON, with paths and other objects as text, and `errors.UNSAFE` characters escaped."""
     text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
     return UNSAFE.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
+
+
+def short_path(path: Path) -> str:
+    """A path as text: relative if it is below the working directory. Does not begin with a hyphen."""
+    absolute = Path(os.path.abspath(path))
+    try:
+        text = str(absolute.relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(absolute)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def shell_line(args: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
+from fractions import Fraction
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
@@ -44,6 +45,7 @@ TYPE_LABELS: dict[Any, tuple[str, str]] = {
     int: ("a whole number", "16"),
     float: ("a number", "2.5"),
     bool: ("true or false", "false"),
+    int | Fraction: ("a number from 1 to 240, as 24, 23.976 or 24000/1001", "24"),
     tuple[float, ...]: ("numbers", "1000,750,500,250"),
     tuple[str, ...]: ("text", "some text"),
 }

@@ -16,8 +16,8 @@ from broken.models import CONFIG, INDEX, MANIFEST, MODELS, WEIGHTS, header, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import read_header
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack

@@ -117,6 +117,16 @@ def test_only_files_that_are_read_are_downloaded(
 
 
 @on_both_hubs
+def test_a_repository_of_other_formats_names_the_command_for_a_file(
+    name: str, tmp_path: Path, server: StandIn
+) -> None:
+    server.files = {"README.md": b"# card", "TurboWan-quant.pth": b"w", "wan.gguf": b"w"}
+    error = refusal(name, tmp_path, server)
+    assert "TurboWan-quant.pth" in error.got and "wan.gguf" in error.got
+    assert error.fix.endswith("download org/model TurboWan-quant.pth")
+
+
+@on_both_hubs
 @pytest.mark.parametrize("files", [DIFFUSERS, CASCADE], ids=["diffusers", "cascade"])
 def test_the_experts_are_downloaded_by_a_later_call(
     name: str, files: dict[str, bytes], tmp_path: Path, server: StandIn

@@ -8,6 +8,7 @@ import pytest
 
 from ascendit.checkpoint.component import read_json, stays_inside
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.weight_sets import weight_set
 from ascendit.errors import AscenditError, CheckpointError, UsageError
 
 INDEX: dict[str, Any] = {
@@ -132,9 +133,9 @@ def test_a_folder_of_no_supported_layout(tmp_path: Path, files: dict[str, Any], 
         assert supported in e.needs
 
 
-def test_a_file_that_is_not_safetensors(tmp_path: Path) -> None:
-    (tmp_path / "model.pth").write_bytes(b"")
-    assert "does not end in .safetensors" in refused(tmp_path / "model.pth", "E-CKP-01").got
+def test_a_file_of_an_unknown_type(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert "does not end in .safetensors" in refused(tmp_path / "model.onnx", "E-CKP-01").got
 
 
 @pytest.mark.parametrize("name", ["WanVACEPipeline", "FluxPipeline", None, 3])
@@ -394,7 +395,7 @@ def test_a_file_of_any_name_with_a_config(tmp_path: Path) -> None:
     write(tmp_path / "config.json", WAN_CONFIG)
     file = touch(tmp_path / "model.safetensors")
     assert recognise(tmp_path).kind == "wan"
-    assert recognise(tmp_path).experts[0].files == (file,)
+    assert weight_set(tmp_path, recognise(tmp_path).experts[0].stem) == (None, (file,))
 
 
 def test_one_of_many_shards(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from stored import stored_tensors
 
 from ascendit.checkpoint.output_folder import Journal, Staging
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
 from ascendit.errors import AscenditError, Cancelled, EnvironmentProblem, UsageError
 

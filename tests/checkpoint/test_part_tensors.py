@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
+from ascendit.checkpoint.part_names import VISION_PREFIX
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
-    VISION_PREFIX,
     autoencoder_tensors,
     image_encoder_tensors,
     image_projection,

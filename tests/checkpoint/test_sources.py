@@ -13,7 +13,8 @@ import torch
 from changes import replace, write_in_place
 from safetensors.torch import save_file
 
-from ascendit.checkpoint.reader import RowReader, TensorInfo, read_header
+from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.sources import (
     MAX_OPEN,
     FileState,
@@ -24,6 +25,7 @@ from ascendit.checkpoint.sources import (
     record_source,
     recording,
 )
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 
 

@@ -87,7 +87,7 @@ def test_an_odd_width_of_packed_fp4(tmp_path: Path) -> None:
 def test_a_weight_without_scale_or_the_reverse(
     tmp_path: Path, layer: str, change: dict[str, Any], message: str
 ) -> None:
-    tensors: dict[str, Any] = quantized(floats(), [FIRST], layer)
+    tensors: dict[str, Any] = quantized(floats(), [FIRST, "blocks.1.ffn.net.2"], layer)
     tensors |= {f"{FIRST}.{role}": tensor for role, tensor in change.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     assert message in refused(stored.write(tmp_path / "a.safetensors", tensors), "E-CKP-08")

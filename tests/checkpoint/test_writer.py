@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored import stored_tensors
 
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.output_folder import Journal
-from ascendit.checkpoint.reader import TORCH_DTYPES, TensorInfo, read_header
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES, TensorInfo
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
@@ -419,7 +420,7 @@ def test_writing_needs_little_memory_and_no_torch(tmp_path: Path) -> None:
     """64 MiB written and moved, with hashes. (`ru_maxrss` of a child is at least that of its parent.)"""
     code = f"""
 from pathlib import Path
-from ascendit.checkpoint.reader import read_header
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
 out = Path({str(tmp_path)!r})
 specs = [TensorSpec(f"w{{i}}", "U8", (1 << 24,)) for i in range(4)]

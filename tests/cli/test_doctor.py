@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,21 @@ def test_long_cells_are_wrapped(run, monkeypatch):
     lines = run("doctor").out.splitlines()
     assert len(lines) > 5 and max(map(len, lines)) <= 120
     assert "".join(lines).count("OMP_NUM_THREADS=1") == 5 and "".join(lines).count("first") == 3
+
+
+def test_a_narrow_terminal_has_the_fix_below(run, monkeypatch):
+    fix = "pip install 'torch>=2.9' --index-url https://download.pytorch.org/whl/cpu"
+    row = ProbeRow(item="torch", detected="2.1 " * 9, needed=">= 2.9", status="too old", fix=fix)
+    other = ProbeRow(item="CUDA device", detected="none", status="absent", fix="not shown")
+    monkeypatch.setattr(machine, "PROBES", (lambda: [row, other],))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    for width in (80, 40):
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = run("doctor").out.splitlines()
+        assert f"  fix  {fix}" in lines, "a command stays on one line"
+        assert "torch  too old: needs >= 2.9" in lines and "not shown" not in "".join(lines)
+        assert max(len(line) for line in lines if fix not in line) <= width
 
 
 def test_json(run, monkeypatch):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pipeline.headers import write_weights
 from pipeline.metadata import read_metadata
 
 import ascendit
@@ -355,7 +356,56 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
 
 def test_every_option_of_load_is_in_the_test_above():
     names = set(inspect.signature(ascendit.load).parameters) - {"model", "on_progress"}
-    assert names == EVERY_LOAD_OPTION.keys() | {"attention"}
+    assert names == EVERY_LOAD_OPTION.keys() | {"attention", "parts", "loras", "lora_skip"}
+
+
+@pytest.fixture
+def loras(model):
+    """Two LoRA files for `model`, whose paths need quotes in a shell."""
+    files = [model.parent / f"{name} $x.safetensors" for name in ("a", "b")]
+    for file in files:
+        write_weights(file, {"diffusion_model.blocks.0.self_attn.q.diff": ("BF16", (192, 192))})
+    return files
+
+
+def test_loras_are_replayed_from_the_json_and_both_replay_lines(run, fake, model, loras, tmp_path):
+    a, b = loras
+    chosen = [f"{a}:0.5", f"transformer_2={b}:-1.25"]
+    args = ["--seed", "7", "--lora", chosen[0], "--lora", f"low={b}:-1.25", "-o", tmp_path / "a.mp4"]
+    first = run("generate", model, "a cat", *args)
+    assert first.code == 0, first.err
+    beside = json.loads((tmp_path / "a.json").read_text())
+    assert beside["load"]["loras"] == chosen
+    assert run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4").code == 0
+    assert run(*shlex.split(beside["replay"])[1:], "-o", tmp_path / "c.mp4").code == 0
+    listed = json.dumps([f"{a}:0.5", f"low={b}:-1.25"])
+    (tmp_path / "run.toml").write_text(f'model = "{model}"\nprompt = "a"\nloras = {listed}\n')
+    assert run("generate", "--config", tmp_path / "run.toml", "-o", tmp_path / "d.mp4").code == 0
+    args = ["generate", "--config", tmp_path / "run.toml", "-o"]
+    assert run(*args, tmp_path / "e.mp4", "--lora", b).code == 0  # a flag replaces the list of the file
+    assert run(*args, tmp_path / "f.mp4", "--set", "loras=none").code == 0
+    assert [options.get("loras") for _, options in fake.loaded] == [chosen] * 4 + [[str(b)], None]
+
+
+def test_the_scale_of_each_lora_is_printed_and_checked_by_a_dry_run(run, fake, model, loras):
+    chosen = ["--lora", f"high={loras[0]}:0.5", "--lora", loras[1]]
+    ended = run("generate", model, "a cat", *chosen, "--dry-run")
+    assert ended.code == 0 and not fake.loaded, ended.err
+    lines = [line for line in ended.out.splitlines() if line.startswith("LoRA ")]
+    assert lines == [
+        f"LoRA       transformer: {loras[0].name}: 1 key x weight 0.5",
+        f"LoRA       {loras[1].name}: 1 key x weight 1",
+    ]
+    data = run("generate", model, "a cat", *chosen, "--dry-run", "--json").json["loras"]
+    assert [(x["file"], x["weight"], x["expert"]) for x in data] == [
+        (loras[0].name, 0.5, "transformer"),
+        (loras[1].name, 1.0, "all"),
+    ]
+    args = ["--frames", "1", "-o", model.parent / "a.png"]
+    assert f"note: {' '.join(lines[0].split())}\n" in run("generate", model, "a cat", *chosen, *args).err
+    assert run("generate", model, "a cat", *chosen, *args, "--overwrite", "--json").json["loras"] == data
+    missing = run("generate", model, "a cat", "--lora", "nowhere.safetensors", "--dry-run")
+    assert missing.code == 2 and "error[E-USE-02]: no LoRA file at nowhere.safetensors" in missing.err
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])

@@ -14,7 +14,7 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ascendit.cli import generate, generate_options, main
+from ascendit.cli import generate_options, generate_plan, main
 from ascendit.cli.generate_options import read_call
 from ascendit.errors import UsageError
 from ascendit.pipeline import job
@@ -86,7 +86,7 @@ def test_prepare_fills_in_defaults(model):
 def test_the_default_output_has_time_prompt_and_seed(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call = read([str(model), "A calico cat"], flags={"seed": 42})
-    _, output = generate._prepare(call, None, overwrite=False)
+    output = generate_plan.plan_one(call, None).output
     assert Path(output).parent == Path("outputs") and not Path(output).parent.exists()
     assert Path(output).name.endswith("_calico-cat_s42.mp4")
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+from convert.models import write_model
 from pipeline.headers import floats, write_expert
 
+from ascendit.convert.quantize import quantize
+from ascendit.errors import UsageError
 from ascendit.inspect import checkpoint
+from ascendit.inspect.diff import diff
 
 
 class FakeReport:
     def __init__(self, ok: bool) -> None:
         self.ok = ok
 
-    def lines(self) -> list[str]:
+    def lines(self, width: int | None) -> list[str]:
         return ["Model  x", "Checks  1 missing"]
 
-    def layer_lines(self) -> list[str]:
+    def layer_lines(self, width: int | None) -> list[str]:
         return ["layer  scheme"]
 
     def problem_texts(self) -> list[str]:
@@ -102,3 +107,42 @@ def test_check_and_values(run, tmp_path):
     different = run("inspect", a, "--diff", b, "--values", "--json")
     assert different.code == 1 and different.json["values"]["parts"]["transformer"]["different"] == 1
     assert run("inspect", a, "--values").code == 2
+
+
+# ---- --report -----------------------------------------------------------------------------------
+
+
+def test_a_report_of_numbers(run, tmp_path):
+    a = write_model(tmp_path / "a", experts=1)
+    b = tmp_path / "b"
+    quantize(a, b, scheme="mxfp4")
+    args = ("inspect", a, "--diff", b, "--values", "--report")
+    ended = run(*args, tmp_path / "r.html")
+    assert ended.code == 1 and f"note: report: {tmp_path / 'r.html'}" in ended.err
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("<svg") == 2 and "Worst tensors" in text and "bf16 -&gt; mxfp4" in text
+    worst = next(line for line in ended.out.splitlines() if "worst first" in line)
+    name = ended.out.splitlines()[ended.out.splitlines().index(worst) + 1].split()[-4]
+    assert f"<td>{name}</td>" in text.partition("Worst tensors")[2].partition("</tr>\n<tr>")[0]
+    assert run(*args, tmp_path / "r.json", "-q").code == 1
+    assert json.loads((tmp_path / "r.json").read_text())["values"]["same"] is False
+    before = (tmp_path / "r.json").read_text()
+    ended = run(*args, tmp_path / "r.json")
+    assert ended.code == 2 and "error[E-USE-03]" in ended.err
+    assert run(*args, tmp_path / "r.json", "--overwrite").code == 1
+    assert (tmp_path / "r.json").read_text() == before
+
+
+def test_a_report_needs_numbers_and_a_name(run, model, tmp_path):
+    for args in (("--report", "r.html"), ("--diff", model, "--report", "r.html")):
+        ended = run("inspect", model, *args)
+        assert ended.code == 2 and "error[E-USE-01]: --report r.html without --values" in ended.err
+    ended = run("inspect", model, "--diff", model, "--values", "--report", tmp_path / "r.txt")
+    assert ended.code == 2 and "error[E-USE-01]" in ended.err and "r.html" in ended.err
+    with pytest.raises(UsageError, match="E-USE-01"):
+        diff(model, model, report=tmp_path / "r.html")
+
+
+def test_the_experts_come_first_in_layers(run, model):
+    names = [line.partition(".")[0] for line in run("inspect", model, "--layers").out.splitlines()[1:]]
+    assert list(dict.fromkeys(names)) == ["transformer", "transformer_2", "text_encoder", "vae"]

@@ -278,7 +278,7 @@ def test_the_record_and_the_replay_line_keep_allow_flat_and_metadata(
 
 def test_an_interrupted_decode_leaves_nothing_in_the_cache(tiny_t2v_cascade: Path) -> None:
     from ascendit.checkpoint.layout import recognise
-    from ascendit.checkpoint.reader import Shards
+    from ascendit.checkpoint.weight_files import Shards
 
     layout = recognise(tiny_t2v_cascade)
     vae = VideoCoder(layout, Shards.from_part(layout.part("vae")), device="cpu")

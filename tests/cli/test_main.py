@@ -24,6 +24,8 @@ FLAGS = {
         "--demo",
         "-o/--output",
         "--seed",
+        "--num-videos",
+        "--prompts",
         "--steps",
         "--size",
         "--frames",
@@ -37,10 +39,12 @@ FLAGS = {
         "--device",
         "--scheme",
         "--recipe",
+        "--lora",
         "--step-policy",
         "--emulate",
         "--set",
         "--config",
+        "--sheet",
         "--dry-run",
         "--json",
         "--overwrite",
@@ -55,6 +59,7 @@ FLAGS = {
         "--scale-rule",
         "--keep",
         "--lora",
+        "--lora-skip",
         "--calibrate",
         "--alpha",
         "--device",
@@ -62,6 +67,7 @@ FLAGS = {
         "--for",
         "--copy",
         "--resume",
+        "--overwrite",
         "--force",
         "--report",
         "--hash",
@@ -76,10 +82,11 @@ FLAGS = {
         "--check",
         "--copy",
         "--resume",
+        "--overwrite",
         "--dry-run",
         "--json",
     ],
-    "inspect": ["--layers", "--check", "--diff", "--values", "--json"],
+    "inspect": ["--layers", "--check", "--diff", "--values", "--report", "--overwrite", "--json"],
     "verify": [
         "--demo",
         "--adherence",
@@ -89,6 +96,7 @@ FLAGS = {
         "--limit",
         "--jobs",
         "--report",
+        "--overwrite",
         "--json",
         "--swap-experts",
     ],
@@ -98,7 +106,17 @@ FLAGS = {
 
 
 HIDDEN = {
-    "generate": ["--fps", "--shift", "--solver", "--timesteps", "--defaults", "--text-on", "--max-memory"]
+    "generate": [
+        "--fps",
+        "--crf",
+        "--shift",
+        "--solver",
+        "--timesteps",
+        "--defaults",
+        "--text-on",
+        "--lora-skip",
+        "--max-memory",
+    ]
 }
 """Accepted, and listed in docs/cli.md; help shows `--set`."""
 
@@ -111,7 +129,7 @@ def test_flags_are_pinned():
     assert {n: flags for n, flags in hidden.items() if flags} == HIDDEN
     shown = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
     assert shown == FLAGS
-    assert all(len(flags) <= 28 for flags in FLAGS.values())
+    assert all(len(flags) <= 30 for flags in FLAGS.values())
     assert ["/".join(p.opts) for p in group.params] == [
         *("-q/--quiet", "-v/--verbose", "-V/--version"),
         *("--install-completion", "--show-completion"),
@@ -374,3 +392,15 @@ def test_errors_are_red_on_a_terminal_unless_no_color(run, model, monkeypatch, n
     err = run("inspect", "/no/such").err
     assert "error[E-USE-02]" in err and "no model at /no/such" in err
     assert ("\x1b[1;31m" in err) is not no_color
+
+
+@pytest.mark.parametrize("args", ["inspect demo --layers", "inspect nosuch"])
+def test_a_reader_that_ends_first(args, environ):
+    """As `| head` does: the exit code is 141, not that of a failed check, and there is no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ascendit", *args.split()]
+    errors = write if "nosuch" in args else subprocess.PIPE
+    done = subprocess.run(command, stdout=write, stderr=errors, env=environ, timeout=60)
+    os.close(write)
+    assert done.returncode == 141 and not done.stderr

@@ -19,7 +19,7 @@ from ascendit import cli
 from ascendit.cli.main import _set_up_log, main, report_error
 from ascendit.cli.output import Output, traceback_text
 from ascendit.cli.progress import LineView
-from ascendit.errors import CheckpointError
+from ascendit.errors import CheckpointError, escaped
 from ascendit.progress import Progress
 
 EVIL = "x\x1b]0;title\x07\x1b[8m\x9b31m\u202egnp\x7f\r\nerror[E-USE-01]: fake"
@@ -151,3 +151,41 @@ def test_the_working_directory_is_not_on_the_import_path(tmp_path: Path) -> None
         command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": source}, check=True
     )
     assert result.stdout.startswith("ascendit ")
+
+
+# ---- a terminal ---------------------------------------------------------------------------------
+
+LINES = ["Model      demo   layout", "torch      2.13   ok", "Checks     0 missing   NOT OK", EVIL]
+
+
+def use_terminal(monkeypatch: pytest.MonkeyPatch, no_color: str = "") -> None:
+    """stdout is a terminal of 60 columns with colours. Not a fixture: the test's stdout is another object."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in {"COLUMNS": "60", "TERM": "xterm-256color", "NO_COLOR": no_color}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_statuses_have_colour_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_terminal(monkeypatch)
+    assert Output().width == 60
+    Output().result({}, LINES, colour=True)
+    text = capsys.readouterr().out
+    assert "\x1b[1mModel\x1b[0m" in text and "\x1b[32mok\x1b[0m" in text and "\x1b[1;31mNOT OK" in text
+    assert "0 missing  " in text, "only a complete cell is a status"
+    plain = re.sub("\x1b\\[[0-9;]*m", "", text)
+    assert plain == "".join(f"{escaped(line)}\n" for line in LINES) and clean(plain)
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    use_terminal(monkeypatch, no_color="1")
+    Output().result({}, ["torch  ok"], colour=True)
+    text = capsys.readouterr().out
+    assert "ok" in text and "\x1b[3" not in text
+
+
+def test_a_pipe_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Output().width is None
+    Output().result({}, LINES, colour=True)
+    assert capsys.readouterr().out == "".join(f"{escaped(line)}\n" for line in LINES)

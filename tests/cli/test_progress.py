@@ -65,6 +65,53 @@ def test_the_view_knows_the_stage():
     assert view.stage == "denoise"
 
 
+def test_a_title_and_the_pace_of_frames():
+    view = ProgressView()
+    view.title = "video 3/8"
+    for step in range(3):
+        event = Progress(stage="decode", step=step, total=5, seconds=2.0 * (step > 0))
+        view(event)
+    assert view.text(event) == "video 3/8  decode 2/5  2.0 s/frame  eta 0:06"
+
+
+def test_small_loads_have_a_speed():
+    event = Progress(stage="load", step=9 << 20, total=18 << 20, unit="byte", seconds=0.5)
+    assert text_of(event) == "load  50 %  9.0 MiB of 18.0 MiB  18.0 MiB/s  eta 0:00"
+    event = Progress(stage="load", step=9 << 30, total=18 << 30, unit="byte", seconds=9.0)
+    assert text_of(event) == "load  50 %  9.0 GiB of 18.0 GiB  1.00 GiB/s  eta 0:09"
+    assert "/s" not in text_of(Progress(stage="load", total=18 << 20, unit="byte"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (200, "video 3/8  denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB"),
+        (70, "video 3/8  denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10"),
+        (60, "video 3/8  denoise (low-noise expert) 23/40  eta 1:10"),
+        (38, "video 3/8  denoise 23/40  eta 1:10"),
+        (30, "denoise 23/40  eta 1:10"),
+        (14, "denoise 23/40"),
+    ],
+)
+def test_a_narrow_terminal_loses_the_time_left_last(columns, text):
+    view = ProgressView()
+    view.title, view.columns = "video 3/8", columns
+    view(denoise(23))
+    assert view.text(denoise(23)) == text
+
+
+@pytest.mark.parametrize("width", [40, 79, 80])
+def test_the_time_left_is_visible_on_a_terminal_of_40_columns(width):
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None, legacy_windows=False)
+    view = BarView(console)
+    with view.bars:
+        view(denoise(23))
+        view.bars.refresh()
+    assert "23/40" in file.getvalue() and "eta 1:10" in file.getvalue() and "…" not in file.getvalue()
+    assert ("━" in file.getvalue()) == (width == 80)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00"), (70, "1:10"), (3723, "1:02:03"), (59.7, "1:00")]
 )

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from convert.models import TI2V, read, write_model, write_transformer
 from kill import contents, run_and_kill
+from safetensors.torch import save_file
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.convert.quantize import quantize
@@ -37,6 +39,59 @@ def test_json_is_one_object_and_stderr_is_silent(run, model, tmp_path):
     assert ended.code == 0 and ended.err == ""
     assert ended.json["layers"] == {"int8": 40, "bf16": 12} and len(ended.json["experts"][0]["worst"]) == 10
     assert ended.json["path"] == str(tmp_path / "out")
+
+
+def test_a_report_is_a_page_or_json(run, model, tmp_path):
+    start = ("quantize", model, "--scheme", "mxfp4")
+    page, data = tmp_path / "r.html", tmp_path / "r.json"
+    ended = run(*start, "--report", page, "-o", tmp_path / "a")
+    assert ended.code == 0 and "the 10 worst of 20 layers" in ended.out
+    report, output, following = (line.split(maxsplit=1) for line in ended.out.splitlines()[-3:])
+    assert report == ["Report", str(page)] and output == ["Output", str(tmp_path / "a")]
+    assert following[1].startswith(f"ascendit generate {tmp_path / 'a'} ")
+    text = page.read_text()
+    assert text.count("<svg") == 3 and "All 20 linear layers of transformer_2" in text
+    assert run(*start, f"--report={data}", "-o", tmp_path / "b", "-q").code == 0
+    experts = json.loads(data.read_text())["experts"]
+    assert len(experts[0]["sqnr_db"]) == 20
+    worst, decibels = min(experts[0]["sqnr_db"].items(), key=lambda item: item[1])
+    table = text.partition("The 10 worst layers of transformer<")[2]
+    assert f"<td>{worst}</td><td>mxfp4, 4." in table and f">{decibels:.2f} dB</td>" in table
+    ended = run(*start, "--report", page, "-o", tmp_path / "c")
+    assert ended.code == 2 and "error[E-USE-03]" in ended.err and not (tmp_path / "c").exists()
+
+
+def test_report_without_a_file_measures(run, model, tmp_path):
+    for n, args in enumerate([("--report", model), (model, "--report")]):
+        ended = run("quantize", *args, "-o", tmp_path / str(n), "--scheme", "int8")
+        assert ended.code == 0, ended.err
+        assert "the 10 worst of 20 layers" in ended.out and "Report" not in ended.out
+
+
+def test_a_report_inside_the_output_is_part_of_it(run, model, tmp_path):
+    dst = tmp_path / "out"
+    args = ("quantize", model, "-o", dst, "--scheme", "int8", "--report")
+    assert run(*args, dst / "r.html").code == 0
+    assert (
+        json.loads((dst / "ascendit.json").read_text())["sizes"]["r.html"] == (dst / "r.html").stat().st_size
+    )
+    assert run(*args, dst / "r.html", "--overwrite").code == 0
+    ended = run(*args, dst / "r.json", "--overwrite")
+    assert ended.code == 2 and "error[E-USE-06]" in ended.err
+
+
+def test_overwrite(run, model, tmp_path):
+    dst = tmp_path / "out"
+    for scheme in ("mxfp8", "int8"):
+        assert run("quantize", model, "-o", dst, "--scheme", scheme, "--overwrite").code == 0
+    assert read(dst / "transformer")["blocks.0.ffn.net.2.weight"].dtype == torch.int8
+    ended = run("quantize", model, "-o", dst, "--scheme", "mxfp8")
+    assert ended.code == 2 and ended.err.endswith("choose another name with -o, or add --overwrite\n")
+    (dst / "mine.txt").write_text("x")
+    ended = run("quantize", model, "-o", dst, "--scheme", "mxfp8", "--overwrite", "--dry-run")
+    assert ended.code == 2 and "error[E-USE-03]" in ended.err and "mine.txt" in ended.err
+    ended = run("quantize", model, "-o", model, "--scheme", "mxfp8", "--overwrite")
+    assert ended.code == 2 and "error[E-USE-06]" in ended.err
 
 
 def test_hash_records_sha256_of_the_files(run, model, tmp_path):
@@ -72,6 +127,33 @@ def test_invalid_calls_are_refused_and_leave_no_file(run, model, tmp_path, args,
     ended = run("quantize", model, "-o", tmp_path / "out", *args)
     assert ended.code == 2 and f"error[{code}]" in ended.err and text in ended.err
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+def test_lora_keys_that_the_model_lacks_are_skipped_on_request(run, model, tmp_path):
+    a, b = torch.ones(2, 64), torch.ones(64, 2)
+    layers = ("self_attn.q", "cross_attn.k_img")
+    lora = {f"blocks.0.{x}.lora_{y}.weight": t.clone() for x in layers for y, t in (("A", a), ("B", b))}
+    save_file(lora, tmp_path / "a.safetensors", metadata={"lora_alpha": "1"})
+    args = (
+        "quantize",
+        model,
+        "-o",
+        tmp_path / "out",
+        "--scheme",
+        "int8",
+        "--lora",
+        tmp_path / "a.safetensors",
+    )
+    ended = run(*args, "--dry-run")
+    assert ended.code == 1 and "or add --lora-skip image" in ended.err
+    ended = run(*args, "--lora-skip", "image", "--dry-run")
+    note = "2 keys, 2 keys of group image skipped, scale 0.5 (alpha 1, rank 2; from header lora_alpha)"
+    assert ended.code == 0 and f"LoRA           a.safetensors: {note} x weight 1" in ended.out
+    ended = run(*args, "--lora-skip", "image", "--dry-run", "--json")
+    assert ended.json["loras"][0]["applied"]["transformer_2"]["skipped"] == {"image": 2}
+    assert ended.json["loras"][0]["applied"]["transformer"]["scale"] == [0.5, 0.5]
+    ended = run(*args, "--lora-skip", "image", "--lora-skip", "text", "--dry-run")
+    assert ended.code == 2 and "error[E-USE-05]" in ended.err and "omit --lora-skip text" in ended.err
 
 
 def test_force(run, tmp_path):

@@ -61,6 +61,7 @@ def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "sglang",
         "--copy",
         "--resume",
+        "--overwrite",
         "--dry-run",
         "--check",
     ]
@@ -68,7 +69,7 @@ def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         call(exports.MXFP8, "-o", tmp_path / "out", *args)
     del passed["on_progress"]
     assert passed == {
-        "src": str(exports.MXFP8),
+        "src": [str(exports.MXFP8)],
         "dst": tmp_path / "out",
         "base": str(exports.MXFP4),
         "to": "wan",
@@ -76,6 +77,7 @@ def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "check": True,
         "copy": True,
         "resume": True,
+        "overwrite": True,
         "dry_run": True,
     }
 

@@ -14,7 +14,7 @@ from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
 from ascendit.pipeline import job
 from ascendit.verify import quality
-from ascendit.verify.quality_table import Quality, QualityRow
+from ascendit.verify.quality_table import BASE, Quality, QualityRow, default_cases
 
 
 class Painter:
@@ -90,7 +90,18 @@ def test_a_black_video_is_a_wrong_answer(run, painter):
 def test_a_group_without_videos_is_not_judged(run, painter):
     ended = run("verify", "--demo", "--adherence", "--limit", "1", "--seeds", "1")
     assert ended.code == 0
-    assert "-     held out" in ended.out
+    assert "-     held out    no videos" in ended.out and " 0/0" not in ended.out and " 0.0%" not in ended.out
+
+
+def test_the_report_is_a_page(run, painter, tmp_path):
+    painter.wrong = set(world.held_out())
+    file = tmp_path / "r.html"
+    args = ("verify", "--demo", "--adherence", "--limit", "8", "--seeds", "1", "--report", file)
+    ended = run(*args)
+    text = file.read_text()
+    assert ended.code == 1 and "<td class='bad'>FAIL</td>" in text and text.count("<svg") == 1
+    assert text.partition("Failures</h2>")[2].count("<tr>") == 1 + 1, "a header and the held-out scene"
+    assert run(*args).code == 2 and run(*args, "--overwrite").code == 1
 
 
 def test_cancelled(run, painter, monkeypatch):
@@ -155,8 +166,8 @@ class Measure:
     def __call__(self, model, chosen, scenes, seeds, *, jobs, cancel, on_video, on_row):
         self.calls.append((model, [c.name for c in chosen], len(scenes), list(seeds), jobs))
         total, rows = len(scenes) * len(seeds), []
-        for case in (quality.BASE, *chosen):
-            lost = 0 if case is quality.BASE else self.lost
+        for case in (BASE, *chosen):
+            lost = 0 if case is BASE else self.lost
             for i in range(total):
                 on_video(case.name, i >= lost)
             rows.append(
@@ -197,6 +208,17 @@ def test_quality_prints_a_table_and_passes(run, measure, tmp_path):
     assert data["pass"] is True and [c["case"] for c in data["cases"]] == ["bf16", "int8", "fp8"]
 
 
+def test_a_quality_page_has_every_case(run, measure, tmp_path):
+    measure.lost = 3
+    names = ["int8", "mxfp4, default:w4a8"]
+    cases = [part for name in names for part in ("--case", name)]
+    args = ("verify", "--demo", "--quality", "--limit", "4", *cases, "--report", tmp_path / "q.html")
+    assert run(*args).code == 1
+    text = (tmp_path / "q.html").read_text()
+    assert all(f"<td>{name}</td>" in text for name in names) and text.count("FAIL") == 1
+    assert "1 of 4" in text and text.count("<svg") == 4
+
+
 def test_quality_fails_below_a_limit(run, measure):
     measure.lost = 3
     ended = run("verify", "--demo", "--quality", "--seeds", "2", "--limit", "96", "--json", "--jobs", "2")
@@ -205,7 +227,7 @@ def test_quality_fails_below_a_limit(run, measure):
     losses = "; ".join(f"{name} loses 3, at most 2" for name in ("int8", "int8_block", "mxfp8"))
     assert losses in ended.json["error"]["got"]
     model, cases, scenes, seeds, jobs = measure.calls[0]
-    assert cases == [c.name for c in quality.default_cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
+    assert cases == [c.name for c in default_cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
     assert {c["case"]: c["lost"] for c in ended.json["cases"]}["recommended-fp4"] == 3
 
 
@@ -217,4 +239,4 @@ def test_quality_stores_finished_cases_when_cancelled(run, measure, monkeypatch,
     monkeypatch.setattr(quality, "measure_quality", stop)
     ended = run("verify", "--demo", "--quality", "--limit", "4", "--report", tmp_path / "q.json")
     assert ended.code == 130
-    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(quality.default_cases())
+    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(default_cases())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.convert.repack import combined, compare_numbers, digests, repack
+from ascendit.convert.compare_numbers import combined, compare_numbers, digests
+from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError
 from ascendit.weights import tensor_steps
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendit.checkpoint.reader import read_header
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
 from ascendit.convert.expert_folder import WriteBehind
 from ascendit.weights.tensor_steps import WAITING, moved

@@ -312,9 +312,13 @@ def test_loras_are_folded_before_encoding(model, dst):
     assert same(written["proj_out.weight"], proj_out.to(torch.bfloat16))
     other = read(dst / "transformer_2")
     assert same(other["proj_out.weight"], tensors(CONFIG, 1)["proj_out.weight"])
-    assert report.loras == ({"file": "style.safetensors", "weight": 0.5, "expert": "transformer"},)
+    applied = {"keys": 5, "skipped": {}, "scale": [1.0, 1.0], "rank": [4, 4], "origins": []}
+    note = "style.safetensors: 5 keys, scale 1 (no alpha in the file, rank 4) x weight 0.5"
+    expected = {"file": "style.safetensors", "weight": 0.5, "expert": "transformer"}
+    assert report.loras == (expected | {"applied": {"transformer": applied | {"note": note}}},)
+    assert any(line.endswith(f"transformer: {note}") for line in report.lines())
     record = json_of(dst / "ascendit.json")
-    assert record["loras"] == [{"file": "style.safetensors", "weight": 0.5, "expert": "transformer"}]
+    assert record["loras"] == list(report.loras)
     assert record["command"].endswith("--scheme mxfp8 --lora transformer=style.safetensors:0.5")
 
 

@@ -33,9 +33,19 @@ QUANTIZED = QuantizeReport(
     dry_run=False,
     seconds=2.0,
     linked=("vae", "LICENSE"),
-    loras=({"file": "style.safetensors", "weight": 0.5},),
+    loras=(
+        {
+            "file": "style.safetensors",
+            "weight": 0.5,
+            "expert": "all",
+            "applied": dict.fromkeys(
+                ("transformer", "transformer_2"), {"note": "style: 8 keys x weight 0.5"}
+            ),
+        },
+    ),
     engine="mindie",
     warnings=("mind the gap",),
+    next="ascendit generate out 'a cat'",
 )
 
 
@@ -49,7 +59,7 @@ def test_quantize_on_a_screen() -> None:
     assert QUANTIZED.lines() == [
         "Source         org/name@rev  (t2v)",
         "Recipe         default",
-        "LoRA           style.safetensors at 0.5",
+        "LoRA           style: 8 keys x weight 0.5",
         "transformer    80 mxfp8, 6 bf16   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
         "  excluded     patch_embedding, proj_out  (outside the blocks)",
         "transformer_2  1 bf16, 2 int8   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
@@ -58,6 +68,8 @@ def test_quantize_on_a_screen() -> None:
         "Engine         mindie",
         "Warning        mind the gap",
         "Time           2.0 s, 0.00 GiB/s",
+        "Output         out",
+        "Next           ascendit generate out 'a cat'",
     ]
 
 
@@ -86,7 +98,8 @@ def test_measurements_follow_the_summary() -> None:
         "  blocks.11.attn1.to_q   19.00",
         "  blocks.10.attn1.to_q   20.00",
     ]
-    assert lines[-7:] == [
+    assert lines[-3:] == ["", "Output       out", "Next         ascendit generate out 'a cat'"]
+    assert lines[-10:-3] == [
         "",
         "transformer: SQNR in dB of the outputs of 2 layers with captured activations",
         "                       without  smoothed    gain",
@@ -106,8 +119,9 @@ def test_quantize_as_json() -> None:
     assert list(data) == [
         *("path", "source", "recipe", "model_kind", "dry_run", "engine", "layers", "bytes_before"),
         *("bytes_after", "bits_per_weight", "seconds", "gib_per_s", "experts", "linked", "omitted", "loras"),
-        *("calibration", "warnings"),
+        *("calibration", "warnings", "output", "next"),
     ]
+    assert (data["output"], data["next"]) == (str(Path.cwd() / "out"), "ascendit generate out 'a cat'")
     assert (data["path"], data["bits_per_weight"], data["gib_per_s"]) == ("out", 8.0, 0.003)
     assert data["experts"][0] == {
         "name": "transformer",
@@ -160,6 +174,7 @@ def test_repack_on_a_screen() -> None:
         "Also         vae",
         "Warning      mind the gap",
         "Time         1.0 s, 0.00 GiB/s",
+        "Output       out",
     ]
     [expert] = REPACKED.experts
     plain = replace(REPACKED, experts=(replace(expert, rewritten={}, decoded_sha256=""),), engine="sglang")
@@ -177,6 +192,7 @@ def test_repack_as_json() -> None:
     assert list(data) == [
         *("path", "source", "layout", "to", "engine", "dry_run", "checked", "layers", "bytes"),
         *("bits_per_weight", "seconds", "gib_per_s", "experts", "placed", "omitted", "warnings"),
+        *("output", "next"),
     ]
     assert data["checked"] is True and data["bytes"] == (1 << 20) + (1 << 10)
     assert data["experts"][0] == {

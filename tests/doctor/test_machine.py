@@ -189,7 +189,9 @@ def test_compiled_kernels_are_listed(monkeypatch):
     reasons = {name: f"compiled from native/{name}.cpp" for name in machine.NATIVE_SOURCES}
     monkeypatch.setattr(machine, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
     items = rows(machine.compiled_kernels)
-    assert set(items) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
+    assert set(items) == {
+        f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise", "ggml")
+    }
     assert all(r.status == "ok" and not r.required for r in items.values())
     assert items["kernel: encode"].detected == "native, compiled from native/encode.cpp"
 

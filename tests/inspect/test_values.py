@@ -17,7 +17,7 @@ from torch import Tensor
 from ascendit.convert.repack import repack
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.diff import diff
-from ascendit.inspect.values import ValueDiff, _aligned, compare_values
+from ascendit.inspect.values import ValueDiff, ValueRow, _aligned, compare_values
 
 Array = np.ndarray[Any, Any]
 LAYER = "blocks.0.attn1.to_q"
@@ -156,3 +156,20 @@ def test_rows_of_json_and_lines(tmp_path: Path) -> None:
     assert ratios == sorted(ratios)
     shown = [line for line in result.lines() if " dB " in line and "->" in line]
     assert len(shown) <= 24 and any("--json has all" in line for line in result.lines())
+
+
+def test_sections_of_the_page() -> None:
+    def row(name: str, status: Any = "different", **values: Any) -> ValueRow:
+        return ValueRow(part="transformer", name=name, status=status, a="bf16", b="int8", **values)
+
+    bad = row("blocks.0.ffn.net.2.weight", signal=1.0, noise=0.01, max_difference=0.5, invalid_b=3, values=8)
+    infinite = row("blocks.1.ffn.net.2.weight", signal=0.0, noise=1.0, max_difference=math.inf)
+    alone = row("blocks.0.attn1.to_q.weight", "only in A")
+    same = row("proj_out.weight", "equal", values=8)
+    sections = ValueDiff((bad, infinite, alone, same)).sections()
+    assert [s.title for s in sections][0] == "Summary" and len(sections) == 5
+    text = "".join(part.markup() for section in sections for part in section.parts)
+    assert "20.00 dB" in text and "bad'>0 / 3</td>" in text
+    assert "bad'>only in A</td>" in text and "good'>equal</td>" in text
+    equal = ValueDiff((same,)).sections()
+    assert [s.title for s in equal] == ["Summary", "Tensors"]

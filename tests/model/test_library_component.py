@@ -15,12 +15,14 @@ import pytest
 import tiny
 import torch
 import transformers
+import wan_files
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.part_check import check_part
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model import library_component
 from ascendit.model.library_component import load_library_part, load_processor
@@ -239,3 +241,97 @@ def test_memory_errors_stay_memory_errors(tiny_t2v_single: Path, monkeypatch: py
     monkeypatch.setattr(library_component, "library_class", fail)
     with pytest.raises(MemoryError):
         load_processor(recognise(tiny_t2v_single).part("tokenizer"))
+
+
+# ---- files under the names of the authors' code -------------------------------------------------
+
+
+def save_as_published(part: Part, folder: Path) -> Part:
+    """The part in `folder`, with its weights in a `.pth` file under the names of the authors' code."""
+    shutil.copytree(part.path, folder, ignore=lambda _, names: [n for n in names if "safetensors" in n])
+    weights = load_file(next(part.path.glob("*.safetensors")))
+    head = weights.pop("visual_projection.weight", None)
+    match part.name:
+        case "text_encoder":
+            weights = {wan_files.umt5_name(name): tensor for name, tensor in weights.items()}
+        case "vae":
+            weights = {wan_files.vae_name(name, part.config): tensor for name, tensor in weights.items()}
+        case _:
+            weights = wan_files.clip_state(weights, head=torch.ones(2, 3) if head is None else head.T.clone())
+    torch.save(weights, folder / "published.pth")
+    return replace(part, path=folder, files=(folder / "published.pth",))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("i2v_21", "text_encoder"), ("i2v_21", "image_encoder"), ("i2v_21", "vae"), ("ti2v", "vae")],
+)
+def test_published_files_are_bit_equal_to_the_folder_of_the_library(
+    model: str, name: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    part = recognise(tiny_folder(model)).part(name)
+    published = save_as_published(part, tmp_path / name)
+    shards = check_part(published)
+    assert shards is not None
+    ours, theirs = (
+        load_library_part(published, shards, torch.float32).state_dict(),
+        load_part(part).state_dict(),
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_published_image_encoder_has_its_projection(tmp_path: Path) -> None:
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=12,
+    )
+    model = transformers.CLIPVisionModelWithProjection(config)
+    model.save_pretrained(tmp_path / "library")
+    config_of = json.loads((tmp_path / "library" / "config.json").read_text())
+    part = Part("image_encoder", tmp_path / "library", "transformers", type(model).__name__, config_of)
+    published = save_as_published(part, tmp_path / "published")
+    shards = check_part(published)
+    assert shards is not None
+    state = load_library_part(published, shards, torch.float32).state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_names_of_umt5_mean_what_its_authors_compute(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The formulas of `wan/modules/t5.py` on the tensors of the file, for one sequence without a mask."""
+    published = save_as_published(recognise(tiny_folder("i2v_21")).part("text_encoder"), tmp_path / "t5")
+    w = {name: x.double() for name, x in torch.load(published.files[0], weights_only=True).items()}
+    heads, size = published.config["num_heads"], published.config["d_kv"]
+    buckets = published.config["relative_attention_num_buckets"] // 2
+    ids = torch.arange(2)  # of neighbours, whose distance has a bucket of its own
+    distance = ids[None] - ids[:, None]
+    bucket = distance.abs() + buckets * (distance > 0)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+    x = w["token_embedding.weight"][ids]
+    for i in range(published.config["num_layers"]):
+        block = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items() if k.startswith(f"blocks.{i}.")}
+        q, k, v = (
+            (norm(x, block["norm1.weight"]) @ block[f"attn.{n}.weight"].T).view(2, heads, size) for n in "qkv"
+        )
+        bias = block["pos_embedding.embedding.weight"][bucket].permute(2, 0, 1)
+        attention = (torch.einsum("inc,jnc->nij", q, k) + bias).softmax(-1)
+        mixed = torch.einsum("nij,jnc->inc", attention, v).reshape(2, -1)
+        x = x + mixed @ block["attn.o.weight"].T
+        y = norm(x, block["norm2.weight"])
+        gate = torch.nn.functional.gelu(y @ block["ffn.gate.0.weight"].T, approximate="tanh")
+        x = x + (gate * (y @ block["ffn.fc1.weight"].T)) @ block["ffn.fc2.weight"].T
+    expected = norm(x, w["norm.weight"])
+    shards = check_part(published)
+    assert shards is not None
+    model = load_library_part(published, shards, torch.float32).double()
+    torch.testing.assert_close(model(ids[None]).last_hidden_state[0], expected, atol=1e-5, rtol=1e-5)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import read_expert
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
 from ascendit.model.loader import load_expert

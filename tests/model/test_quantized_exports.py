@@ -14,7 +14,8 @@ from safetensors import safe_open
 from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import RowReader, TensorInfo
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError

@@ -19,6 +19,7 @@ from diffusers import (
     WanPipeline,
 )
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 
 import ascendit
 from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError, UsageError
@@ -304,7 +305,12 @@ def test_rope_is_computed_once_for_both_experts_and_branches(
 def test_progress_has_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
     events: list[Progress] = []
     pipe = ascendit.load(tiny_t2v_cascade, on_progress=events.append)
-    assert [e.step for e in events] == list(range(6)) and {e.stage for e in events} == {"load"}
+    assert {(e.stage, e.unit) for e in events} == {("load", "byte")}
+    tensors = [load_file(file).values() for file in tiny_t2v_cascade.rglob("*.safetensors")]
+    total = sum(x.nbytes for file in tensors for x in file)
+    counts = [e.step for e in events]
+    assert counts == sorted(set(counts)) and {e.total for e in events} == {total}
+    assert counts[0] == 0 and counts[-1] == total and len(counts) > 20
     events.clear()
     pipe.generate(PROMPT, seed=1, on_progress=events.append, **SMALL)
     steps = [e for e in events if e.stage == "denoise"]
@@ -312,6 +318,12 @@ def test_progress_has_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
     assert steps[0].expert == "transformer" and steps[-1].expert == "transformer_2"
     assert all(e.seconds > 0 and e.memory_bytes > 0 for e in steps)
     assert events[0].stage == "encode" and events[-1].stage == "decode"
+
+
+def test_a_pipeline_is_one_line(tiny_t2v_cascade: Path) -> None:
+    text = repr(ascendit.load(tiny_t2v_cascade, scheme="int8"))
+    assert text.startswith(f"Pipeline({str(tiny_t2v_cascade)!r}: ") and len(text) < 300 and "\n" not in text
+    assert "t2v, two experts, cpu" in text and "scheme='int8'" in text
 
 
 def test_cancel_between_steps(tiny_t2v_cascade: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ascendit
-from ascendit.checkpoint import reader
+from ascendit.checkpoint import headers
 from ascendit.cli.main import main
 from ascendit.errors import CheckpointError, OutOfMemory, RequestError, UsageError
 from ascendit.pipeline import load
@@ -95,27 +96,30 @@ def test_pixels_are_passed_beside_the_request(tiny_folder: Any) -> None:
 def test_no_header_is_read_twice(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of the transformers, whose files ascendit reads, in one `generate`."""
     read: Counter[str] = Counter()
-    real = reader._read_json_header
+    real = headers._read_json_header
 
     def counted(path: Path, *args: Any) -> Any:
         read[str(path)] += 1
         return real(path, *args)
 
-    monkeypatch.setattr(reader, "_read_json_header", counted)
+    monkeypatch.setattr(headers, "_read_json_header", counted)
     args = ["--frames", "5", "--steps", "1", "-q", "-o", str(tmp_path / "a.png")]
     assert main(["generate", "--demo", PROMPT, *args, *flags]) == 0
     assert len(read) >= 2 and set(read.values()) == {1}
 
 
-def test_preparing_imports_no_torch() -> None:
+def test_preparing_imports_no_torch(tmp_path: Path) -> None:
+    save_file({"diffusion_model.blocks.0.self_attn.q.diff": torch.ones(192, 192)}, tmp_path / "a.safetensors")
     code = (
         "import sys\n"
         "from ascendit.pipeline.job import LoadOptions, prepare\n"
-        "prepare(LoadOptions(model='demo', scheme='mxfp8', device='twin:a5'), 'a', seconds=1.0)\n"
-        "print('torch' in sys.modules)"
+        "options = {'scheme': 'mxfp8', 'device': 'twin:a5', 'loras': sys.argv[1]}\n"
+        "prepared = prepare(LoadOptions(model='demo', **options), 'a', seconds=1.0)\n"
+        "print(len(prepared.loras), 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "False\n", done.stderr
+    args = [sys.executable, "-c", code, str(tmp_path / "a.safetensors")]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1 False\n", done.stderr
 
 
 def test_out_of_memory_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:

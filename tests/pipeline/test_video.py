@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import json
 import os
 import resource
 import struct
 import sys
-from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ from PIL import Image
 from pipeline.metadata import read_metadata
 from pipeline.refusals import refused
 
+from ascendit.checkpoint.file_copy import check_writable
 from ascendit.demo import world
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.native import build
 from ascendit.native.build import Built
+from ascendit.pipeline import video as video_module
 from ascendit.pipeline import video_codecs
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
     Video,
     check_output,
-    check_writable,
-    default_name,
     installed_versions,
 )
 
@@ -103,14 +104,30 @@ def test_invalid_frames_are_refused(bad: Any) -> None:
         Video(bad, 8)
 
 
-@pytest.mark.parametrize("fps", [0, -1, 7.5, True])
-def test_fps_is_a_whole_number(fps: Any) -> None:
-    with refused(UsageError, "E-USE-01", f"fps is {fps!r}"):
+@pytest.mark.parametrize("fps", [0, -1, 0.5, 241, 24.0001, True, "fast", float("nan")])
+def test_an_invalid_fps_is_refused(fps: Any) -> None:
+    with refused(UsageError, "E-USE-01", f"fps is {fps!r}", "24000/1001"):
         Video(scene(), fps)
 
 
 def test_repr_has_size_and_no_pixels() -> None:
     assert repr(make()) == "Video(5 frames, 64x64, 8 fps, model='demo')"
+
+
+def test_a_notebook_plays_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for frames, kind in ((scene(), "mp4"), (scene()[:, :, :63], "webm")):
+        shown = Video(np.ascontiguousarray(frames), 8, request())._repr_html_()
+        head, data = shown.split(";base64,")
+        assert f'src="data:video/{kind}' in head and "<video controls" in head and "circle" not in head
+        (tmp_path / f"a.{kind}").write_bytes(base64.b64decode(data.split('"')[0]))
+        decoded, _, _ = decode(tmp_path / f"a.{kind}")
+        assert decoded.shape == frames.shape and np.abs(decoded.astype(int) - frames).mean() < 1.5
+    assert names(tmp_path) == ["a.mp4", "a.webm"]
+    monkeypatch.setattr(video_module, "MAX_EMBEDDED", 1000)
+    assert "not embedded" in (shown := make()._repr_html_()) and "video.save('video.mp4')" in shown
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install av" in make()._repr_html_()
 
 
 def test_versions_are_those_installed() -> None:
@@ -147,6 +164,54 @@ def test_frame_count_size_rate_and_duration(tmp_path: Path, suffix: str, frames:
     if suffix != ".gif":
         error = np.abs(decoded.astype(int) - scene(frames)).mean()
         assert error < 1.5, error
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".gif"])
+@pytest.mark.parametrize("fps", [23.976, "30000/1001", 12.5])
+def test_fractional_rates(tmp_path: Path, suffix: str, fps: Any) -> None:
+    rate = Fraction(24000, 1001) if fps == 23.976 else Fraction(fps)
+    path = Video(scene(17), fps, request(fps=fps)).save(tmp_path / f"out{suffix}")
+    decoded, _, duration = decode(path)
+    assert len(decoded) == 17 and duration == pytest.approx(
+        17 / rate, abs=1.01e-2 if suffix == ".gif" else 1e-3
+    )
+    with av.open(str(path)) as container:
+        assert suffix == ".gif" or container.streams.video[0].average_rate == rate
+    beside = json.loads((tmp_path / "out.json").read_text())
+    assert beside["fps"] == float(rate) and beside["request"]["fps"] == str(rate)
+    assert GenerateRequest.from_json(json.dumps(beside["request"])).fps == rate
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mkv"])
+def test_mov_and_mkv_have_the_stream_of_mp4(tmp_path: Path, suffix: str) -> None:
+    packets = []
+    for kind in (".mp4", suffix):
+        path = make().save(tmp_path / kind[1:] / f"out{kind}")
+        assert read_metadata(path)["seed"] == 7
+        with av.open(str(path)) as container:
+            assert (
+                suffix[1:] in container.format.name or kind == ".mp4" or "matroska" in container.format.name
+            )
+            packets.append([bytes(p) for p in container.demux(video=0)])
+    assert packets[0] == packets[1]
+
+
+def test_crf(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    sizes = {}
+    for name, largest in (("a.mp4", 51), ("a.mov", 51), ("a.webm", 63)):
+        for crf in (None, 18, 30, largest):
+            path = Video(frames, 8).save(tmp_path / f"{crf}-{name}", crf=crf)
+            sizes[name, crf] = path.read_bytes()
+        assert sizes[name, None] == sizes[name, 18]
+        assert len(sizes[name, 18]) > len(sizes[name, 30]) > len(sizes[name, largest])
+        with refused(UsageError, "E-USE-01", f"crf {largest + 1}", f"0 (best) to {largest}"):
+            Video(frames, 8).save(tmp_path / name, crf=largest + 1)
+    for name in ("a.gif", "a.png", "a/"):
+        with refused(UsageError, "E-USE-01", "crf 20 for", ".mp4"):
+            Video(frames, 8).save(f"{tmp_path}/{name}", crf=20)
+    with refused(UsageError, "E-USE-01", "crf True"):
+        Video(frames, 8).save(tmp_path / "a.mp4", crf=True)
 
 
 def test_mp4_is_h264_yuv420p_and_declares_its_colours(tmp_path: Path) -> None:
@@ -321,19 +386,6 @@ def test_video_without_request(tmp_path: Path) -> None:
 # ---- names and refusals
 
 
-def test_default_name() -> None:
-    when = datetime(2026, 11, 20, 19, 30, 12)
-    assert default_name("A calico cat, on the piano!", 42, when) == Path(
-        "outputs/20261120-193012_calico-cat-piano_s42.mp4"
-    )
-    assert default_name("Élan vital", 0, when).name == "20261120-193012_elan-vital_s0.mp4"
-    assert default_name("一只猫", 1, when).name == "20261120-193012_video_s1.mp4"
-    assert default_name("../../etc/passwd", 1, when).name == "20261120-193012_etc-passwd_s1.mp4"
-    long = default_name("red circle moving " * 9, 1, when).name
-    assert long == "20261120-193012_red-circle-moving-red-circle-moving-red_s1.mp4"
-    assert default_name("x" * 99, 1, when).name == f"20261120-193012_{'x' * 40}_s1.mp4"
-
-
 @pytest.mark.parametrize("name", ["out.avi", "out", "mp4"])
 def test_unknown_extension_lists_the_known_ones(tmp_path: Path, name: str) -> None:
     with refused(UsageError, "E-USE-01", name, ".mp4, .webm, .gif, .png", ".mp4"):
@@ -393,6 +445,23 @@ def test_one_video_in_two_formats_shares_its_json(tmp_path: Path) -> None:
     video.save(tmp_path / "out.mp4")
     video.save(tmp_path / "out.gif")
     assert names(tmp_path) == ["out.gif", "out.json", "out.mp4"]
+
+
+def test_the_json_of_another_video_is_kept(tmp_path: Path) -> None:
+    make().save(tmp_path / "out.mp4")
+    other = Video(scene(), 8, request(seed=8), "demo")
+    for overwrite in (False, True):
+        with refused(UsageError, "E-USE-03", "which describes", "out.mp4", "out-2.gif"):
+            other.save(tmp_path / "out.gif", overwrite=overwrite)
+    assert json.loads((tmp_path / "out.json").read_text())["seed"] == 7
+    other.save(tmp_path / "out.gif", metadata=False)
+    longer = Video(scene(), 8, request(), "demo", seconds=9.0)  # the same request in another run
+    longer.save(tmp_path / "out.webm")
+    assert json.loads((tmp_path / "out.json").read_text())["seconds"] == 1.25
+    (tmp_path / "out.gif").unlink()
+    (tmp_path / "out.webm").unlink()
+    other.save(tmp_path / "out.mp4", overwrite=True)
+    assert json.loads((tmp_path / "out.json").read_text())["seed"] == 8
 
 
 def test_folders_with_other_files_are_not_overwritten(tmp_path: Path) -> None:
@@ -460,7 +529,8 @@ def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module
 
 
 def test_missing_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(video_codecs.CODECS, "mp4", ("libx264_absent", {}, {}))
+    codec = video_codecs.CODECS["mp4"]._replace(name="libx264_absent")
+    monkeypatch.setitem(video_codecs.CODECS, "mp4", codec)
     with refused(EnvironmentProblem, "E-ENV-01", "no libx264_absent encoder", "pip install"):
         make().save(tmp_path / "out.mp4")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ascendit.verify.metrics import EQUAL_DB, cosine, output_sqnr, psnr, relative_l2, ssim
+from ascendit.verify.metrics import EQUAL_DB, cosine, output_sqnr, psnr, relative_l2, ssim, strip
 
 SKIMAGE = 0.4645397297984152
 """scikit-image 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)."""
@@ -74,3 +76,15 @@ def test_zeros_do_not_divide_by_zero() -> None:
     assert cosine(zero, zero) == 1 and cosine(zero, one) == 0
     assert relative_l2(zero, zero) == 0 and relative_l2(one, zero) == math.inf
     assert output_sqnr(one, zero) == -EQUAL_DB
+
+
+def test_a_strip_has_evenly_spaced_frames_of_both_videos() -> None:
+    a = np.random.default_rng(0).integers(0, 256, (17, 16, 24, 3), np.uint8)
+    b = a[:, ::-1]
+    pixels = np.asarray(Image.open(io.BytesIO(strip([a, b]))))
+    assert pixels.shape == (2 * 16, 8 * 24, 3)
+    for column, frame in enumerate((0, 2, 5, 7, 9, 11, 14, 16)):
+        shown = pixels[:, column * 24 : (column + 1) * 24]
+        assert (shown[:16] == a[frame]).all() and (shown[16:] == b[frame]).all()
+    large = np.zeros((3, 480, 832, 3), np.uint8)
+    assert Image.open(io.BytesIO(strip([large]))).size == (3 * 111, 64)

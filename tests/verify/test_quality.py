@@ -22,17 +22,21 @@ from ascendit.pipeline.generate import Pipeline
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import SCHEMES
 from ascendit.verify.quality import (
-    BASE,
     bits_per_weight,
-    choose_cases,
-    default_cases,
     fingerprint,
     layer_inputs,
     layer_sqnr,
     measure_quality,
     trace,
 )
-from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
+from ascendit.verify.quality_table import (
+    BASE,
+    Quality,
+    QualityCase,
+    QualityRow,
+    choose_cases,
+    default_cases,
+)
 
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 PROMPT = "a red circle moves right on a black background"
@@ -113,6 +117,20 @@ def test_table_and_json() -> None:
     assert case["layer_sqnr"]["layers"][case["layer_sqnr"]["worst_layer"]] == case["layer_sqnr"]["worst"]
     assert data["videos"] == 2 and len(case["steps"]["cosine"]) == 3
     assert case["steps"]["worst_cosine"] <= min(case["steps"]["cosine"])
+
+
+def test_the_report_shows_the_worst_video() -> None:
+    quality = short_quality()
+    base, mxfp8, mxfp4 = quality.rows
+    assert base.strips == {} and set(mxfp8.strips) == set(mxfp4.strips) == {0, 1}
+    assert next(iter(mxfp4.strips)) == mxfp4.psnr.index(min(mxfp4.psnr))
+    assert [seed for _, seed in quality.videos] == [0, 0]
+    text = quality.page().markup()
+    assert text.count("src='data:image/png;base64,") == 4
+    for prompt, _ in quality.videos:
+        assert f"<td>{prompt}</td>" in text
+    for value in (*mxfp8.psnr, *mxfp4.psnr):
+        assert f" {value:.1f}</td>" in text
 
 
 def test_equal_cases_are_run_once() -> None:

@@ -14,25 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import RowReader, ShardSpec
+from ascendit.checkpoint.reader import ShardSpec
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
-from ascendit.family import WanConfig
 from ascendit.model.linear import QuantLinear
-from ascendit.model.loader import applied_layers, load_expert, sharded
-from ascendit.model.wan import WanTransformer
-from ascendit.model.weight_loader import ModelSink
+from ascendit.model.loader import load_expert
 from ascendit.names import expected_tensors
 from ascendit.ops.operators import bind
 from ascendit.quant.recipe import load_recipe
 from ascendit.quant.schemes import FP4, QUANTIZED, SCHEMES
 from ascendit.weights.applied_recipe import apply_recipe
 from ascendit.weights.lora.fold import Folds
-from ascendit.weights.recipe_steps import RecipeSteps
-from ascendit.weights.shards import LayerShards, cut_steps, shard_of
-from ascendit.weights.tensor_steps import run_steps
+from ascendit.weights.shards import LayerShards
 
 WIDTH, HIDDEN = 64, 1216
 """Channels of the model, and of a feed-forward layer: two groups of 512 and one of 192."""
@@ -99,23 +94,6 @@ def cut(name: str, tensor: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
         return tensor
     unit = {"weight": HIDDEN // tensor.shape[1], "weight_scale": 32, "weight_dual_scale": 512}[role]
     return tensor[:, start // unit : -(-stop // unit)]
-
-
-def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
-    """Like `load_expert`, for a recipe that folds LoRA files."""
-    expert, ops = recipe.applied.expert, bind("cpu")
-    with torch.device("meta"):
-        model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    layers_of_recipe = applied_layers(recipe.applied)
-    layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in layers_of_recipe.items()}
-    schemes = {name: layer.scheme for name, layer in layers.items()}
-    steps = cut_steps(recipe.plan(), expert, schemes, shards)
-    with RowReader() as reader:
-        sink = ModelSink(
-            model, reader, steps, layers, device="cpu", dtype=torch.bfloat16, float32=model.KEEP_FP32
-        )
-        run_steps(steps, reader, sink)
-    return model
 
 
 def check(load: Any, monkeypatch: pytest.MonkeyPatch, shards: dict[str, ShardSpec]) -> tuple[int, int]:
@@ -195,13 +173,15 @@ def test_encoded_during_loading(
         )
         folds = Folds.open([source], "transformer", shapes)
     applied = apply_recipe(
-        expert, load_recipe("default", scheme), "t2v", smoothing=smoothing if changed else None
+        expert,
+        load_recipe("default", scheme),
+        "t2v",
+        smoothing=smoothing if changed else None,
+        folds=folds,
     )
 
     def load(shards: LayerShards | None = None) -> Any:
-        if folds is None:
-            return load_expert(expert, applied, bind("cpu"), shards=shards or {})
-        return model_of(RecipeSteps(applied, folds=folds), shards or {})
+        return load_expert(expert, applied, bind("cpu"), shards=shards or {})
 
     total_bytes, shard_bytes = check(load, monkeypatch, shards)
     by_rows = shards is COLUMNS and not (SCHEMES[scheme].block or SCHEMES[scheme].tile)

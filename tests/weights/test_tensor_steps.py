@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import RowReader, TensorInfo
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.convert.repack import repack

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from ascendit.checkpoint.component import EXPERTS, STEM, read_json, stays_inside
 from ascendit.checkpoint.layout import INDEX_FILE
+from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
 from ascendit.errors import UsageError
 from ascendit.names import listed
+from ascendit.report import shell_line
 
 TOP_FILES = (
     *(INDEX_FILE, "ascendit.json", "config.json", "README.md", "LICENSE*", "NOTICE*"),
@@ -31,7 +33,8 @@ _USELESS = (
     "msgpack h5 ckpt onnx bin pt pth pkl gguf ot tflite xml png jpg jpeg gif webp svg mp4 mov webm zip tar gz"
 )
 SKIPPED = tuple(f"*.{e}" for ending in _USELESS.split() for e in (ending, ending.upper()))
-"""Never downloaded, even if an index lists them: formats that ascendit does not read, pictures, videos."""
+"""Never downloaded, even if an index lists them: weights in other formats, of which most repositories also
+have safetensors, pictures, videos."""
 NESTED = "*/*/*"
 """Folders in the folder of a part are never read."""
 
@@ -93,14 +96,22 @@ def single_file(model: str, names: Iterable[str]) -> list[str]:
 
     Raises UsageError (E-HUB-01) if there are several, or none.
     """
+    names = list(names)
     files = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     if len(files) == 1:
         return files
-    got = f"{model} has {len(files)} weight files at its top and no index of them"
+    got = f"{model} has {len(files)} weight files at its top and no index of them: {listed(files)}"
+    others = [name for name in sorted(names) if name.endswith(WEIGHT_SUFFIXES)]
+    if not files:
+        has = f", but {listed(others)}" if others else ""
+        got = f"{model} has no weights in safetensors format at its top{has}"
+    hub, _, repo = model.partition(":")
+    command = "hf download" if hub == "hf" else "modelscope download"
+    arguments = shell_line([repo.partition("@")[0], (files or others or ["FILE"])[0]])
     raise UsageError(
-        f"{got}: {listed(files)}" if files else f"{model} has no weights in safetensors format",
+        got,
         needs="a repository with one model, as a Diffusers folder or in the original Wan format",
-        fix="download the file of one model with the hub's own tool, and pass its path",
+        fix=f"download the file of one model, and pass its path: {command} {arguments}",
         code="E-HUB-01",
     )
 

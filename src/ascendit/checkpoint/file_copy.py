@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,26 @@ def available_bytes(folder: Path) -> int:
     """Bytes available to files below `folder`: free disk space plus the bytes they already occupy."""
     used = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if not path.is_dir())
     return used + (shutil.disk_usage(folder).free if folder.is_dir() else 0)
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The first existing folder above, or the folder itself."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def check_writable(path: Path | str) -> None:
+    """Raise EnvironmentProblem (E-ENV-02) if `path` cannot be created.
+
+    Creates and removes a file: permission bits say little about root, read-only mounts and /proc.
+    """
+    folder = Path(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest_folder(folder)):
+            pass
+    except OSError as e:
+        raise write_error(folder, e) from e
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendit.checkpoint.reader import DTYPE_BITS, Buffer, TensorInfo
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, Buffer, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import is_linear, listed
 from ascendit.quant.schemes import STORED_SCHEMES

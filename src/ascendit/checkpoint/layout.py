@@ -23,9 +23,12 @@ from ascendit.checkpoint.component import (
     stays_inside,
     unsupported_class,
 )
+from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.part_names import recognise_part
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
-from ascendit.checkpoint.reader import PICKLED, convert_command
 from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
+from ascendit.checkpoint.weight_files import Shards
+from ascendit.checkpoint.weight_sets import NUMBERED, WEIGHT_SUFFIXES, is_numbered_set, weights_in
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 from ascendit.report import shell_line
@@ -37,7 +40,7 @@ KIND_LABELS: dict[LayoutKind, str] = {
     "transformer": "a standalone Diffusers transformer, without the other components",
     "wan": "a model in the original Wan format",
     "msmodelslim": "an msModelSlim export, which contains only transformers",
-    "file": "a single file, which contains only a transformer",
+    "file": "a single file, which contains only one component",
 }
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 INDEX_FILE = "model_index.json"
@@ -125,15 +128,13 @@ def recognise(path: Path | str) -> Layout:
         if recognised is not None:
             kind, parts = recognised
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
-        fix = "pass the folder of the complete model, or the path of the file"
-        if root.suffix in PICKLED:
-            fix = f"convert it: {convert_command(root, root.with_suffix('.safetensors'))}"
         raise CheckpointError(
             f"no model recognised at {root}: {_hint(root)}",
             needs=f"a Diffusers folder with {INDEX_FILE} at its top; a folder with only transformers; "
             "an original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
-            "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
-            fix=fix,
+            "export (quant_model_description*.json); or one file of a Wan transformer, text encoder or VAE: "
+            f"{', '.join(WEIGHT_SUFFIXES)}",
+            fix="pass the folder of the complete model, or the path of the file",
             code="E-CKP-01",
         )
     except OSError as e:
@@ -148,8 +149,7 @@ def recognise(path: Path | str) -> Layout:
 def _hint(root: Path) -> str:
     """Why the kind of `root` is unknown."""
     if root.is_file():
-        pickled = "; pickles are not read" if root.suffix in PICKLED else ""
-        return f"the name of the file does not end in .safetensors{pickled}"
+        return f"the name of the file does not end in {', '.join(WEIGHT_SUFFIXES)}"
     if below := sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}")):
         return f"{INDEX_FILE} is in a subfolder: {', '.join(below[:3])}"
     if (root / "config.json").exists():
@@ -162,7 +162,9 @@ def _hint(root: Path) -> str:
 
 def _model_name(root: Path) -> str:
     snapshot = _snapshot(root)
-    return snapshot[1] if snapshot else root.name.removesuffix(".safetensors")
+    if snapshot:
+        return snapshot[1]
+    return root.stem if root.suffix in WEIGHT_SUFFIXES else root.name
 
 
 def _snapshot(root: Path) -> tuple[str, str] | None:
@@ -236,7 +238,6 @@ Recognised = tuple[LayoutKind, list[Part]]
 
 WAN = "WanModel"
 _EXPORTED = re.compile(r"quant_model_weight.*\.safetensors")
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _CASCADES: dict[LayoutKind, LayoutKind] = {
     "msmodelslim": "msmodelslim",
     "wan": "wan",
@@ -298,9 +299,9 @@ def _transformers_only(root: Path) -> Recognised | None:
 
 def _single_file(path: Path) -> Recognised | None:
     """One file. The only one of a folder is read with its JSON files; a shard raises CheckpointError."""
-    if path.suffix != ".safetensors":
+    if path.suffix not in WEIGHT_SUFFIXES:
         return None
-    numbered = _NUMBERED.fullmatch(path.name)
+    numbered = NUMBERED.fullmatch(path.name)
     if numbered and int(numbered["count"]) > 1:
         raise CheckpointError(
             f"{path.name} is one of {int(numbered['count'])} files of a model",
@@ -308,9 +309,21 @@ def _single_file(path: Path) -> Recognised | None:
             fix=f"pass the folder: {path.parent}",
             code="E-CKP-01",
         )
+    name = _part_name(path)
+    if name != EXPERTS[0]:
+        row = PART_CLASSES[name]
+        return "file", [Part(name, path, row.library, row.classes[0], files=(path,))]
     if weights_in(path.parent) == [path.name] and (folder := _single_transformer(path.parent)) is not None:
         return folder
-    return "file", [Part(EXPERTS[0], path, files=(path,))]
+    return "file", [Part(name, path, files=(path,))]
+
+
+def _part_name(path: Path) -> str:
+    """The component that the tensors of a file belong to; a transformer if the file cannot be read."""
+    try:
+        return recognise_part(read_header(path)) or EXPERTS[0]
+    except CheckpointError:
+        return EXPERTS[0]  # reading the part reports the damage
 
 
 def _single_transformer(folder: Path, name: str = EXPERTS[0]) -> Recognised | None:
@@ -337,7 +350,7 @@ def _export_part(folder: Path, name: str, files: Sequence[str], config: dict[str
     indexes = sorted(folder.glob("quant_model_weight*.safetensors.index.json"))
     if len(indexes) == 1 and set(files) <= _named_by(indexes[0]):
         return Part(name, folder, config=config, index=indexes[0])
-    if indexes or not _one_set(files):
+    if indexes or not (len(files) == 1 or is_numbered_set(files)):
         names = [*files, *(p.name for p in indexes)]
         raise CheckpointError(
             f"{folder} has the weights of several exports, or an incomplete export: {listed(names, 8)}",
@@ -354,17 +367,6 @@ def _named_by(index: Path) -> set[str]:
     return {v for v in weight_map.values() if isinstance(v, str)} if isinstance(weight_map, dict) else set()
 
 
-def _one_set(files: Sequence[str]) -> bool:
-    """Whether `files` is a single file or a complete numbered set."""
-    numbered = [m for file in files if (m := _NUMBERED.fullmatch(file))]
-    if not numbered:
-        return len(files) == 1
-    sets = {(m["stem"], m["count"]) for m in numbered}
-    numbers = [int(m["number"]) for m in numbered]
-    complete = sorted(numbers) == list(range(1, int(numbered[0]["count"]) + 1))
-    return len(numbered) == len(files) and len(sets) == 1 and complete
-
-
 def _by_config(folder: Path, name: str) -> Recognised | None:
     """A folder with the config.json of a Wan transformer, Diffusers or original."""
     if not (folder / "config.json").exists():
@@ -372,26 +374,16 @@ def _by_config(folder: Path, name: str) -> Recognised | None:
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name")
     if class_name == TRANSFORMER:
-        return "transformer", [_with_weights(folder, name, config)]
+        return "transformer", [Part(name, folder, config=config)]
     if class_name == WAN:
-        return "wan", [_with_weights(folder, name, config)]
+        return "wan", [Part(name, folder, config=config)]
     if isinstance(class_name, str) and "Wan" in class_name and class_name != "AutoencoderKLWan":
         raise unsupported_class(folder / "config.json", class_name, (TRANSFORMER, WAN), part=name)
     return None
 
 
-def _with_weights(folder: Path, name: str, config: dict[str, Any]) -> Part:
-    """The component of a folder with a config. A single weight file may have any name."""
-    files = weights_in(folder)
-    named = (
-        any(file.startswith(STEM) for file in files) or (folder / f"{STEM}.safetensors.index.json").exists()
-    )
-    single = () if named or len(files) != 1 else (folder / files[0],)
-    return Part(name, folder, config=config, files=single)
-
-
 def _by_weights(folder: Path, name: str) -> Recognised | None:
-    """A folder without a config: `diffusion_pytorch_model` with an index, or a single file."""
+    """A folder without a config: an index, a numbered set, or a single file."""
     index = folder / f"{STEM}.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -400,22 +392,19 @@ def _by_weights(folder: Path, name: str) -> Recognised | None:
             return None
         return "wan" if naming == "wan" else "transformer", [Part(name, folder)]
     files = weights_in(folder)
-    if len(files) != 1 or (folder / "config.json").exists():
+    if (folder / "config.json").exists() or not files:
         return None
-    return "file", [Part(name, folder / files[0], files=(folder / files[0],))]
-
-
-def weights_in(folder: Path) -> list[str]:
-    """Names of the safetensors files in `folder`, sorted."""
-    return sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
+    if len(files) == 1:
+        return "file", [Part(name, folder / files[0], files=(folder / files[0],))]
+    if not is_numbered_set(files):
+        return None
+    naming = naming_of(Shards.from_files([folder / file for file in files]).tensors)
+    return "wan" if naming == "wan" else "transformer", [Part(name, folder)]
 
 
 def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(p.name for p in folder.iterdir())
-    fix = "copy or download the weight files, in safetensors format"
-    if pickled := [name for name in names if name.endswith(PICKLED)]:
-        command = convert_command(folder / pickled[0], folder / f"{STEM}.safetensors")
-        fix += f"; or convert {pickled[0]}: {command}"
+    fix = "copy or download the weight files"
     return CheckpointError(
         f"{folder} has no transformer weights" + (f" (it has {listed(names)})" if names else ""),
         needs=f"{STEM}.safetensors or its index, or quant_model_weight*.safetensors",

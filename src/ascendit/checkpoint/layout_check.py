@@ -21,9 +21,9 @@ from ascendit.checkpoint.part_check import (
     processor_config,
 )
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
-from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.tokenizer_check import check_tokenizer
 from ascendit.checkpoint.transformer import Expert, model_config, read_expert
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanConfig, out_channels
 from ascendit.quant.schemes import scheme_after_reading
@@ -81,7 +81,17 @@ def check_layout(layout: Layout) -> CheckedLayout:
 
 
 def check_experts(layout: Layout) -> list[Expert]:
-    """The transformers alone, which `quantize` and `repack` convert. Raises the first of their problems."""
+    """The transformers alone, which `quantize` and `repack` convert.
+
+    Raises CheckpointError (E-CKP-01) if there are none, and the first of their problems.
+    """
+    if not layout.experts:
+        raise CheckpointError(
+            f"{layout.root} has no transformer, but the weights of a {', '.join(layout.parts)}",
+            needs="a transformer",
+            fix=f"ascendit repack {layout.root} --base MODEL -o DST",
+            code="E-CKP-01",
+        )
     parts = tuple(_check(part, to_run=False) for part in layout.experts)
     problems = [checked.problem for checked in parts if checked.problem is not None]
     problems = problems or list(_experts_disagree(layout, {x.part.name: x for x in parts}))
@@ -89,7 +99,7 @@ def check_experts(layout: Layout) -> list[Expert]:
 
 
 def _missing_parts(layout: Layout) -> Iterator[AscenditError]:
-    image_tokens = layout.experts[0].config.get("image_dim") is not None
+    image_tokens = bool(layout.experts) and layout.experts[0].config.get("image_dim") is not None
     for name in NEEDED + (NEEDED_FOR_IMAGE_TOKENS if image_tokens else ()):
         try:
             layout.part(name)

@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 
 from ascendit.checkpoint.component import check_regular
 from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
+from ascendit.checkpoint.replacement import ASIDE, check_replaceable, exchange, restore
 from ascendit.checkpoint.sources import check_sources
 from ascendit.checkpoint.trust import Home
 from ascendit.errors import Cancelled, CheckpointError, EnvironmentProblem, UsageError
@@ -94,6 +95,11 @@ class Journal:
             self.write()
             file.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget all complete files; they stay on disk. Raises OSError."""
+        self._done = {}
+        self.write()
+
     def remove_others(self) -> None:
         """Remove everything below `root` that is not a complete file. Raises OSError."""
         removed = []
@@ -133,7 +139,9 @@ class Staging:
 
     `sources`: files and folders that are read. `fingerprint`: identifies sources, options and version;
     `resume` reuses the complete files of a killed run with the same fingerprint. `needs_bytes`: size of the
-    output. After Ctrl-C, complete files are kept for `resume`; after other errors, only if `keep` is set.
+    output. `overwrite`: `dst` may exist, see `check_replaceable`; it is unchanged until `publish` exchanges
+    it for the new folder. After Ctrl-C, complete files are kept for `resume`; after other errors, only if
+    `keep` is set.
 
     Raises UsageError: E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
     are nested, E-USE-01 if `dst` has no name, or for `resume` with other options or sources;
@@ -148,13 +156,15 @@ class Staging:
         fingerprint: str,
         resume: bool = False,
         needs_bytes: int = 0,
+        overwrite: bool = False,
     ) -> None:
         self.dst = _absolute(Path(dst))
         self.keep = False
+        self._overwrite = overwrite
         self._folder = self.dst.parent / f".{self.dst.name}.partial"
         self._needs = needs_bytes
         _check_apart(self.dst, self._folder, sources)
-        _check_free(self.dst)
+        self._check_dst()
         self._created = [p for p in (*reversed(self.dst.parent.parents), self.dst.parent) if not p.exists()]
         self._lock = -1
         self.path = self._folder / self.dst.name
@@ -162,13 +172,26 @@ class Staging:
             undo.callback(self._release)
             self.dst.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._folder)
-            _check_free(self.dst)  # again: another run may have published it before the lock
+            self._remove_replaced()
+            self._check_dst()  # again: another run may have published it before the lock
             self.journal = self._open_journal(fingerprint, resume)
             self._identity = os.lstat(self.path)
             if not self.journal.count:
                 undo.callback(self._clear)
             check_free_space(self._folder, needs_bytes)
             undo.pop_all()
+
+    def _check_dst(self) -> None:
+        """Raise UsageError (E-USE-03, E-USE-06) if `dst` exists and is not to be replaced."""
+        if self._overwrite:
+            check_replaceable(self.dst)
+        else:
+            _check_free(self.dst)
+
+    def _remove_replaced(self) -> None:
+        """After a kill while a folder was replaced: remove it, or give it its name again. Raises OSError."""
+        if replaced := restore(self._folder, self.dst):
+            shutil.rmtree(replaced)
 
     def _open_journal(self, fingerprint: str, resume: bool) -> Journal:
         """Reuse or remove the output of a killed run."""
@@ -209,24 +232,38 @@ class Staging:
     def publish(self) -> None:
         """Rename the folder to `dst`, if the sources that `recording` collected are unchanged.
 
-        Raises CheckpointError (E-CKP-02) if a source has changed, UsageError (E-USE-03) if `dst` exists, with
-        the output kept, EnvironmentProblem (E-ENV-02) if the folder or a file was removed during the run.
+        With `overwrite`, an existing folder is exchanged for the new one and then removed.
+
+        Raises CheckpointError (E-CKP-02) if a source has changed, UsageError (E-USE-03) if `dst` exists and
+        is not to be replaced, with the output kept, EnvironmentProblem (E-ENV-02) if the folder or a file was
+        removed during the run.
         """
         check_sources()
         self._check_intact()
         with writing(self._folder, self._needs):
-            if os.path.lexists(self.dst):  # os.rename would replace an empty folder
-                self.keep = True
-                raise UsageError(
-                    f"{self.dst} was created by another program during this run",
-                    needs="a name that does not exist: nothing is overwritten",
-                    fix=f"the output is complete in {self.path}; move it to another name",
-                    code="E-USE-03",
-                )
-            os.rename(self.path, self.dst)
+            if not os.path.lexists(self.dst):  # os.rename would replace an empty folder
+                os.rename(self.path, self.dst)
+            else:
+                self._replace()
         self._created = []
         self._clear()
         self._release()
+
+    def _replace(self) -> None:
+        """Exchange the output for the existing folder. Raises as `publish`, and OSError."""
+        try:
+            self._check_dst()
+        except UsageError as e:
+            self.keep = True
+            verb = "changed" if self._overwrite else "created"
+            raise UsageError(
+                f"{self.dst} was {verb} by another program during this run",
+                needs=e.needs,
+                fix=f"the output is complete in {self.path}; move it to another name",
+                code="E-USE-03",
+            ) from e
+        self.journal.clear()  # a later run must not take the files of the old folder for complete ones
+        exchange(self.path, self.dst)
 
     def _check_intact(self) -> None:
         """Raise EnvironmentProblem (E-ENV-02) unless folder and complete files are those of this run."""
@@ -281,7 +318,8 @@ class Staging:
 
     def _clear(self) -> None:
         """Remove the output, then the journal, so that a partly removed output is still recognised."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in (self.path, self._folder / ASIDE):
+            shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             (self._folder / f"{JOURNAL}.new").unlink(missing_ok=True)
             (self._folder / JOURNAL).unlink(missing_ok=True)
@@ -320,10 +358,21 @@ def _check_free(dst: Path) -> None:
     kind = "link" if dst.is_symlink() else "folder" if dst.is_dir() else "file"
     raise UsageError(
         f"the output {dst} already exists: a {kind}",
-        needs="a name that does not exist: nothing is overwritten",
-        fix=f"{option_for(dst)}, or remove the {kind}",
+        needs="a name that does not exist: nothing is overwritten without --overwrite",
+        fix=f"{option_for(dst)}{_or_overwrite(dst)}",
         code="E-USE-03",
     )
+
+
+def _or_overwrite(dst: Path) -> str:
+    """The other way to use this name, without a loss of files of others."""
+    if not dst.is_dir() or dst.is_symlink():
+        return ", or remove it"
+    try:
+        check_replaceable(dst)
+    except UsageError:
+        return ""
+    return ", or add --overwrite"
 
 
 def _check_apart(dst: Path, folder: Path, sources: Sequence[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ascendit.checkpoint.component import CONFIG_FILES, Part, unsupported_class
@@ -16,17 +17,19 @@ from ascendit.checkpoint.part_configs import (
     PartConfig,
     TextEncoderConfig,
 )
+from ascendit.checkpoint.part_names import PROJECTION, VISION_PREFIX, canonical_part
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
-    VISION_PREFIX,
     autoencoder_tensors,
     image_encoder_tensors,
     image_projection,
     text_encoder_tensors,
 )
-from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.checkpoint.scheduler import scheduler_of
+from ascendit.checkpoint.stored_kinds import interpret
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.tokenizer_check import check_tokenizer
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.names import Shapes, listed
 
@@ -46,12 +49,18 @@ def check_part(part: Part) -> Shards | None:
     """The headers of `part`, checked against its config; None if it has no weights.
 
     Raises CheckpointError: E-CKP-06 for an invalid value or file; E-CKP-05 for a class without a model of its
-    config; E-CKP-04 for tensors that the config does not imply; the errors of `Shards.from_part`.
+    config; E-CKP-04 for tensors that the config does not imply; the errors of `Shards.from_part` and of
+    `stored_kinds.interpret`.
     """
     if part.has_weights:
         config = library_config(part) if part.name in LIBRARY_PARTS else None
         shards = Shards.from_part(part)
         if config is not None:
+            read = interpret(shards.tensors, part.config, part=part.name)
+            tensors = canonical_part(part.name, read.tensors)
+            if part.class_name == "CLIPVisionModel":
+                tensors.pop(PROJECTION, None)
+            shards = replace(shards, tensors=tensors, kinds=read.kinds)
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
             _check_tensors(part, _expected_tensors(part, config, stored), stored)
         return shards

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
+from ascendit.checkpoint.part_names import PROJECTION
 from ascendit.names import Shapes
 
 Entries = Iterator[tuple[str, tuple[int, ...]]]
@@ -40,9 +41,6 @@ def text_encoder_tensors(config: TextEncoderConfig) -> Shapes:
 
 # ---- CLIP ---------------------------------------------------------------------------------------
 
-VISION_PREFIX = "vision_model."
-"""Prefix of a CLIPVisionModel's tensors in files of transformers before version 5."""
-
 
 def image_encoder_tensors(config: ImageEncoderConfig) -> Shapes:
     """The tensors of a CLIPVisionModel, without `VISION_PREFIX`."""
@@ -64,8 +62,8 @@ def image_encoder_tensors(config: ImageEncoderConfig) -> Shapes:
 
 
 def image_projection(config: ImageEncoderConfig) -> Shapes:
-    """The tensor that a CLIPVisionModelWithProjection has in addition."""
-    return {"visual_projection.weight": (config.projection_dim, config.hidden_size)}
+    """The shape of `PROJECTION`."""
+    return {PROJECTION: (config.projection_dim, config.hidden_size)}
 
 
 def _layer(name: str, out: int, *kernel: int) -> Entries:

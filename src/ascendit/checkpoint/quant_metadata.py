@@ -20,7 +20,7 @@ from typing import Any
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layer_format import DeclaredScheme, Layer, disagreement
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import (
     QUANTIZED_ROLES,

@@ -115,6 +115,13 @@ def record_folder(folder: Path) -> None:
         recorder.folders.setdefault(folder, files_below(folder))
 
 
+def recorded_sources() -> list[Path]:
+    """The files that this run has recorded so far."""
+    if (recorder := _RECORDER.get()) is None:
+        return []
+    return [*recorder.states, *(path for below in recorder.folders.values() for path in below)]
+
+
 def check_sources() -> None:
     """Raise CheckpointError (E-CKP-02), which names the files, if a recorded one has changed."""
     recorder = _RECORDER.get()

@@ -29,7 +29,9 @@ from ascendit.checkpoint.quant_metadata import (
     read_manifest,
     read_quantization_config,
 )
-from ascendit.checkpoint.reader import Shards, TensorInfo
+from ascendit.checkpoint.stored_kinds import interpret, kinds_text, method_text, naming_kind
+from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.names import (
@@ -48,7 +50,7 @@ from ascendit.names import (
 from ascendit.quant.schemes import FP8_TILES
 from ascendit.report import shell_line
 
-Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block"]
+Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block", "turbodiffusion"]
 ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
 """Tensors of a quantized attention that the config does not imply: rotations and static scales."""
 
@@ -80,6 +82,10 @@ class Expert:
     quantization_config: dict[str, Any] | None
     """`quantization_config` of config.json, as stored."""
     origin: Origin
+    kinds: tuple[str, ...] = ()
+    """The kinds of its file, keys of `stored_kinds.KINDS`."""
+    notes: tuple[str, ...] = ()
+    """Tensors of the file that are not used."""
 
     @property
     def smoothed(self) -> tuple[str, ...]:
@@ -92,6 +98,8 @@ class TensorMismatch(CheckpointError):
 
     def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
         fix = "download the weights and config.json again, both from the same revision"
+        if [name for names in checks.values() for name in names] == ["patch_embedding.weight"]:
+            fix = "download a GGUF file with this tensor; ComfyUI-GGUF adds it with tools/fix_5d_tensors.py"
         super().__init__(got, needs=needs, fix=fix, code="E-CKP-04")
         self.checks = checks
         """missing, unexpected, misshapen, mistyped -> stored names."""
@@ -104,27 +112,35 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     damaged files, as in `Shards.open`; E-CKP-01 for tensors of another model; E-CKP-09 if two tensors map to
     one name; E-CKP-08 for unpaired weights and scales; E-CKP-07 if manifest, quantization_config and dtypes
     contradict each other; E-CKP-04 for tensors that are missing, unexpected, of the wrong shape or dtype, or
-    not listed in the manifest.
+    not listed in the manifest; and the errors of `stored_kinds.interpret`.
     """
-    stored = (shards or Shards.from_part(part)).tensors
+    # A manifest next to a single file may belong to other weights.
+    path = None if part.files == (part.path,) else find_manifest(part.folder)
+    shards = shards or Shards.from_part(part)
+    read = interpret(shards.tensors, part.config, part=part.name, described=path is not None)
+    stored = read.tensors
+    label = f"{part.path} ({kinds_text(read.kinds)})" if read.kinds else f"{part.path}"
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
-            f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            f"{label} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
             needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
             fix="pass the file or folder of the diffusion transformer",
             code="E-CKP-01",
         )
     tensors = _canonical(stored, naming)
-    # A manifest next to a single file may belong to other weights.
-    path = None if part.files == (part.path,) else find_manifest(part.folder)
     manifest = read_manifest(path, naming) if path else None
     quantization = read_quantization_config(part.config, tolerant=manifest is not None)
     declared = manifest.declared_schemes() if manifest else {}
-    layers = read_layers(tensors, (quantization.declared_schemes(tensors) if quantization else {}) | declared)
+    declared |= read.declared({name: canonical(name, naming) for name in stored} if read.schemes else {})
+    stored_as = kinds_text(read.kinds) or method_text(part.config)
+    with naming_kind(stored_as):
+        schemes = quantization.declared_schemes(tensors) if quantization else {}
+        layers = read_layers(tensors, schemes | declared)
     config, problem = _config(part, tensors, layers)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
-    _check_tensors(part, config, expected, naming, tensors, layers)
+    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
+    _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
     if quantization:
@@ -140,7 +156,9 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
         manifest=manifest.entries() if manifest else None,
         attention=manifest.attention if manifest else {},
         quantization_config=part.config.get(CONFIG_KEY),
-        origin=_origin(part, naming, layers, manifest, quantization),
+        origin="turbodiffusion" if read.schemes else _origin(part, naming, layers, manifest, quantization),
+        kinds=read.kinds,
+        notes=read.notes,
     )
 
 
@@ -193,7 +211,7 @@ def _config(
 
 
 def _check_tensors(
-    part: Part,
+    label: str,
     config: Mapping[str, Any],
     expected: Shapes,
     naming: Naming,
@@ -228,7 +246,7 @@ def _check_tensors(
     }
     if wrong := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
         raise TensorMismatch(
-            f"{part.path} does not match the {TRANSFORMER} of its config: {'; '.join(wrong)}",
+            f"{label} does not match the {TRANSFORMER} of its config: {'; '.join(wrong)}",
             needs=f"exactly the {len(expected)} tensors of this {TRANSFORMER}, floating point or quantized",
             checks={kind: tuple(names) for kind, names in problems.items()},
         )
@@ -366,7 +384,7 @@ def _from_shapes(shapes: Shapes) -> dict[str, Any]:
         int(name.split(".", 2)[1]) for name in shapes if name.startswith("blocks.") and _numbered(name)
     ]
     return {
-        "dim": size("patch_embedding.weight", 0, 5),
+        "dim": size("patch_embedding.weight", 0, 5) or size("patch_embedding.bias", 0, 1),
         "in_channels": size("patch_embedding.weight", 1, 5),
         "out_channels": out // volume if out and volume else None,
         "patch_size": patch_size,

@@ -23,8 +23,9 @@ from ascendit.checkpoint.component import (
     read_json,
     unsupported_class,
 )
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
-from ascendit.checkpoint.reader import read_header
+from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
 from ascendit.errors import CheckpointError
 from ascendit.report import shell_line
 
@@ -175,7 +176,7 @@ def _check_entry(file: Path, name: str, key: str, value: object) -> None:
 
 
 _NEEDED = {*_CONFIGS, *TOKENIZER_CONFIGS, *TOKENIZER_FILES, *(f for v in CONFIG_FILES.values() for f in v)}
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
+_WEIGHT_FILES = (*WEIGHT_SUFFIXES, ".index.json")
 
 # ---- links --------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class Home:
 
     def copies(self, path: Path) -> bool:
         """Whether an output may get a copy of `path`: links to other disks may lead to weights only."""
-        return self.contains(path) or (path.suffix == ".safetensors" and _is_weights(path))
+        return self.contains(path) or (path.suffix in WEIGHT_SUFFIXES and _is_weights(path))
 
     def require(self, path: Path) -> None:
         """Raise CheckpointError (E-CKP-03) if `path`, which an output needs, leads out of the checkpoint."""

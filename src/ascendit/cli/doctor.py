@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ascendit.cli.main import Json, flag
-from ascendit.cli.output import Output, check_report, write_report
+from ascendit.cli.output import Output
+from ascendit.doctor.probe import NO_FIX
 from ascendit.errors import UsageError, escaped
-from ascendit.report import columns
+from ascendit.pages.page import check_report_file, write_json
+from ascendit.report import columns, wrapped
 
 if TYPE_CHECKING:
     from ascendit.doctor.operator_cases import Result
+    from ascendit.doctor.probe import DoctorReport, ProbeRow
     from ascendit.doctor.self_check import SelfCheck
 
 DEFAULT_DEVICE = "npu"
@@ -60,30 +63,39 @@ def _refuse_flags(flags: dict[str, object]) -> None:
 def _check_machine(out: Output) -> int:
     """Print the report of this machine. Returns the exit code: 0 if it is ready, 3 if not."""
     from ascendit.doctor.machine import examine
-    from ascendit.doctor.probe import NO_FIX
 
     with out.work():
         report = examine()
-    cells = [
-        line
-        for r in report.rows
-        for line in _wrapped(
-            r.item, r.detected, r.needed, r.status, "" if r.status in NO_FIX else escaped(r.fix)
-        )
-    ]
-    rows = columns([("item", "detected", "needed", "status", "fix"), *cells])
-    out.result(report.as_dict(), [*rows, "", *report.verdicts()])
+    out.result(report.as_dict(), [*_machine_lines(report, out.width), "", *report.verdicts()], colour=True)
     return 0 if report.ok else 3
 
 
-def _wrapped(
-    item: str, detected: str, needed: str, status: str, fix: str
-) -> Iterator[tuple[str, str, str, str, str]]:
+def _machine_lines(report: DoctorReport, width: int | None) -> list[str]:
+    """One row per requirement; in a narrow terminal, with the requirement and the fix below it."""
+    head = ("item", "detected", "needed", "status", "fix")
+    rows = [line for row in report.rows for line in _wrapped_cells(row)]
+    lines = columns([head, *rows])
+    if width is None or max(map(len, lines)) <= width:
+        return lines
+    narrow = columns([("item", "status", "detected"), *map(_narrow_cells, report.rows)], width=width)
+    problems = [row for row in report.rows if row.status not in NO_FIX]
+    for row in problems:
+        narrow += ["", *wrapped(f"{row.item}  ", f"{row.status}: needs {row.needed}", width)]
+        narrow += [f"  fix  {row.fix}"] if row.fix else []  # one line: it may be a command
+    return narrow
+
+
+def _narrow_cells(row: ProbeRow) -> tuple[str, str, str]:
+    return escaped(row.item), row.status, escaped(row.detected)
+
+
+def _wrapped_cells(row: ProbeRow) -> Iterator[tuple[str, str, str, str, str]]:
     """The lines of one row; a fix, which may be a command, stays on one line."""
+    fix = "" if row.status in NO_FIX else escaped(row.fix)
     wrap = partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
-    left, right = wrap(escaped(detected), DETECTED_WIDTH), wrap(escaped(needed), NEEDED_WIDTH)
+    left, right = wrap(escaped(row.detected), DETECTED_WIDTH), wrap(escaped(row.needed), NEEDED_WIDTH)
     for n, (text, rule) in enumerate(zip_longest(left or [""], right, fillvalue="")):
-        yield ("", text, rule, "", "") if n else (item, text, rule, status, fix)
+        yield ("", text, rule, "", "") if n else (row.item, text, rule, row.status, fix)
 
 
 def _check_device(device: str, file: Path | None, out: Output) -> int:
@@ -100,22 +112,22 @@ def _check_device(device: str, file: Path | None, out: Output) -> int:
                 fix="--out self-check.json",
                 code="E-USE-02",
             )
-        check_report("--out", file)
+        check_report_file(file, flag="--out", any_name=True)
     disable_device_plugins()  # the self-check imports torch_npu explicitly
     from ascendit.doctor.self_check import self_check
 
     with out.work():
         check = self_check(name)
     data = check.as_dict()
-    out.result(data, page(check))
+    out.result(data, page(check, out.width), colour=True)
     if file is not None:
-        write_report(file, data)
+        write_json(file, data)
         out.note(f"{file} has the full results; attach it to a bug report")
     return 0 if check.ok else 1
 
 
-def page(check: SelfCheck) -> Iterator[str]:
-    """Lines for a terminal: questions, operators, functions, result."""
+def page(check: SelfCheck, width: int | None = None) -> Iterator[str]:
+    """Lines for a terminal: questions, operators, functions, result. `width`: of the terminal."""
     versions = check.about["versions"]
     shown = "   ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions[name])
     yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {shown}"
@@ -127,16 +139,15 @@ def page(check: SelfCheck) -> Iterator[str]:
                 yield f"    the twin assumes: {r.expected}"
     if check.results_of("operator"):
         yield from ("", "Operators, compared with the twin")
-        yield from _rows("operator", _operators(check))
+        yield from _rows("operator", _operators(check), width)
     yield from ("", "Selected kernels and layers, compared with plain PyTorch")
-    yield from _rows(
-        "function", ((r.name, "1", *_numbers(r), r.error or r.how) for r in check.results_of("function"))
-    )
+    functions = ((r.name, "1", *_numbers(r), r.error or r.how) for r in check.results_of("function"))
+    yield from _rows("function", functions, width)
     yield from ("", _verdict(check))
 
 
-def _rows(first: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
-    return columns([(first, "cases", "verdict", "dB", "us", "remark"), *rows], indent="  ")
+def _rows(first: str, rows: Iterable[tuple[str, ...]], width: int | None) -> list[str]:
+    return columns([(first, "cases", "verdict", "dB", "us", "remark"), *rows], indent="  ", width=width)
 
 
 def _operators(check: SelfCheck) -> Iterator[tuple[str, ...]]:

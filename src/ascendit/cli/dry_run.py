@@ -6,24 +6,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ascendit.convert.report import lora_lines
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.memory import memory_of
 from ascendit.pipeline.options import FLAGS
 from ascendit.pipeline.sigmas import is_high_noise
-from ascendit.report import columns, human_bytes
+from ascendit.report import beginning, columns, human_bytes
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
+    from ascendit.cli.generate_plan import Planned
     from ascendit.cli.output import Output
     from ascendit.pipeline.job import Prepared
     from ascendit.pipeline.request import GenerateRequest
 
 
-def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> None:
-    """Print the plan of the run: every value of the request, device, work, memory, output and replay."""
+def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
+    """Print the plan of the run: every value of the request, device, work, memory, output and replay.
+
+    `many`: values of the first video, then prompt, seed and output of each.
+    """
+    first = plan[0]
+    prepared, call, output = first.prepared, first.call, first.output
     request, options, model = prepared.request, prepared.model.options, prepared.model
-    replay = prepared.replay_line(call.replay_flags(allow_flat=call.allow_flat))
+    replay = first.replay(allow_flat=call.allow_flat)
     with out.work():
         estimate = estimate_run(prepared)
     schedule = request.denoising_schedule
@@ -46,11 +53,17 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         "video_tokens": estimate.work.tokens,
         "text_tokens": request.max_sequence_length,
         **{name: getattr(options, name) for name in FLAGS},
+        "loras": prepared.loras,
         "dtype": denoiser.dtype,
         "schemes": schemes,
         **estimate.as_dict(),
         "replay": replay,
     }
+    if many:
+        data["videos"] = [
+            {"prompt": x.prepared.request.prompt, "seed": x.prepared.request.seed, "output": x.output}
+            for x in plan
+        ]
     shown, origin = request.model_dump(exclude_none=True), _origins(call, request)
     if request.image is None:
         del shown["fit"]
@@ -67,11 +80,20 @@ def print_dry_run(prepared: Prepared, call: Call, output: str, out: Output) -> N
         "defaults from",
         *(f"  {source}" for source in _sources(prepared, call, out)),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
+        *(f"LoRA       {line}" for line in lora_lines(prepared.loras)),
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
         f"replay     {replay}",
+        *(_video_lines(plan) if many else ()),
     ]
     out.result(data, lines)
+
+
+def _video_lines(plan: Sequence[Planned]) -> list[str]:
+    """Number, seed, output and prompt of each video."""
+    requests = [planned.prepared.request for planned in plan]
+    rows = ((f"seed {r.seed}", x.output, beginning(r.prompt)) for r, x in zip(requests, plan, strict=True))
+    return [f"videos     {len(plan)}, the values above are those of the first", *columns(rows, indent="  ")]
 
 
 def _decode_lines(prepared: Prepared, estimate: Estimate, call: Call, output: str, replay: str) -> list[str]:

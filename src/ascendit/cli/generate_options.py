@@ -13,13 +13,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
 from ascendit.foreign import KEYWORD_OF, hint, normal, value_for
+from ascendit.geometry import FrameRate, frame_rate
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
@@ -30,6 +31,7 @@ KEYS: dict[str, Any] = {
     **{name: field.annotation for name, field in LoadOptions.model_fields.items()},
     "seconds": float,
     "preset": str,
+    "crf": int,
     "metadata": bool,
     "allow_flat": bool,
 }
@@ -45,6 +47,8 @@ MEANINGS = {
     "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
     "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
     "max_sequence_length": "Tokens of the prompt, at most 512.",
+    "crf": "Quality of the file: lower is better and larger; default 18. Command line only.",
+    "seed": "The same seed gives the same video; default: random, and printed.",
     "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
     "seconds": "Length in seconds, instead of num_frames. Command line only.",
 }
@@ -71,6 +75,7 @@ class Call:
     fields: dict[str, Any]
     """The fields of GenerateRequest that were set, without the prompt; also `seconds` and `preset`."""
     metadata: bool = True
+    crf: int | None = None
     allow_flat: bool = False
     latents: Path | None = None
     """The file that `--latents` names."""
@@ -82,6 +87,7 @@ class Call:
     def replay_flags(self, *, allow_flat: bool) -> list[str]:
         """Flags of the replay line that are not in the request. `allow_flat`: whether the video needs it."""
         flags = ["--allow-flat"] if allow_flat else []
+        flags += [] if self.crf is None else ["--crf", str(self.crf)]
         return flags + ([] if self.metadata else ["--set", "metadata=false"])
 
 
@@ -93,10 +99,12 @@ def read_call(
     settings: Iterable[str],
     config: Path | None,
     latents: Path | None = None,
+    prompts: str | None = None,
 ) -> Call:
     """Combine all sources of a call. Raises UsageError (E-USE-01, E-USE-02).
 
-    `latents`: kept latents, whose options replace a config.
+    `latents`: kept latents, whose options replace a config. `prompts`: a file of prompts, which replace that
+    of the call.
     `args`: MODEL PROMPT, PROMPT, or empty if a config has both. `flags`: the parameters of `generate`;
     those that are neither keys nor in `SPLIT` are ignored.
     """
@@ -123,7 +131,11 @@ def read_call(
         typed_layer(flag_values, source="flags"),
     ]
     values = {k: v for k, v in merge(*layers).items() if v is not None}
-    model, prompt = _model_and_prompt(args, demo, values.pop("model", None), values.pop("prompt", None))
+    model, prompt = values.pop("model", None), values.pop("prompt", None)
+    if prompts is None:
+        model, prompt = _model_and_prompt(args, demo, model, prompt)
+    else:
+        model, prompt = _model_of_prompts(args, demo, model, prompts), ""
     load = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
     if algo and parse_device(load.get("device", "cpu")).has_attention_kernels:
         load.setdefault("attention", algo)
@@ -131,6 +143,7 @@ def read_call(
         options=LoadOptions(model=model, **load),
         prompt=prompt,
         metadata=values.pop("metadata", True),
+        crf=values.pop("crf", None),
         allow_flat=values.pop("allow_flat", False),
         fields=values,
         model_from=config if model == layers[0].get("model") and not demo else None,
@@ -174,6 +187,18 @@ def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: st
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
         raise UsageError(got, needs=needs, fix=fix)
     return named.get("MODEL") or default or "", named.get("PROMPT", prompt) or ""
+
+
+def _model_of_prompts(args: list[str], demo: bool, model: str | None, prompts: str) -> str:
+    """The model of a call with `--prompts`, whose only argument is MODEL."""
+    model = args[0] if args else "demo" if demo else model
+    if model is None or len(args) > (0 if demo else 1):
+        got = f"--prompts {prompts} and {shell_line(args) or 'no model'}"
+        needs = "MODEL or --demo, and no PROMPT: the file has the prompts"
+        first = "--demo" if demo or not args else shell_line(args[:1])
+        fix = f"ascendit generate {first} --prompts {shell_line([prompts])}"
+        raise UsageError(got, needs=needs, fix=fix)
+    return model
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -315,11 +340,13 @@ def _typed(key: str, value: Any, source: str) -> Any:
     if key in LoadOptions.model_fields and not is_name:
         return value  # LoadOptions validates it
     try:
+        if kind == FrameRate:
+            return frame_rate(value)
         if not is_tuple:
             adapter = TypeAdapter(kind)
             is_text = isinstance(value, str)
             return adapter.validate_strings(value) if is_text else adapter.validate_python(value, strict=True)
         items = value.split(",") if isinstance(value, str) else value
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
-    except ValidationError:
+    except ValueError:  # also pydantic's
         raise bad_value(key, value, hint, "" if source == "flags" else source) from None

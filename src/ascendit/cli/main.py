@@ -7,6 +7,7 @@ Commands are imported when they run: `ascendit --help` takes under 0.3 s.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
+REPORT_SUFFIXES = (".html", ".json")
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
@@ -104,6 +106,9 @@ Copy = Annotated[bool, flag("--copy", "Copy the other components instead of link
 Resume = Annotated[
     bool, flag("--resume", "Continue an interrupted run of the same command; a shard is checked by its size.")
 ]
+Overwrite = Annotated[
+    bool, flag("--overwrite", "Replace an output of ascendit when the new one is complete.")
+]
 DryRun = Annotated[bool, flag("--dry-run", "Show the plan; write nothing.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 
@@ -164,10 +169,31 @@ def common(
     _set_up_log(ctx.obj)
 
 
+CLOSED_PIPE = 141
+"""Exit code if the reader of the output ends first, as `head` does: 128 + SIGPIPE, as of other programs."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
     accept_click_completion()
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as e:
+        # after a BrokenPipeError, typer's main wraps stdout and ends the process
+        if isinstance(e, SystemExit) and type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        if argv is None:  # the interpreter flushes both again
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+                os.dup2(null.fileno(), 2)
+        return CLOSED_PIPE
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
+    args = with_report_value(args)
     command = typer.main.get_command(app)
     with command_line(next((arg for arg in args if arg in COMMANDS), "")):
         try:
@@ -199,6 +225,20 @@ def common_flags(args: list[str]) -> tuple[list[str], Output]:
     return flags + remaining, output
 
 
+def with_report_value(args: list[str]) -> list[str]:
+    """Give `--report` of quantize a value: the next word if it is the name of a report, else none."""
+    if next((arg for arg in args if not arg.startswith("-")), None) != "quantize":
+        return args
+    end = args.index("--") if "--" in args else len(args)
+    joined: list[str] = []
+    for arg in args[:end]:
+        if joined and joined[-1] == "--report=" and arg.lower().endswith(REPORT_SUFFIXES):
+            joined[-1] += arg
+        else:
+            joined.append("--report=" if arg == "--report" else arg)
+    return joined + args[end:]
+
+
 def report_error(error: BaseException, output: Output, args: Sequence[str] = ()) -> int:
     """Print the error and return its exit code. `args`: the command line."""
     from ascendit.cli.interruptions import cancelled
@@ -219,7 +259,7 @@ def report_error(error: BaseException, output: Output, args: Sequence[str] = ())
     if isinstance(error, AscenditError):
         if output.verbose:
             print(traceback_text(error), file=sys.stderr, end="")
-        output.fail(error.as_dict())
+        output.fail(error.as_dict(), error.details)
         return error.exit_code
     return report_internal_error(error, output)
 

@@ -5,16 +5,16 @@ Only this module and the views of `progress` print, so every text of a file pass
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 
-from ascendit.errors import AscenditError, UsageError, escaped
+from ascendit.errors import AscenditError, escaped
 from ascendit.report import json_text
 from ascendit.version import __version__, installed
 
@@ -32,6 +32,11 @@ class Output:
         """Whether only the result is printed."""
         return self.quiet or self.json
 
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None if the result goes to a file or another program."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
     def line(self, text: str = "") -> None:
         """Print one line of the result; line breaks in `text` are escaped."""
         if not self.json:
@@ -47,28 +52,51 @@ class Output:
         if not self.silent:
             print(f"note: {escaped(text)}", file=sys.stderr)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr, also with `--quiet`."""
+        if not self.json:
+            print(f"warning: {escaped(text)}", file=sys.stderr)
+
+    def problem(self, error: dict[str, str]) -> None:
+        """Print the error of one of many results, from `AscenditError.as_dict`; `--json` has it elsewhere."""
+        if not self.json:
+            print_error(error)
+
     def emit(self, data: dict[str, Any]) -> None:
         """Print the JSON object of a `--json` run."""
         if self.json:
             print(json_text(data))
 
-    def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
-        """Print the result of a command: `data` with `--json`, else `lines`.
+    def result(
+        self,
+        data: dict[str, Any],
+        lines: Iterable[str],
+        error: AscenditError | None = None,
+        *,
+        colour: bool = False,
+    ) -> None:
+        """Print the result of a command: `data` with `--json`, else `lines`, with `colour` on a terminal.
 
         With `error`, a QualityError, print it too and raise typer.Exit with its exit code.
         """
         self.emit(data | ({"error": error.as_dict()} if error else {}))
-        for line in lines:
-            self.line(line)
+        if colour and not self.json and sys.stdout.isatty():
+            print_coloured(lines)
+        else:
+            for line in lines:
+                self.line(line)
         if error:
             if not self.json:
                 print_error(error.as_dict())
             raise typer.Exit(error.exit_code)
 
-    def fail(self, error: dict[str, str]) -> None:
-        """Print an error: as the JSON object, or as text on stderr. `error`: from `AscenditError.as_dict`."""
+    def fail(self, error: dict[str, str], details: Mapping[str, Any] | None = None) -> None:
+        """Print an error: as the JSON object, or as text on stderr. `error`: from `AscenditError.as_dict`.
+
+        `details`: more keys of the object.
+        """
         if self.json:
-            self.emit({"error": error})
+            self.emit({**(details or {}), "error": error})
         else:
             print_error(error)
 
@@ -105,28 +133,27 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def check_report(flag: str, file: Path) -> None:
-    """Check before a long run that the report can be written.
-
-    Raises UsageError (E-USE-03) if `file` exists, EnvironmentProblem (E-ENV-02) if the folder is not
-    writable.
-    """
-    from ascendit.pipeline.video import check_writable
-
-    if file.exists():
-        raise UsageError(
-            f"{flag} {file} already exists",
-            needs="a new name: reports are not overwritten",
-            fix="use another name, or remove the file",
-            code="E-USE-03",
-        )
-    check_writable(file)
+STATUSES = {
+    "green": "ok|works|PASS|passed|exact|close|same size|unchanged",
+    "bold red": "NOT OK|DAMAGED|FAIL|failed|missing|too old|too little|broken|probe failed|differs",
+    "yellow": "absent|unlisted|not checked|not recorded",
+}
+"""Style -> statuses that have it, if they are a cell of a table."""
 
 
-def write_report(file: Path, data: dict[str, Any]) -> None:
-    """Write `data` as JSON; creates the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json_text(data) + "\n", encoding="utf-8")
+def print_coloured(lines: Iterable[str]) -> None:
+    """Print lines on a terminal: titles bold, statuses coloured. Without colour if NO_COLOR is set."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        text = Text(escaped(line))
+        text.highlight_regex(r"^\S.*?(?=  )", "bold")
+        for style, statuses in STATUSES.items():
+            text.highlight_regex(rf"(?:(?<=  )|^)(?:{statuses})(?=  |$)", style)
+        text.highlight_regex(r"(?<=  )E-[A-Z]{3}-\d\d|^Problem(?=  )", "bold red")
+        console.print(text)
 
 
 def print_error(error: dict[str, str]) -> None:
@@ -153,6 +180,12 @@ def traceback_text(error: BaseException) -> str:
 
 def report_internal_error(error: BaseException, output: Output) -> int:
     """Print an unexpected exception briefly and write its traceback to a log file. Returns exit code 1."""
+    output.fail(internal_error(error, output))
+    return 1
+
+
+def internal_error(error: BaseException, output: Output) -> dict[str, str]:
+    """The record of an unexpected exception, whose traceback is written to a log file."""
     import tempfile
 
     trace = traceback_text(error)
@@ -162,15 +195,13 @@ def report_internal_error(error: BaseException, output: Output) -> int:
         log.write(f"{versions()}\n{sys.argv}\n{trace}")
     if output.verbose:
         print(trace, file=sys.stderr, end="")
-    data = {
+    return {
         "code": "internal",
         "got": f"internal error, {type(error).__name__}: {str(error).strip() or 'no message'}",
         "needs": "a fix in ascendit or in a library: this is a bug",
         "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
         "log": log.name,
     }
-    output.fail(data)
-    return 1
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 EXPERT_TITLES = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
 RECENT_STEPS = 8
+SLOW = 0.1  # GiB/s; below, the unit is that of the number
+NARROW, BAR = 80, 24  # columns; a narrower terminal shows no bar
 REDRAW = 0.1  # seconds; a conversion reports every few MiB
 
 
@@ -41,6 +43,10 @@ class ProgressView:
     def __init__(self) -> None:
         self.stage = ""
         """Stage of the last event; `quantize` uses it to detect errors of the float model."""
+        self.title = ""
+        """Shown before each event, for example `video 3/8`."""
+        self.columns: int | None = None
+        """Columns of the terminal that are left for the text."""
         self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def __call__(self, event: Progress) -> None:
@@ -55,21 +61,54 @@ class ProgressView:
         """Show the event. `text`: shown instead of the event's own text."""
 
     def text(self, event: Progress) -> str:
-        """`denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB`; for bytes, see `_bytes`."""
-        if event.unit == "byte":
-            return _bytes(event)
-        texts = [event.stage]
-        if event.expert is not None:
-            texts[0] += f" ({EXPERT_TITLES.get(event.expert, event.expert)})"
-        if event.total > 1:
-            texts[0] += f" {event.step}/{event.total}"
-        if event.stage == "denoise" and self._seconds:
+        """`denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB`, or for bytes
+        `transformer_2  61 %  34.1 GiB of 56.2 GiB  2.81 GiB/s  eta 0:08`.
+
+        Parts of least interest are left out until the text fits into `columns`.
+        """
+        parts = _byte_parts(event) if event.unit == "byte" else self._step_parts(event)
+        parts = {"title": (self.title, ""), **parts}
+        lengths = dict.fromkeys(parts, 0)
+        text = _joined(parts, lengths)
+        for name in SHORTEN:
+            if self.columns is None or len(text) <= self.columns:
+                break
+            lengths[name] = -1
+            text = _joined(parts, lengths)
+        return text
+
+    def _step_parts(self, event: Progress) -> dict[str, tuple[str, ...]]:
+        expert = "" if event.expert is None else f" ({EXPERT_TITLES.get(event.expert, event.expert)})"
+        count = f" {event.step}/{event.total}" if event.total > 1 else ""
+        parts: dict[str, tuple[str, ...]] = {}
+        parts["head"] = (f"{event.stage}{expert}{count}", f"{event.stage}{count}")
+        if event.total > 1 and self._seconds:
             pace = sum(self._seconds) / len(self._seconds)
             shown = f"{pace:.1f}" if pace >= 1 else f"{pace:.2g}"
-            texts += [f"{shown} s/step", f"eta {show_seconds(replace(event, seconds=pace).eta or 0)}"]
-        if event.memory_bytes:
-            texts.append(human_bytes(event.memory_bytes))
-        return "  ".join(texts)
+            unit = {"denoise": "step", "decode": "frame"}.get(event.stage, "step")
+            parts["pace"] = (f"{shown} s/{unit}", "")
+            parts["eta"] = (f"eta {show_seconds(replace(event, seconds=pace).eta or 0)}", "")
+        return parts | {"memory": (human_bytes(event.memory_bytes) if event.memory_bytes else "", "")}
+
+
+SHORTEN = ("memory", "amount", "pace", "head", "title", "eta")
+"""Parts of a text in the order in which a narrow terminal loses or shortens them."""
+
+
+def _joined(parts: Mapping[str, tuple[str, ...]], lengths: Mapping[str, int]) -> str:
+    return "  ".join(filter(None, (texts[lengths[name]] for name, texts in parts.items())))
+
+
+def _byte_parts(event: Progress) -> dict[str, tuple[str, ...]]:
+    share = 100 * event.step // max(event.total, 1)
+    speed, eta = event.speed, event.eta
+    pace = f"{human_bytes(int(speed))}/s" if speed < SLOW * 2**30 else f"{speed / 2**30:.2f} GiB/s"
+    return {
+        "head": (f"{event.stage}  {share} %",),
+        "amount": (f"{human_bytes(event.step)} of {human_bytes(event.total)}", ""),
+        "pace": (pace if speed else "", ""),
+        "eta": (f"eta {show_seconds(eta)}" if eta else "", ""),
+    }
 
 
 class LineView(ProgressView):
@@ -83,7 +122,12 @@ class LineView(ProgressView):
     def show(self, event: Progress, text: str = "") -> None:
         """Print a line if the stage or the expert has changed, or another 10 % is done."""
         counted = event.unit == "byte" or event.total > 1
-        state = (event.stage, event.expert, 10 * event.step // max(event.total, 1) if counted else 0)
+        state = (
+            self.title,
+            event.stage,
+            event.expert,
+            10 * event.step // max(event.total, 1) if counted else 0,
+        )
         if state != self._last and (event.step or event.unit == "byte" or not counted):
             self._last = state
             print(escaped(text or self.text(event)), file=self._file or sys.stderr, flush=True)
@@ -98,8 +142,11 @@ class BarView(ProgressView):
         from rich.progress import BarColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)]
-        self.bars = Bars(*columns, console=console or Console(stderr=True), transient=True)
+        console = console or Console(stderr=True)
+        columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns += [BarColumn(bar_width=BAR)] if console.width >= NARROW else []
+        self.columns = console.width - (BAR + 3 if console.width >= NARROW else 2)
+        self.bars = Bars(*columns, console=console, transient=True)
         self._task = self.bars.add_task("starting", total=None)
         self._drawn = ("", 0.0)
 
@@ -114,17 +161,6 @@ class BarView(ProgressView):
         total = event.total if event.total > 1 else None
         description = escape(escaped(text or self.text(event)))
         self.bars.update(self._task, description=description, completed=event.step, total=total)
-
-
-def _bytes(event: Progress) -> str:
-    """`transformer_2  61 %  34.1 GiB of 56.2 GiB  2.81 GiB/s  eta 0:08`."""
-    share = 100 * event.step // max(event.total, 1)
-    texts = [event.stage, f"{share} %", f"{human_bytes(event.step)} of {human_bytes(event.total)}"]
-    if event.speed:
-        texts.append(f"{event.speed / 2**30:.2f} GiB/s")
-    if event.eta:
-        texts.append(f"eta {show_seconds(event.eta)}")
-    return "  ".join(texts)
 
 
 def show_seconds(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
+from ascendit.cli.main import Copy, DryRun, Engine, Json, Overwrite, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
 from ascendit.errors import Cancelled, OutOfMemory, UsageError, is_out_of_memory
@@ -17,7 +17,10 @@ from ascendit.quant.schemes import QUANTIZED
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
 
-Scheme = Annotated[str | None, flag("--scheme NAME", f"{', '.join(QUANTIZED)}.")]
+Scheme = Annotated[
+    str | None,
+    flag("--scheme NAME", f"{', '.join(QUANTIZED)}; or bf16 with --lora, for a float folder."),
+]
 Recipe = Annotated[
     str | None,
     flag(
@@ -36,6 +39,10 @@ Lora = Annotated[
         "LoRA to fold in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
 ]
+LoraSkip = Annotated[
+    list[str] | None,
+    flag("--lora-skip GROUP", "LoRA keys to leave out: image, text or control; repeatable."),
+]
 Calibrate = Annotated[
     str | None,
     flag(
@@ -52,7 +59,10 @@ Set = Annotated[
     flag("--set KEY=VALUE", "With --calibrate: a request field, like num_inference_steps=20; repeatable."),
 ]
 Force = Annotated[bool, flag("--force", "Allow quantization that is known to lose accuracy.")]
-Report = Annotated[bool, flag("--report", "Measure every layer and list the ten worst.")]
+Report = Annotated[
+    str | None,
+    flag("--report [FILE]", "Measure every layer and list the ten worst; also write FILE.html or FILE.json."),
+]
 Hash = Annotated[
     bool, flag("--hash", "Write the sha256 of every file into ascendit.json; takes about twice as long.")
 ]
@@ -67,6 +77,7 @@ def quantize(
     scale_rule: ScaleRule = None,
     keep: Keep = None,
     loras: Lora = None,
+    lora_skip: LoraSkip = None,
     calibrate: Calibrate = None,
     alpha: Alpha = None,
     device: Device = None,
@@ -74,8 +85,9 @@ def quantize(
     engine: Engine = None,
     copy: Copy = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     force: Force = False,
-    report: Report = False,
+    report: Report = None,
     hash: Hash = False,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -87,7 +99,8 @@ def quantize(
     from ascendit.convert.quantize import quantize as run
 
     out: Output = ctx.obj
-    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings"))
+    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings", "report"))
+    options["report"] = report is not None and (report or True)  # `--report` without a file is ""
     with out.work(), progress_view(silent=out.silent) as view, _ended_early(view):
         calibrator = _calibrator(calibrate, alpha, device, settings or [], view)
         result = run(**options, calibrate=calibrator, on_progress=view)

@@ -23,6 +23,7 @@ SPECIAL = {"output": "-o", "dst": "-o", "config": "--config", "size": "--size", 
 SPECIAL |= {"timesteps": "--timesteps", "guidance_scale": "--guidance"}
 SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 POSITIONAL = ("model", "prompt")
+SEVERAL_VIDEOS = frozenset(name for name, text in ADVICE_FOR.items() if "makes one video" in text)
 COMMON = {"-q": False, "--quiet": False, "-v": False, "--verbose": False, "-h": False, "--help": False}
 
 
@@ -103,6 +104,8 @@ def _replace(line: Line, flag: str, value: str | None, name: str, options: Mappi
         return
     elif other in SETTINGS and "--set" in options:
         new = _setting(SETTINGS[other], value, options)
+    elif other in SEVERAL_VIDEOS and "--num-videos" in options and value is not None:
+        new = ["--num-videos", value]
     elif advice := ADVICE_FOR.get(other):
         line.notes.append(f"{flag}: {advice.removeprefix('omit it: ')}")
         return

@@ -11,9 +11,10 @@ import typer
 
 from ascendit.cli.interruptions import Interrupt
 from ascendit.cli.main import Json, flag
-from ascendit.cli.output import Output, check_report, quiet_libraries, write_report
+from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view, show_seconds
 from ascendit.errors import QualityError, UsageError
+from ascendit.pages.page import check_report_file, write_report
 from ascendit.progress import Progress
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def verify(
         flag("--limit N", "Number of prompts, evenly spread; default 432, with --quality 192."),
     ] = None,
     jobs: Annotated[int, flag("--jobs N", "With --quality: videos generated in parallel.")] = 1,
-    report: Annotated[Path | None, flag("--report FILE", "Write the results to a JSON file.")] = None,
+    report: Annotated[
+        Path | None, flag("--report FILE", "Write the results: a page with plots (.html), else JSON.")
+    ] = None,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an existing report.")] = False,
     as_json: Json = False,
     swap_experts: Annotated[
         bool, flag("--swap-experts", "With --adherence: exchange the experts, as a control.")
@@ -50,7 +54,9 @@ def verify(
     """Check the quality of a model's videos. Prints counts, and PASS or FAIL."""
     out: Output = ctx.obj
     seeds = seeds if seeds is not None else 1 if quality else 2
-    name = _check_call(model, demo=demo, checks=adherence + quality, seeds=seeds, report=report)
+    name = _check_call(model, demo=demo, checks=adherence + quality, seeds=seeds)
+    if report is not None:
+        check_report_file(report, overwrite=overwrite, any_name=True)
     if not quality:
         verify_adherence(out, name, range(seeds), limit, report, swap_experts)
         return
@@ -58,7 +64,7 @@ def verify(
     verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
 
 
-def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, report: Path | None) -> str:
+def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int) -> str:
     """Check the flags and return the model's name. Raises UsageError for an invalid call."""
     if checks != 1:
         raise UsageError(
@@ -74,8 +80,6 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
         )
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}", needs="at least 1 seed", fix="--seeds 2")
-    if report is not None:
-        check_report("--report", report)
     return model or "demo"
 
 
@@ -134,7 +138,13 @@ def verify_adherence(
     scenes = pick(limit) if limit is not None else list(world.scenes())
     out.note(_check_model(out, model))
     from ascendit.pipeline.job import load
-    from ascendit.verify.adherence import LIMITS, adherence_error, check_adherence, verdict_lines
+    from ascendit.verify.adherence import (
+        LIMITS,
+        adherence_error,
+        adherence_page,
+        check_adherence,
+        verdict_lines,
+    )
 
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view:
@@ -154,7 +164,7 @@ def verify_adherence(
         "seconds": round(time.perf_counter() - start, 1),
     }
     if report is not None:
-        write_report(report, data)
+        write_report(report, data, lambda: adherence_page(result, model))
     out.result(data, [*result.table().split("\n"), *verdict_lines(result)], error)
 
 
@@ -174,16 +184,12 @@ def verify_quality(
     `report` is rewritten after each row, so that an interrupted run keeps its results.
     """
     from ascendit.demo.adherence import pick
+    from ascendit.verify.quality_table import choose_cases, default_cases
 
     start = time.perf_counter()
-    scenes, note = pick(limit), _check_model(out, model)
-    if not names:  # else after their check, which imports torch
-        out.note(note)
-    from ascendit.verify.quality import choose_cases, default_cases, measure_quality
-
-    cases = choose_cases(names) if names else default_cases()
-    if names:
-        out.note(note)
+    scenes, cases = pick(limit), choose_cases(names) if names else default_cases()
+    out.note(_check_model(out, model))
+    from ascendit.verify.quality import measure_quality
 
     def report_data(quality: Quality) -> dict[str, object]:
         passed = all(within for _, within in quality.verdicts())
@@ -191,7 +197,7 @@ def verify_quality(
 
     def on_row(quality: Quality) -> None:
         if report is not None:
-            write_report(report, report_data(quality))
+            write_report(report, report_data(quality), quality.page)
 
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.output_folder import Journal
-from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.convert.report import OutputQuality, Outputs
 from ascendit.errors import UsageError
 from ascendit.mx.codec import decibels, decode, encode
@@ -65,11 +66,18 @@ class Calibrate(Protocol):
         """Settings of the run for `ascendit.json`. Raises all errors that can be detected without weights."""
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
+        self,
+        layout: Layout,
+        loras: Sequence[LoraSource],
+        rows: int,
+        journal: Journal,
+        *,
+        lora_skip: Sequence[str] = (),
     ) -> ExpertStatistics:
         """Run the model with the LoRA files folded in, and sample `rows` rows of each input.
 
-        Intermediate results are saved as `STATISTICS` in the root of `journal`.
+        `lora_skip`: groups of LoRA keys to leave out. Intermediate results are saved as `STATISTICS` in the
+        root of `journal`.
         """
 
 
@@ -142,7 +150,7 @@ def output_quality(
 
 def _quality(expert: RecipeSteps, name: str, x: Tensor, reader: RowReader) -> OutputQuality:
     layer, scale = expert.applied.quantized[name], expert.applied.smoothing[name]
-    unsmoothed = RecipeSteps(replace(expert.applied, smoothing={}), folds=expert.folds)
+    unsmoothed = RecipeSteps(replace(expert.applied, smoothing={}))
 
     def decoded(tensor: Tensor, rule: str) -> Tensor:
         return decode(encode(tensor, SCHEMES[layer.scheme].weight, scale_rule=rule))

@@ -6,21 +6,24 @@ Does not import torch. Nothing outside of the checkpoint is copied, see `checkpo
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout
 from ascendit.checkpoint.output_folder import Journal, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.sources import record_folder, record_source
 from ascendit.checkpoint.trust import Home, outside_links
+from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
 
 CARD_FILE = "README.md"
 MAX_COPIED_BYTES = 1 << 20
 """Larger files at the top of the source folder are not copied."""
 _NOT_COPIED = {CARD_FILE, RECORD_FILE, MANIFEST_FILE}
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
+_WEIGHTS = (*WEIGHT_SUFFIXES, ".index.json")
 _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 
 
@@ -38,15 +41,23 @@ class OtherFiles:
     """Links that lead out of the checkpoint, as `name -> path`."""
 
     @classmethod
-    def of(cls, layout: Layout, *, copy: bool, licences_only: bool = False) -> Self:
+    def of(
+        cls,
+        layout: Layout,
+        *,
+        copy: bool,
+        licences_only: bool = False,
+        written: Collection[str] = EXPERTS,
+    ) -> Self:
         """Plan the other files of a pipeline folder. `licences_only`: omit other small files at the top.
+        `written`: the components that the output gets otherwise.
 
         Raises CheckpointError (E-CKP-03) if a required file is a link that leads out of the checkpoint.
         """
         home = Home.of(layout.root)
         home.require(layout.root / INDEX_FILE)
         omitted: list[Path] = []
-        names = [name for name, part in layout.parts.items() if part not in layout.experts]
+        names = [name for name in layout.parts if name not in written]
         for name in names:
             omitted += outside_links(layout.root, layout.parts[name], copied=copy)
         files = []

@@ -24,9 +24,11 @@ from ascendit.checkpoint.trust import Home
 from ascendit.convert.other_files import CARD_FILE
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError, escaped
+from ascendit.family import has_position_embeddings, published_base
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
-from ascendit.report import json_text, shell_line
+from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
+from ascendit.weights.engine_formats import model_kind
 
 RECORD_VERSION = 1
 PIPELINE_TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "ti2v": "text-to-video"}
@@ -85,10 +87,10 @@ def model_card(record: ConversionRecord, name: str) -> str:
     """The content of README.md for a hub: YAML front matter and a description. `name`: name of the folder."""
     from huggingface_hub import CardData  # 0.1 s
 
-    base = record.layout.source
+    base, is_float = record.layout.source, not {*record.schemes} - {"bf16"}
     front = {
         "base_model": base.rsplit("@", 1)[0] if base else escaped(record.layout.name),
-        "base_model_relation": "quantized",
+        "base_model_relation": "merge" if is_float and record.loras else "quantized",
         "library_name": "diffusers",
         "pipeline_tag": PIPELINE_TAGS[record.model_kind],
         "tags": ["ascendit", *(scheme for scheme in record.schemes if scheme != "bf16")],
@@ -106,11 +108,13 @@ def model_card(record: ConversionRecord, name: str) -> str:
     lines += ["Created with:", "", "```bash", record.command, "```", ""]
     for note in record.notes:
         lines += [note, ""]
+    rules = "the command of this folder" if is_float else "the quantization rules with their scale rules"
     hashes = ", and the sha256 of each file" if record.files else ""
-    lines += [
-        f"`{RECORD_FILE}` contains the quantization rules with their scale rules{hashes}.",
-        "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor.",
-    ]
+    lines.append(f"`{RECORD_FILE}` contains {rules}{hashes}.")
+    if not is_float:
+        lines.append(
+            "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -142,13 +146,16 @@ def source_name(layout: Layout) -> str:
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
-    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with the names of folders, not their paths.
+    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
     A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    source = f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
-    args = ["ascendit", verb, source, "-o", escaped(dst.name)]
+    sources = [f"{hub}:{layout.source}" if layout.source else escaped(layout.name)]
+    if layout.kind == "file":
+        sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
+        sources = sources if len(sources) > 1 else [escaped(layout.root.name)]
+    args = ["ascendit", verb, *sources, "-o", escaped(dst.name)]
     for flag, setting in flags:
         for value in setting if isinstance(setting, list | tuple) else [setting]:
             if value is True:
@@ -156,6 +163,27 @@ def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str
             elif value is not None and value is not False:
                 args += [flag, str(value)]
     return shell_line(args)
+
+
+def next_command(
+    dst: Path, config: Mapping[str, Any], source: Layout, *, is_pipeline: bool, engine: str | None = None
+) -> str:
+    """The command line that uses an output: `generate` for a pipeline, else `repack --base`.
+
+    `config`: of its first expert. The files of an engine without the other components are for that engine:
+    `inspect` shows how it starts.
+    """
+    name = short_path(dst)
+    if is_pipeline:
+        images = ["--image", "first.png"] if model_kind(config) == "i2v" else []
+        images += ["--last-image", "last.png"] if has_position_embeddings(config) else []
+        is_demo = published_base(config, len(source.experts), source.name) == "demo"
+        prompt = "a red circle moves right on a black background" if is_demo else "a cat plays the piano"
+        return shell_line(["ascendit", "generate", name, prompt, *images])
+    if engine is not None:
+        return shell_line(["ascendit", "inspect", name])
+    base = published_base(config, len(source.experts), source.name)
+    return shell_line(["ascendit", "repack", name, "-o", f"{name}-full", "--base", base])
 
 
 def outputs_table(expert: str, outputs: Outputs) -> str:
@@ -193,8 +221,8 @@ def _versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed("torch")}
 
 
-def read_base(base: Path | str, source: Layout) -> Layout:
-    """Read the layout of `--base`.
+def read_base(base: Path | str, source: Layout | None = None) -> Layout:
+    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model.
 
     Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
     experts differs, and the errors of `model_folder` and `recognise`.
@@ -206,7 +234,7 @@ def read_base(base: Path | str, source: Layout) -> Layout:
             needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
             fix="pass the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         )
-    if len(layout.experts) != len(source.experts):
+    if source is not None and len(layout.experts) != len(source.experts):
         raise _other_model(
             f"{source.root} has {_experts(source)}, but --base {layout.root} has {_experts(layout)}",
         )

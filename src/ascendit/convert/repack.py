@@ -6,61 +6,50 @@ Unchanged bytes are copied between files, by system calls if possible; other ten
 at a time, see `weights.tensor_steps`. If the engine cannot load the result, an error is raised before
 anything is written. torch is imported only for FP8 in tiles and for `check`.
 
-`check` decodes source and output, a few rows at a time, and compares hashes of the values. It shares no code
-with `tensor_steps`: it decodes packed values and scales from the stored bytes.
+`check` decodes source and output, a few rows at a time, and compares hashes of the values, see
+`compare_numbers`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.component import EXPERTS, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes
+from ascendit.checkpoint.part_check import check_part
+from ascendit.checkpoint.part_files import read_part_files, split_name, with_part_files
+from ascendit.checkpoint.replacement import check_replaceable
 from ascendit.checkpoint.sources import recording
-from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.transformer import num_weights, read_expert
 from ascendit.checkpoint.trust import Home
-from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.convert import provenance
+from ascendit.convert.compare_numbers import combined, compare_numbers
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.other_files import OtherFiles, require_inside
+from ascendit.convert.part_output import PartOutput, part_outputs
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
-from ascendit.errors import CheckpointError
-from ascendit.family import Task
+from ascendit.errors import UsageError
 from ascendit.foreign import checked_keywords
-from ascendit.names import listed
-from ascendit.progress import Advance, Meter, OnProgress
-from ascendit.weights.decoded_rows import NonFinite, layer_rows, tensor_rows
+from ascendit.progress import Meter, OnProgress
+from ascendit.report import shell_line
+from ascendit.weights.applied_recipe import stored_warnings
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format, traits_of
-from ascendit.weights.tensor_steps import (
-    Piece,
-    Sink,
-    TensorStep,
-    no_progress,
-    run_steps,
-    schemes_of,
-    smoothing_of,
-    stored_steps,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ascendit.weights.tensor_steps import schemes_of, smoothing_of, stored_steps
 
 REWRITE_LABELS = {
     "widen": "to float32",
     "repeat": "to one scale for each row",
     "recode": "FP4 in another container",
     "untile": "FP8 tiles to BF16",
+    "decode": "decoded to BF16",
     "fill": "added",
 }
 
@@ -68,7 +57,7 @@ REWRITE_LABELS = {
 @checked_keywords
 @recording()
 def repack(
-    src: Path | str,
+    src: Path | str | Sequence[Path | str],
     dst: Path | str,
     *,
     base: Path | str | None = None,
@@ -77,16 +66,18 @@ def repack(
     check: bool = False,
     copy: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     on_progress: OnProgress | None = None,
 ) -> RepackReport:
     """Write the checkpoint at `src` as the folder `dst`, with the same numbers.
 
-    `src`: a path in any layout of `checkpoint.layout`, hf:org/name or ms:org/name. `base`: the Diffusers
-    folder of the model, for the other components and the configs. `to`: `diffusers` (default) or `wan` names.
+    `src`: a path in any layout of `checkpoint.layout`, hf:org/name or ms:org/name; or files of components,
+    each `[NAME=]FILE`, which replace those of `base`. `base`: the Diffusers folder of the model, for configs
+    and the other components. `to`: `diffusers` (default) or `wan` names.
     `engine`: a key of `ENGINES`, to write its format. `check`: decode source and output and compare. `copy`:
-    copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
-    report.
+    copy other components instead of linking them. `resume`: continue a killed run. `overwrite`: `dst` may be
+    an output of ascendit, which is replaced when the new one is complete. `dry_run`: only check and report.
 
     Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01, -02, -03 and -06 for
     arguments and paths; CheckpointError (E-CKP-..) for the source and the base; EnvironmentProblem (E-ENV-02,
@@ -95,51 +86,34 @@ def repack(
     started = time.monotonic()
     dst = Path(dst).expanduser()
     target = target_format(engine, to)
-    source = recognise(model_folder(src))
-    base_layout = None if base is None else provenance.read_base(base, source)
-    pipeline = base_layout or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
-    pipeline = pipeline if target.naming == "diffusers" else None
-    require_inside(source)
-    others = None
-    if pipeline:
-        require_inside(pipeline)
-        others = OtherFiles.of(pipeline, copy=copy, licences_only=True)
-        others.record()
-    outputs = _outputs(source, target, base_layout)
-    report = RepackReport(
-        path=dst,
-        source=provenance.source_name(source),
-        layout=KIND_LABELS[source.kind],
-        to=target.naming,
-        engine=engine,
-        experts=tuple(_expert_report(output) for output in outputs),
-        linked=others.names if others else (),
-        omitted=others.omitted if others else (),
-        warnings=_warnings(outputs, target, pipeline),
-        dry_run=dry_run,
-        seconds=0.0,
-    )
+    plan = RepackPlan.of(src, base, target, copy=copy)
+    report = plan.report(dst, dry_run=dry_run)
     if dry_run:
+        if overwrite:
+            check_replaceable(dst)
         return replace(report, seconds=time.monotonic() - started)
     with Staging(
         dst,
-        sources=[layout.root for layout in (source, base_layout) if layout],
-        fingerprint=fingerprint(outputs, (check, copy), others.copied if others else ()),
+        sources=plan.roots,
+        fingerprint=fingerprint(plan.outputs, (check, copy), plan.other_sources),
         resume=resume,
-        needs_bytes=report.bytes_after + (others.nbytes if others else 0),
+        needs_bytes=plan.nbytes,
+        overwrite=overwrite,
     ) as staging:
-        meter = Meter(sum(step.source_bytes() for output in outputs for step in output.steps), on_progress)
+        meter = Meter(plan.source_nbytes, on_progress)
         files: dict[str, str] = {}
-        for output in outputs:
+        for output in plan.outputs:
             advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
-        if others:
-            others.write(staging.path, staging.journal)
+        for part in plan.parts:
+            files |= part.write(staging, meter.stage_counter(part.part.name), hash=check)
+        if plan.others:
+            plan.others.write(staging.path, staging.journal)
         if check:
-            report = _check(report, outputs, staging.path, on_progress)
+            report = _check(report, plan, staging.path, on_progress)
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
-        command = provenance.command_line("repack", source, dst, flags)
-        record = _record(source, report, command, files, model_kind(outputs[0].config))
+        command = provenance.command_line("repack", plan.source, dst, flags)
+        record = _record(plan, report, command, files)
         provenance.write_record_and_card(staging.path, record, dst.name, hash=check)
         staging.publish()
     return replace(report, seconds=time.monotonic() - started)
@@ -148,10 +122,140 @@ def repack(
 # ---- the plan -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepackPlan:
+    """Everything that one run writes, after all checks of its sources."""
+
+    source: Layout
+    base: Layout | None
+    pipeline: Layout | None
+    """The Diffusers folder that the output is like; None for an output with only transformers."""
+    target: TargetFormat
+    outputs: list[ExpertOutput]
+    parts: list[PartOutput]
+    others: OtherFiles | None
+
+    @classmethod
+    def of(
+        cls,
+        src: Path | str | Sequence[Path | str],
+        base: Path | str | None,
+        target: TargetFormat,
+        *,
+        copy: bool,
+    ) -> Self:
+        """Read the headers of source and base, and check them. Raises the errors of `repack`."""
+        source, base_layout = _read_sources(src, base)
+        # A pipeline is its own base.
+        pipeline = base_layout or (source if source.kind == "diffusers" else None)
+        pipeline = pipeline if target.naming == "diffusers" else None
+        require_inside(source)
+        others, parts = None, _part_outputs(source, pipeline, base)
+        if pipeline:
+            require_inside(pipeline)
+            written = source.parts if source.kind == "file" else EXPERTS
+            others = OtherFiles.of(pipeline, copy=copy, licences_only=True, written=written)
+            others.record()
+        return cls(
+            source=source,
+            base=base_layout,
+            pipeline=pipeline,
+            target=target,
+            outputs=_outputs(source, target, base_layout),
+            parts=parts,
+            others=others,
+        )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of the first transformer."""
+        return self.outputs[0].config if self.outputs else (self.base or self.source).experts[0].config
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders and files that are read."""
+        files = [part.path for part in self.source.parts.values()] if self.source.kind == "file" else []
+        return [*files, *(layout.root for layout in (self.source, self.base) if layout)]
+
+    @property
+    def other_sources(self) -> list[Path]:
+        """Sources besides the transformers that determine the bytes of the output."""
+        return [*(self.others.copied if self.others else ()), *(part.path for part in self.parts)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written or copied."""
+        written: list[ExpertOutput | PartOutput] = [*self.outputs, *self.parts]
+        return sum(x.nbytes for x in written) + (self.others.nbytes if self.others else 0)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of all converted tensors in the source."""
+        steps = sum(step.source_bytes() for output in self.outputs for step in output.steps)
+        return steps + sum(part.source_nbytes for part in self.parts)
+
+    def report(self, dst: Path, *, dry_run: bool) -> RepackReport:
+        """The report before anything is written."""
+        return RepackReport(
+            path=dst,
+            source=provenance.source_name(self.source),
+            layout=KIND_LABELS[self.source.kind],
+            to=self.target.naming,
+            engine=self.target.engine,
+            experts=tuple(_expert_report(output) for output in self.outputs),
+            parts=tuple(part.as_dict() for part in self.parts),
+            linked=self.others.names if self.others else (),
+            omitted=self.others.omitted if self.others else (),
+            warnings=_warnings(self.outputs, self.target, self.pipeline),
+            dry_run=dry_run,
+            seconds=0.0,
+            next=provenance.next_command(
+                dst,
+                self.config,
+                self.source,
+                is_pipeline=self.others is not None,
+                engine=self.target.engine,
+            ),
+        )
+
+
+def _read_sources(
+    src: Path | str | Sequence[Path | str], base: Path | str | None
+) -> tuple[Layout, Layout | None]:
+    """The layouts of the source and of the base."""
+    sources = [src] if isinstance(src, (str, Path)) else list(src)
+    if len(sources) == 1 and split_name(sources[0])[0] is None:
+        source = recognise(model_folder(sources[0]))
+        if source.kind != "file":
+            return source, None if base is None else provenance.read_base(base, source)
+        sources = [part.path for part in source.parts.values()]
+    if base is None:
+        return read_part_files(sources), None
+    base_layout = provenance.read_base(base)
+    source = read_part_files(sources, len(base_layout.experts))
+    with_part_files(base_layout, source)
+    return source, base_layout
+
+
+def _part_outputs(source: Layout, pipeline: Layout | None, base: Path | str | None) -> list[PartOutput]:
+    """Plan the output of each text encoder and VAE among files. They need a base (E-USE-01)."""
+    others = [part for name, part in source.parts.items() if name not in EXPERTS]
+    if source.kind != "file" or not others:
+        return []
+    if pipeline is None:
+        got = "with the names or the engine of this call" if base else "without --base"
+        raise UsageError(
+            f"{others[0].path} is a {others[0].name}, {got}",
+            needs="a Diffusers folder as --base and as output, which has such a component",
+            fix=f"ascendit repack {shell_line([str(others[0].path)])} --base MODEL -o DST",
+        )
+    return part_outputs(source, pipeline)
+
+
 def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[ExpertOutput]:
     """Plan the output of every expert. All checks of the source happen here, before anything is written."""
     outputs = []
-    for expert in check_experts(source):
+    for expert in check_experts(source) if source.experts else ():
         config = provenance.config_from(base, expert) if base else expert.config
         layers, steps = schemes_of(expert), stored_steps(expert, target)
         if target.engine is not None:
@@ -177,33 +281,37 @@ def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[
 
 
 def _check(
-    report: RepackReport, outputs: list[ExpertOutput], folder: Path, on_progress: OnProgress | None
+    report: RepackReport, plan: RepackPlan, folder: Path, on_progress: OnProgress | None
 ) -> RepackReport:
     """Compare source and output, and add the digests to the report."""
-    read = sum(step.source_bytes() for output in outputs for step in output.steps)
-    advance = Meter(read + report.bytes_after, on_progress).stage_counter("check")
-    experts = []
-    for expert, output, part in zip(report.experts, outputs, recognise(folder).experts, strict=True):
-        sums = compare_numbers(output.source, read_expert(part), advance)
+    read = plan.source_nbytes + sum(x.nbytes for x in plan.outputs) + sum(x.nbytes for x in plan.parts)
+    advance = Meter(read, on_progress).stage_counter("check")
+    experts, written = [], recognise(folder).parts
+    for expert, output in zip(report.experts, plan.outputs, strict=True):
+        sums = compare_numbers(output.source, read_expert(written[expert.name]), advance)
         experts.append(replace(expert, decoded_sha256=combined(sums), num_checked=len(sums)))
+    for part in plan.parts:
+        shards = check_part(written[part.part.name])
+        assert shards is not None
+        compare_numbers(part, replace(part, tensors=shards.tensors), advance)
     return replace(report, experts=tuple(experts))
 
 
 def _record(
-    source: Layout, report: RepackReport, command: str, files: dict[str, str], kind: Task
+    plan: RepackPlan, report: RepackReport, command: str, files: dict[str, str]
 ) -> provenance.ConversionRecord:
     details: dict[str, Any] = {"engine": report.engine} if report.engine else {}
     if report.checked:
         details["decoded_sha256"] = {expert.name: expert.decoded_sha256 for expert in report.experts}
     return provenance.ConversionRecord(
         verb="repack",
-        layout=source,
-        model_kind=kind,
+        layout=plan.source,
+        model_kind=model_kind(plan.config),
         command=command,
         files=files,
         schemes=report.schemes,
         bits_per_weight=report.bits_per_weight,
-        recipe=_recipe_of(source),
+        recipe=_recipe_of(plan.source),
         details=details,
     )
 
@@ -239,106 +347,9 @@ def _expert_report(output: ExpertOutput) -> RepackedExpert:
 def _warnings(outputs: list[ExpertOutput], target: TargetFormat, pipeline: Layout | None) -> tuple[str, ...]:
     unchanged = [output.source for output in outputs if output.config == output.source.config]
     texts = [source.config_problem for source in unchanged if source.config_problem]
+    texts += [text for output in outputs for text in stored_warnings(output.source)]
     if target.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
         texts.append("MindIE-SD also needs the float checkpoint, for the layers that are not quantized")
     if pipeline is None and target.naming == "diffusers":
         texts.append("only transformers in the output; --base MODEL adds the other components")
     return tuple(dict.fromkeys(texts))
-
-
-# ---- comparison of two experts ------------------------------------------------------------------
-
-Rows = Callable[[RowReader], Iterator["Tensor"]]
-
-
-def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progress) -> dict[str, str]:
-    """Return the digests, equal for both.
-
-    Raises CheckpointError, which names the tensors: E-CKP-10 if they differ, E-QNT-01 for NaN and infinity.
-    """
-    invalid: dict[str, NonFinite] = {}
-    before, after = digests(source, advance, invalid), digests(written, advance)
-    wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} of {len(before)} tensors of {source.path} differ in the output: {listed(wrong)}",
-            needs="the same values in source and output",
-            fix="run it again; if it fails again, check disk and memory, and report it with this message",
-            code="E-CKP-10",
-        )
-    if invalid:
-        texts = [f"{name} has {x.count}, the first at {list(x.first)}" for name, x in invalid.items()]
-        raise CheckpointError(
-            f"{len(invalid)} of {len(before)} tensors of {source.path} have NaN or infinite values: "
-            + listed(texts),
-            needs="finite weights, scales and biases: a model with these makes no valid video",
-            fix="download the model again, or quantize it again from its float weights; without --check, "
-            "repack copies the values unchanged",
-            code="E-QNT-01",
-        )
-    return before
-
-
-class Checker(Sink):
-    """A sink that computes the sha256 of each tensor."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Any] = {}
-
-    def append(self, name: str, data: Data) -> None:
-        """Hash the next bytes of a tensor."""
-        self.sums.setdefault(name, hashlib.sha256()).update(data)
-
-
-def digests(
-    expert: Expert, advance: Advance = no_progress, invalid: dict[str, NonFinite] | None = None
-) -> dict[str, str]:
-    """Return name -> sha256 of the decoded values, as little-endian float32 in row order.
-
-    A quantized layer has one entry for its decoded weight, which includes its scales. Offsets, which are
-    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` as rows are read. Tensors
-    with NaN or infinite values are added to `invalid`.
-    """
-    checker = Checker()
-    with RowReader() as reader:
-        run_steps(decoded_steps(expert, reader, invalid), reader, checker, advance=advance)
-    return {name: digest.hexdigest() for name, digest in checker.sums.items()}
-
-
-def decoded_steps(
-    expert: Expert, reader: RowReader, invalid: dict[str, NonFinite] | None = None
-) -> list[TensorStep]:
-    """Plan the steps that decode all tensors of an expert to float32. `invalid`: see `digests`."""
-
-    def step(name: str, shape: tuple[int, ...], sources: Sequence[TensorInfo], rows: Rows) -> TensorStep:
-        def make(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-            counts = NonFinite()
-            for block in rows(reader):
-                if invalid is not None:
-                    counts.add(block)
-                yield name, as_bytes(block)
-            if invalid is not None and counts.count:
-                invalid[name] = counts
-
-        specs = (TensorSpec(name, "F32", shape),)
-        return TensorStep(name=name, how="rows", specs=specs, sources=tuple(sources), make=make)
-
-    steps, used = [], set()
-    for name, layer in expert.layers.items():
-        sources = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
-        used |= set(sources)
-        steps.append(step(f"{name}.weight", layer.shape, sources, functools.partial(layer_rows, layer)))
-    for name, info in expert.tensors.items():
-        if info not in used and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
-            steps.append(step(name, info.shape, (info,), functools.partial(tensor_rows, info)))
-    return steps
-
-
-def combined(digests_by_name: dict[str, str]) -> str:
-    """One sha256 of all names and digests, in the order of the names."""
-    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
-    return all(bool((rows == 1).all()) for rows in tensor_rows(info, reader))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
+from ascendit.report import (
+    columns,
+    counted,
+    group_by,
+    human_bytes,
+    json_data,
+    selected,
+    short_path,
+    titled,
+    totals,
+)
 
 # ---- common to both -----------------------------------------------------------------------------
 
@@ -49,6 +60,8 @@ class ConversionReport:
     warnings: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
     """Links that lead out of the checkpoint and are not in the output, as `name -> path`."""
+    next: str = ""
+    """The command line that uses the output."""
 
     @property
     def schemes(self) -> dict[str, int]:
@@ -90,6 +103,16 @@ class ConversionReport:
             return [*rows, ["Dry run", f"nothing written; the output would be {self.path}"]]
         pace = f", {self.gib_per_s:.2f} GiB/s" if speed else ""
         return [*rows, ["Time", f"{self.seconds:.1f} s{pace}"]]
+
+    def end_rows(self) -> list[list[str]]:
+        """The very last rows for a terminal: the output, and the command that uses it."""
+        if self.dry_run:
+            return []
+        return [["Output", short_path(self.path)], *([["Next", self.next]] if self.next else [])]
+
+    def ends(self) -> dict[str, str]:
+        """The last entries for `--json`: the output, and the command line that uses it."""
+        return {"output": os.path.abspath(self.path), "next": self.next}
 
 
 # ---- quantize -----------------------------------------------------------------------------------
@@ -140,6 +163,18 @@ def _mean(layers: Sequence[OutputQuality]) -> OutputQuality:
     )
 
 
+class StoredLayer(NamedTuple):
+    """The format of a linear layer in the output."""
+
+    scheme: str
+    bits: float
+    """Bits per weight, with scales, without the bias."""
+
+    def text(self) -> str:
+        """`mxfp8, 8.25 bits`."""
+        return f"{self.scheme}, {self.bits:.2f} bits"
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizedExpert(ConvertedExpert):
     """Results for one quantized transformer."""
@@ -152,6 +187,8 @@ class QuantizedExpert(ConvertedExpert):
     """Layer -> signal to quantization noise ratio of its weight in dB; empty without `report`."""
     outputs: Outputs = field(default_factory=Outputs)
     """SQNR of the outputs of smoothed layers, with and without smoothing; from a calibration."""
+    stored: Mapping[str, StoredLayer] = field(default_factory=dict)
+    """Linear layer -> its format."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -218,6 +255,9 @@ class QuantizeReport(ConversionReport):
     loras: tuple[Mapping[str, Any], ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How the activations for smoothing were captured: alpha, prompts, steps."""
+    report_file: Path | None = None
+    command: str = ""
+    """The command line, with the names of folders instead of their paths."""
 
     @property
     def bytes_before(self) -> int:
@@ -233,21 +273,40 @@ class QuantizeReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "recipe", "model_kind", "dry_run", "engine")
         data |= {"layers": self.schemes, **selected(self, "bytes_before", "bytes_after"), **self.measured()}
-        return data | selected(self, "experts", "linked", "omitted", "loras", "calibration", "warnings")
+        data |= selected(self, "experts", "linked", "omitted", "loras", "calibration", "warnings")
+        if self.report_file:
+            data["report"] = str(self.report_file)
+        return data | self.ends()
 
     def lines(self) -> list[str]:
         """Lines for a terminal: titled rows, then the ten worst layers of each expert."""
         ratio = self.bytes_after / max(self.bytes_before, 1)
         size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}  ({ratio:.0%})"
         rows = [["Source", f"{self.source}  ({self.model_kind})"], ["Recipe", self.recipe]]
-        rows += [["LoRA", f"{lora['file']} at {lora['weight']:g}"] for lora in self.loras]
+        rows += [["LoRA", line] for line in lora_lines(self.loras)]
         rows += [["Smoothing", calibration_text(self.calibration)]] if self.calibration else []
         rows += [row for expert in self.experts for row in expert.rows()]
         rows += [["Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"]]
         rows += self.closing(self.linked, self.engine, speed=not self.calibration)
-        lines = columns(rows)
-        lines += [line for expert in self.experts for line in expert.worst_lines()]
-        return lines + [line for expert in self.experts for line in expert.output_lines()]
+        measured = [line for expert in self.experts for line in expert.worst_lines()]
+        measured += [line for expert in self.experts for line in expert.output_lines()]
+        end = self.end_rows()
+        if self.report_file and not self.dry_run:
+            end.insert(0, ["Report", short_path(self.report_file)])
+        if not measured or not end:
+            return columns(rows + end) + measured
+        width = max(len(title) for title, _ in rows)
+        return [*columns(rows), *measured, "", *columns(end, first_width=width)]
+
+
+def lora_lines(loras: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The notes of `Folds`, once for all experts if they are the same."""
+    lines: list[str] = []
+    for lora in loras:
+        notes = {expert: applied["note"] for expert, applied in lora.get("applied", {}).items()}
+        same = len(set(notes.values())) == 1 and lora["expert"] == "all"
+        lines += list(notes.values())[:1] if same else [f"{expert}: {note}" for expert, note in notes.items()]
+    return lines
 
 
 def calibration_text(record: Mapping[str, Any]) -> str:
@@ -318,6 +377,8 @@ class RepackReport(ConversionReport):
     experts: tuple[RepackedExpert, ...]
     linked: tuple[str, ...]
     """Other components and files that were linked or copied."""
+    parts: tuple[Mapping[str, Any], ...] = ()
+    """Text encoder and VAE from files: name, file, tensors, bytes_before, bytes_after."""
 
     @property
     def checked(self) -> bool:
@@ -328,13 +389,16 @@ class RepackReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        data |= selected(self, "experts", "linked", "omitted", "warnings")
-        return {"placed" if key == "linked" else key: value for key, value in data.items()}
+        data |= selected(self, "experts", "parts", "linked", "omitted", "warnings")
+        return {"placed" if key == "linked" else key: value for key, value in data.items()} | self.ends()
 
     def lines(self) -> list[str]:
         """Lines for a terminal: titled rows."""
         rows = [("Source", [f"{self.source}  ({self.layout})"])]
         rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
         rows += [(expert.name, expert.texts()) for expert in self.experts]
+        for part in self.parts:
+            sizes = " -> ".join(human_bytes(part[key]) for key in ("bytes_before", "bytes_after"))
+            rows += [(part["name"], [f"all {part['tensors']} tensors of {part['file']}, {sizes}"])]
         rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
-        return columns([*titled(rows), *self.closing(self.linked)])
+        return columns([*titled(rows), *self.closing(self.linked), *self.end_rows()])

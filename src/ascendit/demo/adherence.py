@@ -276,6 +276,10 @@ class Counts:
         """Share of right videos, 0 to 1; 0 if there are no videos."""
         return float(getattr(self, name)) / self.total if self.total else 0.0
 
+    def text(self, name: str = "everything") -> str:
+        """`38/40   95.0%`; `-` if there are no videos."""
+        return f"{getattr(self, name)}/{self.total} {self.share(name):7.1%}" if self.total else "-"
+
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{k: v + getattr(other, k) for k, v in vars(self).items()})
 
@@ -317,7 +321,10 @@ class Adherence:
         groups = {"all videos": self.overall, "seen in training": self.trained, "held out": self.held_out}
         lines = ["right".ljust(12) + "".join(name.rjust(20) for name in groups)]
         for name in (*ATTRIBUTES, "everything"):
-            cells = [f"{getattr(c, name)}/{c.total} {c.share(name):7.1%}" for c in groups.values()]
+            cells = [
+                f"{getattr(c, name)}/{c.total} {c.share(name):7.1%}" if c.total else "-"
+                for c in groups.values()
+            ]
             lines.append(name.ljust(12) + "".join(cell.rjust(20) for cell in cells))
         return "\n".join(lines)
 

@@ -198,6 +198,7 @@ NATIVE_SOURCES = {
     "attention": "attention on a CPU",
     "linear": "quantized matmuls on a CPU",
     "elementwise": "norms, RoPE and GELU on a CPU",
+    "ggml": "reading GGUF files",
 }
 """Source in `native/` -> its use."""
 

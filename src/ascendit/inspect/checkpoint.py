@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.gguf_file import SUFFIX, Value, general_metadata
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import CheckedPart
 from ascendit.checkpoint.transformer import TensorMismatch
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
-from ascendit.family import WanSpec
+from ascendit.family import WanSpec, spec_of
 from ascendit.foreign import checked_keywords
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.pipeline.defaults import spec_of
 from ascendit.pipeline.model_check import check_model
 from ascendit.progress import OnProgress
 
@@ -59,14 +60,24 @@ def _part_report(checked: CheckedPart) -> PartReport:
         class_name=part.class_name,
         tensors=tuple(shards.tensors.values()) if shards else (),
         files=len(shards.files) if shards else 0,
+        metadata=_metadata(shards),
+        kinds=shards.kinds if shards else (),
         expert=checked.expert,
         problem=problem,
         **(problem.checks if isinstance(problem, TensorMismatch) else {}),
     )
 
 
+def _metadata(shards: Shards | None) -> dict[str, Value]:
+    """The metadata of a GGUF file; empty for other files."""
+    files = shards.files if shards else ()
+    return general_metadata(files[0]) if files and files[0].suffix == SUFFIX else {}
+
+
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
     """The row of `family.py` with these dimensions, for a checkpoint without a pipeline."""
+    if not experts:
+        return None
     config = experts[0].expert.config
     if config.get("num_attention_heads") is None or config.get("attention_head_dim") is None:
         return None

@@ -15,19 +15,20 @@ from typing import Any, Literal
 
 from ascendit.checkpoint.component import CONFIG_FILES, Part, check_regular
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
-from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.sources import sha256_of
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES
-from ascendit.errors import CheckpointError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.family import WanConfig
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import PACKINGS, ExpertSummary, dtype_name
 from ascendit.inspect.values import ValueDiff, compare_values
 from ascendit.names import grouped, sort_names
+from ascendit.pages.page import Page, Section, Table, check_report_file, write_report
 from ascendit.progress import OnProgress
-from ascendit.report import columns, counted, group_by, human_bytes, json_data, titled
+from ascendit.report import columns, counted, group_by, human_bytes, json_data, shell_line, titled
 
 ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config", "file"]
 LAYER_KINDS = ("scheme", "smoothing", "attention")
@@ -101,19 +102,20 @@ class Diff:
             "values": json_data(self.values),
         }
 
-    def lines(self) -> list[str]:
-        """Lines for a terminal."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lines for a terminal. `width`: of the terminal."""
         sides = {"A": self.a, "B": self.b}
         head = [(title, _side_text(_side(report))) for title, report in sides.items()]
         head += [
             ("Problem", f"{x}  {text}") for x, report in sides.items() for text in report.problem_texts()
         ]
-        lines = columns(head, first_width=TITLE_WIDTH)
+        lines = columns(head, first_width=TITLE_WIDTH, width=width)
         by_part = group_by(self.changes, lambda c: c.part)
         alike = group_by(by_part, lambda part: repr([(c.kind, c.name, c.a, c.b) for c in by_part[part]]))
         for parts in alike.values():
             blocks = _blocks(by_part[parts[0]], self)
-            lines += ["", ", ".join(parts), *columns(titled(blocks), indent="  ", first_width=TITLE_WIDTH)]
+            table = columns(titled(blocks), indent="  ", first_width=TITLE_WIDTH, width=width)
+            lines += ["", ", ".join(parts), *table]
         before, after = (_side(report)["nbytes"] for report in sides.values())
         ratio = f"   {after / before:.3f} x" if before else ""
         size = f"{human_bytes(before)} -> {human_bytes(after)} in the transformers{ratio}"
@@ -123,10 +125,24 @@ class Diff:
             result = SAME_HEADERS if self.hashes == "different" else "same headers and configs"
         end = [("Bytes", size), ("Values", hashes)]
         if self.values is not None:
-            lines += self.values.lines()
+            lines += self.values.lines(width)
             end = [("Bytes", size), ("Hashes", hashes), ("Values", self.values.summary())]
             result += ", equal numbers" if self.values.same else ", different numbers"
-        return [*lines, "", *columns([*end, ("Result", result)], first_width=TITLE_WIDTH)]
+        return [*lines, "", *columns([*end, ("Result", result)], first_width=TITLE_WIDTH, width=width)]
+
+    def page(self) -> Page:
+        """The HTML report of the numbers. Imports matplotlib."""
+        sides = {"A": self.a, "B": self.b}
+        about = {side: _side_text(_side(report)) for side, report in sides.items()}
+        names = [report.layout.name for report in sides.values()]
+        command = shell_line(["ascendit", "inspect", names[0], "--diff", names[1], "--values", "--report"])
+        about |= {"command": command, "hashes": self._hash_text()}
+        numbers = self.values.sections() if self.values is not None else ()
+        rows = [(c.part, c.kind, c.name, _text(c.a), _text(c.b)) for c in self.changes]
+        title = counted(len(rows), "difference")
+        changes = Table(head=("part", "kind", "name", "A", "B"), rows=rows, title=title, folded=True)
+        sections = (*numbers, Section("Headers and configs", [changes] if rows else [], title))
+        return Page(title=f"Numbers: {names[0]} and {names[1]}", about=about, sections=sections)
 
 
 def diff(
@@ -135,16 +151,25 @@ def diff(
     *,
     check: bool = False,
     values: bool = False,
+    report: Path | str | None = None,
+    overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Diff:
     """Compare two checkpoints of any layout: paths as accepted by `inspect`, or its reports.
 
     `check`: first compare the files of both with their records, as `inspect` does. `values`: decode both and
-    compare the numbers, see `values.compare_values`. An expert that could not be read as a Wan transformer is
+    compare the numbers, see `values.compare_values`. `report`: also write the numbers to this .html or .json
+    file; `overwrite` replaces an existing one. An expert that could not be read as a Wan transformer is
     compared by its names on disk.
 
-    Raises the errors of `inspect`.
+    Raises UsageError (E-USE-01) for `report` without `values`, and the errors of `inspect` and
+    `check_report_file`.
     """
+    file = None if report is None else Path(report).expanduser()
+    if file is not None:
+        if not values:
+            raise UsageError("a report without values", needs="a comparison of numbers", fix="values=True")
+        check_report_file(file, overwrite=overwrite)
     a, b = (
         x if isinstance(x, ModelReport) else inspect(x, check=check, on_progress=on_progress) for x in (a, b)
     )
@@ -153,7 +178,10 @@ def diff(
     if not left or set(left) != set(right):
         hashes = NOT_COMPARED
     numbers = compare_values(a, b, on_progress) if values else None
-    return Diff(a=a, b=b, changes=tuple(_changes(a, b)), hashes=hashes, values=numbers)
+    result = Diff(a=a, b=b, changes=tuple(_changes(a, b)), hashes=hashes, values=numbers)
+    if file is not None:
+        write_report(file, result.as_dict(), result.page)
+    return result
 
 
 def _file_hashes(report: ModelReport) -> dict[str, Any]:

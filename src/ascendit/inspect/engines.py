@@ -18,9 +18,11 @@ from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layer_format import Layer
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.quant_metadata import find_manifest
+from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
+from ascendit.names import without_prefix
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import FP8_TILES, METHOD, STORED_SCHEMES, scheme_after_reading
 from ascendit.report import columns, group_by, shell_line
@@ -99,6 +101,10 @@ def _command(layout: Layout, engine: str, target: TargetFormat) -> str:
 def _obstacles(target: TargetFormat, layout: Layout, experts: Sequence[Expert]) -> Iterator[str]:
     """Differences from the files that the engine reads, most important first."""
     layers = [layer for e in experts for layer in e.layers.values()]
+    if kinds := [kinds_text(e.kinds) for e in experts if e.kinds]:
+        yield f"stored as {kinds[0]}"
+    if any(without_prefix(info.name) != info.name for e in experts for info in e.tensors.values()):
+        yield "needs names without prefixes"
     if any(layer.scheme == FP8_TILES for layer in layers):
         yield "FP8 in 128 x 128 tiles becomes BF16"
     if any(e.naming != target.naming for e in experts):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ascendit.checkpoint.gguf_file import Value
 from ascendit.checkpoint.layout import KIND_LABELS, Layout
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.stored_kinds import kinds_text
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
 from ascendit.family import WanSpec, presets_of
@@ -20,6 +22,7 @@ from ascendit.pipeline.defaults import Defaults
 from ascendit.report import columns, counted, human_bytes, json_data, selected, titled, totals
 
 TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
+MAX_METADATA = 60  # characters of an entry that is printed
 EXPERT_TITLES = ("Excluded", "Smoothed", "Attention", "Origin")
 
 
@@ -102,8 +105,8 @@ class ModelReport:
             data["layers"] = [{"part": p.name, **row.as_dict()} for p in self.parts for row in p.rows]
         return data
 
-    def lines(self) -> list[str]:
-        """Lines for a terminal: titled blocks in two columns."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lines for a terminal: titled blocks in two columns. `width`: of the terminal."""
         contents = self.layout.pipeline if self.is_pipeline else KIND_LABELS[self.layout.kind]
         family = f"{self.spec} of the Wan family" if self.spec else "no known model of the Wan family"
         blocks = [
@@ -113,6 +116,7 @@ class ModelReport:
             ("Parts", _part_lines(self.parts)),
             ("Format", self._formats()),
             *((title, _per_expert(self.experts, title)) for title in EXPERT_TITLES),
+            ("Metadata", _metadata_lines(self.parts)),
             ("Made by", self._made_by()),
             ("Runs on", self.runs_on.lines() if self.runs_on else []),
             ("Files", self.files.lines() if self.files else []),
@@ -122,7 +126,7 @@ class ModelReport:
         blocks.append(("Checks", self._checks()))
         for text, problem in zip(self.problem_texts(), self.problems, strict=True):
             blocks.append(("Problem", [text, f"try  {problem.fix}"]))
-        return columns(titled(blocks), first_width=9)
+        return columns(titled(blocks), first_width=9, width=width)
 
     def problem_texts(self) -> list[str]:
         """Each problem as text: code, part and description."""
@@ -134,21 +138,25 @@ class ModelReport:
             texts.append(f"{problem.code}  {prefix}{problem.got}")
         return texts
 
-    def layer_lines(self) -> list[str]:
-        """Lines for `--layers`: one per layer (with its scales) or other tensor."""
+    def layer_lines(self, width: int | None = None) -> list[str]:
+        """Lines for `--layers`: one per layer (with its scales) or other tensor, the experts first."""
+        experts = {part.name for part in self.experts}
         rows = [
             (f"{p.name}.{row.name}", row.scheme, str(list(row.shape)), str(row.nbytes), row.stored())
-            for p in self.parts
+            for p in sorted(self.parts, key=lambda part: part.name not in experts)
             for row in p.rows
         ]
-        return columns([("layer or tensor", "scheme", "shape", "bytes", "stored"), *rows])
+        return columns([("layer or tensor", "scheme", "shape", "bytes", "stored"), *rows], width=width)
 
     def _made_by(self) -> list[str]:
         if self.record is None:
             return []
         recipe = self.record.get("recipe")
         name = recipe.get("name") if isinstance(recipe, dict) else None
-        return [f"{self.record.get('made_by', 'ascendit')}{f', recipe {name}' if name else ''}"]
+        first = f"{self.record.get('made_by', 'ascendit')}{f', recipe {name}' if name else ''}"
+        loras = self.record.get("loras")
+        loras = [x for x in loras if isinstance(x, dict)] if isinstance(loras, list) else []
+        return [first, *(f"LoRA {x.get('file')} at {x.get('weight')}, {x.get('expert')}" for x in loras)]
 
     def _formats(self) -> list[str]:
         if self.bits_per_weight is None:
@@ -183,7 +191,18 @@ def _part_lines(parts: Iterable[PartReport]) -> list[str]:
         text = f"{p.name:<15} {p.class_name:<26}"
         if p.tensors:
             text += f" {formats[p.name]:<{width}} {human_bytes(p.nbytes):>10}  {_counts([p])}"
+            text += f"  ({kinds_text(p.kinds)})" if p.kinds else ""
         lines.append(text + ("  DAMAGED" if p.problem else ""))
+    return lines
+
+
+def _metadata_lines(parts: Iterable[PartReport]) -> list[str]:
+    """One line per GGUF file: its short entries."""
+    lines = []
+    for p in parts:
+        entries = [(key, str(value)) for key, value in p.metadata.items()]
+        if texts := [f"{key} {value}" for key, value in entries if len(value) <= MAX_METADATA]:
+            lines.append(f"{p.name} (GGUF): {', '.join(texts)}")
     return lines
 
 
@@ -244,6 +263,10 @@ class PartReport:
     """`name dtype`, for tensors of unquantized layers whose dtype is not a float."""
     problem: AscenditError | None = None
     """The error that makes the part unusable."""
+    metadata: Mapping[str, Value] = field(default_factory=dict)
+    """The general metadata of its GGUF file."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of its files, keys of `stored_kinds.KINDS`; of an expert, in `expert`."""
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
@@ -265,7 +288,7 @@ class PartReport:
     @cached_property
     def dtypes(self) -> dict[str, int]:
         """safetensors' dtype name -> bytes, most first."""
-        return _most_first({t.dtype: t.nbytes} for t in self.tensors)
+        return _most_first({t.stored_dtype: t.nbytes} for t in self.tensors)
 
     @property
     def rows(self) -> tuple[StoredRow, ...]:
@@ -283,6 +306,8 @@ class PartReport:
         return {
             **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
+            "metadata": dict(self.metadata),
+            "stored_as": list(self.expert.kinds if self.expert else self.kinds),
             **selected(self, *TENSOR_CHECKS),
             "problem": json_data(self.problem),
             "expert": json_data(self.summary),

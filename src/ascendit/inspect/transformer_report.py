@@ -10,8 +10,10 @@ from typing import Any
 
 from ascendit.checkpoint.layer_format import STORED_ROLES
 from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.stored_kinds import kinds_text
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
+from ascendit.mx.ggml import TYPES
 from ascendit.names import grouped, sort_names
 from ascendit.quant.schemes import STORED_SCHEMES
 from ascendit.report import counted, group_by, selected
@@ -29,6 +31,7 @@ ORIGINS = {
     "sglang": "SGLang's repack tool",
     "ascendit": "ascendit",
     "fp8-block": "FP8 in 128 x 128 tiles",
+    "turbodiffusion": "TurboDiffusion",
     "float": "",
 }
 DTYPE_NAMES = {
@@ -97,27 +100,29 @@ class StoredRow:
     @property
     def format(self) -> str:
         """The scheme, or the dtype of a float tensor."""
-        return dtype_name(self.tensors[0][1].dtype) if self.scheme in ("float", "bf16") else self.scheme
+        dtype = self.tensors[0][1].stored_dtype
+        return dtype_name(dtype) if self.scheme in ("float", "bf16") else self.scheme
 
     def stored(self) -> str:
         """Dtypes and scales as text, for example `e4m3, weight_scale uint8 [5120, 160]`."""
         texts = []
         for role, info in self.tensors:
-            dtype = dtype_name(info.dtype)
+            dtype = dtype_name(info.stored_dtype)
+            dtype += f", read as {dtype_name(info.dtype)}" if info.encoding else ""
             texts.append(dtype if role in ("", "weight") else f"{role} {dtype} {list(info.shape)}")
         return ", ".join(texts)
 
     def as_dict(self) -> dict[str, Any]:
         tensors = [
-            {"name": info.name, "role": role, **selected(info, "dtype", "shape", "nbytes")}
+            {"name": info.name, "role": role, "dtype": info.stored_dtype, **selected(info, "shape", "nbytes")}
             for role, info in self.tensors
         ]
         return {**selected(self, "name", "scheme", "container", "shape", "nbytes"), "tensors": tensors}
 
 
 def dtype_name(dtype: str) -> str:
-    """safetensors' dtype name -> the name in reports: `BF16` -> `bf16`."""
-    return DTYPE_NAMES.get(dtype, dtype.lower())
+    """safetensors' dtype name -> the name in reports: `BF16` -> `bf16`; block types keep theirs."""
+    return DTYPE_NAMES.get(dtype, dtype if dtype in TYPES else dtype.lower())
 
 
 def tensor_row(name: str, info: TensorInfo) -> StoredRow:
@@ -202,7 +207,8 @@ class ExpertSummary:
     @cached_property
     def kept_dtypes(self) -> tuple[str, ...]:
         """The dtypes of `kept_layers`."""
-        return tuple(sorted({dtype_name(self.expert.tensors[f"{n}.weight"].dtype) for n in self.kept_layers}))
+        weights = (self.expert.tensors[f"{n}.weight"] for n in self.kept_layers)
+        return tuple(sorted({dtype_name(info.stored_dtype) for info in weights}))
 
     @cached_property
     def smoothed(self) -> tuple[str, ...]:
@@ -245,17 +251,24 @@ class ExpertSummary:
             origin = [", ".join(facts)]
             origin += [f"uncertain: {expert.config_problem}"] if expert.config_problem else []
         return {
-            "Format": [count.text() for count in self.schemes],
+            "Format": self.stored_as() + [count.text() for count in self.schemes],
             "Excluded": [excluded] if self.is_quantized and self.kept else [],
             "Smoothed": [f"{', '.join(self.smoothed)} (mul_scale)"] if self.smoothed else [],
             "Attention": attention,
             "Origin": origin,
         }
 
+    def stored_as(self) -> list[str]:
+        """The kind of file, and its tensors that are not used, for a terminal."""
+        kinds = kinds_text(self.expert.kinds)
+        return [*([f"stored as {kinds}"] if kinds else []), *self.expert.notes]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
             **selected(self.expert, "origin", "naming"),
+            "stored_as": list(self.expert.kinds),
+            "notes": list(self.expert.notes),
             "manifest": self.expert.manifest is not None,
             "marker": self.expert.quantization_config,
             **selected(self, "schemes", "kept"),

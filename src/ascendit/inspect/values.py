@@ -7,15 +7,18 @@ a smoothed weight is multiplied by mul_scale[k]. A is the signal, A - B the nois
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ascendit.checkpoint.layer_format import Layer
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_tensor
+from ascendit.checkpoint.reader import RowReader, as_tensor
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import dtype_name
 from ascendit.names import sort_names
+from ascendit.pages import charts
+from ascendit.pages.page import Cell, Figure, Section, Table
 from ascendit.progress import Meter, OnProgress
 from ascendit.report import columns, counted, group_by, selected
 from ascendit.weights.decoded_rows import layer_rows
@@ -64,14 +67,15 @@ class ValueRow:
     def cells(self) -> tuple[str, ...]:
         """Cells of a line for a terminal."""
         if self.status not in ("equal", "different"):
-            return self.status, "", "", self.name, self._formats()
+            return self.status, "", "", self.name, self.formats()
         sqnr = "-" if self.sqnr_db is None else f"{self.sqnr_db:.2f} dB"
         counts = {"A": self.invalid_a, "B": self.invalid_b}
         invalid = [f"{count} NaN or infinite in {side}" for side, count in counts.items() if count]
-        text = "  ".join([self._formats(), *invalid])
+        text = "  ".join([self.formats(), *invalid])
         return sqnr, f"{self.max_difference:.3g}", f"{self.differing}/{self.values}", self.name, text
 
-    def _formats(self) -> str:
+    def formats(self) -> str:
+        """Scheme or dtype on both sides: `bf16 -> mxfp8`, once if equal."""
         return f"{self.a or '-'} -> {self.b or '-'}" if self.a != self.b else str(self.a)
 
 
@@ -97,15 +101,15 @@ class ValueDiff:
         parts = {name: _summary(rows) for name, rows in by_part.items()}
         return {"same": self.same, "parts": parts, "rows": [row.as_dict() for row in self.rows]}
 
-    def lines(self) -> list[str]:
-        """Lines for a terminal: for each part a summary, then its worst rows."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Lines for a terminal: for each part a summary, then its worst rows. `width`: of the terminal."""
         lines = []
         worst = group_by(self.worst, lambda row: row.part)
         for part, rows in group_by(self.rows, lambda row: row.part).items():
             lines += ["", f"{part}   {_summary_text(_summary(rows))}"]
             if shown := worst.get(part, [])[:MAX_ROWS]:
                 head = ("SQNR", "max difference", "values that differ", "worst first", "A -> B")
-                lines += columns([head, *(row.cells() for row in shown)], indent="  ")
+                lines += columns([head, *(row.cells() for row in shown)], indent="  ", width=width)
             if (more := len(worst.get(part, [])) - MAX_ROWS) > 0:
                 lines.append(f"  and {more} more; --json has all")
         return lines
@@ -113,6 +117,80 @@ class ValueDiff:
     def summary(self) -> str:
         """One line about all parts."""
         return _summary_text(_summary(self.rows)) if self.rows else "no tensors to compare"
+
+    def sections(self) -> list[Section]:
+        """Sections of the HTML report: parts, plots over the blocks, all tensors. Imports matplotlib."""
+        by_part = group_by(self.rows, lambda row: row.part)
+        parts = [_summary_cells(name, _summary(rows)) for name, rows in by_part.items()]
+        sections = [Section("Summary", [Table(head=PART_HEAD, rows=parts)], self.summary())]
+        for field, title in MEASURES.items():
+            panels = {name: _measured(rows, field) for name, rows in by_part.items()}
+            panels = {name: values for name, values in panels.items() if any(map(charts.depth_of, values))}
+            if panels:
+                svg = charts.by_depth(panels, title, log=field == "max_difference")
+                sections.append(Section(title, [Figure(svg=svg, caption=_CAPTION)]))
+        worst = [_page_cells(row) for row in self.worst[:MAX_WORST]]
+        sections += [Section("Worst tensors", [Table(head=ROW_HEAD, rows=worst)])] if worst else []
+        title = counted(len(self.rows), "tensor")
+        rows = [_page_cells(row) for row in self.rows]
+        return [*sections, Section("Tensors", [Table(head=ROW_HEAD, rows=rows, title=title, folded=True)])]
+
+
+MAX_WORST = 20  # rows of the table of the worst tensors in a page
+MEASURES = {"sqnr_db": "SQNR in dB", "max_difference": "Largest difference"}
+"""Attribute of a row -> title of its plot over the blocks."""
+PART_HEAD = (
+    "part",
+    "tensors",
+    "equal",
+    "different",
+    "not comparable",
+    "SQNR",
+    "max difference",
+    "NaN in A / B",
+)
+ROW_HEAD = ("part", "tensor", "A -> B", "SQNR", "max difference", "values that differ", "NaN in A / B")
+_CAPTION = "A curve for each kind of tensor that differs. Equal tensors have no point; the table has all."
+
+
+def _measured(rows: Iterable[ValueRow], field: str) -> dict[str, float]:
+    """Name -> measurement, for the tensors that differ."""
+    values = {row.name: getattr(row, field) for row in rows if row.status == "different"}
+    return {name: value for name, value in values.items() if value is not None and 0 < abs(value) < math.inf}
+
+
+def _summary_cells(name: str, data: Mapping[str, Any]) -> tuple[str | Cell, ...]:
+    counts = (str(data["tensors"]), str(data["equal"]), str(data["different"]))
+    other = Cell(str(data["not_comparable"]), "bad" if data["not_comparable"] else "")
+    invalid = data["invalid_a"], data["invalid_b"]
+    return (
+        name,
+        *counts,
+        other,
+        _decibel_text(data["sqnr_db"]),
+        f"{data['max_difference']:.3g}",
+        _invalid(*invalid),
+    )
+
+
+def _page_cells(row: ValueRow) -> tuple[str | Cell, ...]:
+    """A row of the tables of a page."""
+    names = (row.part, row.name, row.formats())
+    if row.status == "equal":
+        return (*names, Cell("equal", "good"), "0", f"0/{row.values}", _invalid(row.invalid_a, row.invalid_b))
+    if row.status != "different":
+        return (*names, Cell(row.status, "bad"), "-", "-", "-")
+    differing = f"{row.differing}/{row.values}"
+    numbers = (_decibel_text(row.sqnr_db), f"{row.max_difference:.3g}", differing)
+    return (*names, *numbers, _invalid(row.invalid_a, row.invalid_b))
+
+
+def _decibel_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} dB"
+
+
+def _invalid(a: int, b: int) -> Cell:
+    return Cell(f"{a} / {b}", "bad") if a or b else Cell("-")
 
 
 def _summary(rows: tuple[ValueRow, ...] | list[ValueRow]) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from ascendit.checkpoint.part_check import (
     processor_config,
     tensor_mismatch,
 )
-from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards, TensorInfo
+from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.sources import OpenFiles
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, TensorInfo
 from ascendit.checkpoint.tokenizer_check import TOKENIZER_KEYS
 from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.exclusive import Exclusive
 
 LOADING = Exclusive("the loading of a model")
@@ -89,13 +91,18 @@ def load_library_part(part: Part, shards: Shards, dtype: torch.dtype) -> Any:
 
 
 def mapped_tensors(stored: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Tensors [..] of the stored dtypes over private memory maps of their files, read page by page when used.
+    """Tensors [..] of the stored dtypes over private memory maps of their files, read page by page when used;
+    encoded tensors are decoded into memory.
 
     Raises CheckpointError (E-CKP-02) for a file that is not the one whose header was read.
     """
     files, maps, tensors = OpenFiles(), dict[Path, mmap.mmap](), dict[str, Tensor]()
     try:
         for name, info in stored.items():
+            if not info.is_plain:
+                with RowReader() as reader:
+                    tensors[name] = reader.read_tensor(info)
+                continue
             descriptor = files.open(info.file, info.state)
             if info.file not in maps:
                 maps[info.file] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)

@@ -26,12 +26,13 @@ from ascendit.model.quantize_on_load import stored_dtype
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
+from ascendit.progress import Advance
 from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.recipe_steps import RecipeSteps
 from ascendit.weights.shards import LayerShards, columns_of, cut_steps, shard_of
-from ascendit.weights.tensor_steps import run_steps, stored_steps, to_float32
+from ascendit.weights.tensor_steps import no_progress, run_steps, stored_steps, to_float32
 
 log = logging.getLogger("ascendit")
 
@@ -45,6 +46,7 @@ def load_expert(
     dtype: torch.dtype | None = None,
     floats: bool = False,
     shards: LayerShards = MappingProxyType({}),
+    advance: Advance = no_progress,
 ) -> WanTransformer:
     """Load the transformer of `expert`, quantized by `applied` or as stored if `applied` is None.
 
@@ -71,7 +73,7 @@ def load_expert(
         if dtype is None:
             dtype = getattr(torch, stored_dtype(expert, applied)) if device == "cpu" else torch.bfloat16
         sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, float32=model.KEEP_FP32)
-        run_steps(steps, reader, sink)
+        run_steps(steps, reader, sink, advance=advance)
         if floats and applied:
             load_floats(model, applied, reader, device=device, dtype=dtype, shards=shards)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in layers.values()).items())

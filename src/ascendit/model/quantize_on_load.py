@@ -1,4 +1,4 @@
-"""Quantization while a model loads, with the same checks as `quantize`. Does not import torch."""
+"""Quantization and LoRA files while a model loads, with the checks of `quantize`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import stored_schedule
-from ascendit.checkpoint.reader import DTYPE_BITS, common_dtype
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, common_dtype
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import scheme_after_reading
+from ascendit.report import shell_line
 from ascendit.schedule import StepSchedule
-from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, check_source
+from ascendit.weights.applied_recipe import (
+    AppliedRecipe,
+    apply_recipe,
+    check_kind,
+    check_source,
+    lora_warnings,
+    open_folds,
+    stored_schemes,
+)
 from ascendit.weights.engine_formats import model_kind
+from ascendit.weights.lora.fold import Folds, LoraSource, require_skipped
 from ascendit.weights.tensor_steps import schemes_of
 
 log = logging.getLogger("ascendit")
@@ -25,22 +35,42 @@ log = logging.getLogger("ascendit")
 
 @dataclass(frozen=True)
 class Online:
-    """How to quantize the layers of a float checkpoint while they load."""
+    """How to change the layers of a checkpoint while they load: quantize them, add LoRA files, or both."""
 
     recipe: Recipe | None
-    """None: load every layer unquantized, which needs a float checkpoint."""
+    """None: do not quantize."""
     keep: tuple[str, ...] = ()
     force: bool = False
+    loras: tuple[LoraSource, ...] = ()
+    lora_skip: tuple[str, ...] = ()
+    """Groups of LoRA keys to leave out."""
+    as_stored: bool = False
+    """With `recipe` None: accept quantized weights too, unless a LoRA changes them."""
 
     @classmethod
     def from_options(
-        cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
+        cls,
+        scheme: str | None,
+        recipe: str | None,
+        keep: Sequence[str] | None = (),
+        *,
+        force: bool = False,
+        loras: Sequence[LoraSource] = (),
+        lora_skip: Sequence[str] = (),
     ) -> Online | None:
         """Parse the options; None means that weights are loaded as stored.
 
-        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe, and the errors of `load_recipe`.
+        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe and `lora_skip` without a LoRA, and
+        the errors of `load_recipe`.
         """
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
+        if lora_skip and not loras:
+            raise UsageError(
+                f"lora_skip {' '.join(lora_skip)} without a LoRA",
+                needs="a LoRA file: lora_skip leaves out some of its keys",
+                fix="add --lora FILE, or omit lora_skip",
+            )
+        files = (tuple(loras), tuple(lora_skip))
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
@@ -48,23 +78,59 @@ class Online:
                     needs="a scheme or a recipe: without one, every layer is loaded as stored",
                     fix="add --scheme mxfp8, or omit keep",
                 )
-            return None if scheme is None else cls(None)
-        return cls(load_recipe(recipe or "default", scheme), keep, force)
+            return None if scheme is None and not loras else cls(None, (), force, *files, scheme is None)
+        return cls(load_recipe(recipe or "default", scheme), keep, force, *files)
 
-    def apply(self, expert: Expert) -> AppliedRecipe | None:
-        """Apply the recipe to a checkpoint.
+    def apply_all(self, experts: Sequence[Expert]) -> tuple[tuple[Expert, AppliedRecipe | None], ...]:
+        """Each expert of a model with the result of `apply`.
 
-        Raises UsageError: E-QNT-01 for weights that are already quantized, E-QNT-02 for FP4 on TI2V without
-        force, E-USE-05 for a pattern that matches no layer.
+        Raises the errors of `apply`, `Folds.open` and `require_skipped`.
+        """
+        names = [expert.name for expert in experts]
+        folds = [open_folds(x, self.loras, experts=names, skip=self.lora_skip) for x in experts]
+        opened = [fold for fold in folds if fold is not None]
+        require_skipped(self.lora_skip, opened)
+        for text in lora_warnings(self.loras, opened):
+            log.warning(text)
+        return tuple((x, self.apply(x, fold)) for x, fold in zip(experts, folds, strict=True))
+
+    def apply(self, expert: Expert, folds: Folds | None = None) -> AppliedRecipe | None:
+        """Apply the recipe to a checkpoint; None if it is loaded as stored. `folds`: from `open_folds`.
+
+        Raises UsageError: E-QNT-01 for a scheme, and E-QNT-03 for a LoRA, on weights that are already
+        quantized, E-QNT-02 for FP4 on TI2V without force, E-USE-05 for a pattern that matches no layer.
         """
         if self.recipe is None:
-            check_source(expert)
-            return None
+            return self._unquantized(expert, folds)
         kind = model_kind(expert.config)
-        applied = apply_recipe(expert, self.recipe, kind, keep=self.keep)
+        applied = apply_recipe(expert, self.recipe, kind, keep=self.keep, folds=folds)
         name, way = expert.path.parent.name, "--set force=true (in Python force=True)"
         check_kind(kind, applied.schemes, name, force=self.force, way=way)
         return applied
+
+    def _unquantized(self, expert: Expert, folds: Folds | None) -> AppliedRecipe | None:
+        """All layers in the dtype of the source, with the LoRA files."""
+        if not self.as_stored:
+            check_source(expert)
+        schemes = stored_schemes(expert)
+        if schemes and folds is not None and folds.names:
+            raise _on_quantized(expert, schemes, self.loras)
+        if schemes or folds is None:
+            return None
+        return apply_recipe(expert, load_recipe("default", "bf16"), model_kind(expert.config), folds=folds)
+
+
+def _on_quantized(expert: Expert, schemes: set[str], loras: Sequence[LoraSource]) -> UsageError:
+    """The error E-QNT-03 for LoRA files on weights that are stored quantized."""
+    names = sorted(schemes - {"bf16"})
+    how = f"--scheme {names[0]}" if len(names) == 1 else "the same --recipe"
+    flags = " ".join(f"--lora {shell_line([str(lora)])}" for lora in loras)
+    return UsageError(
+        f"a LoRA for {expert.path}, which is stored quantized ({', '.join(names) or 'smoothed'})",
+        needs="float weights: a LoRA is added before quantizing, and quantizing twice compounds the error",
+        fix=f"pass the BF16 model with {how} {flags}; `ascendit quantize` takes the same flags",
+        code="E-QNT-03",
+    )
 
 
 def schemes_in(experts: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:
@@ -100,7 +166,7 @@ def policy_for(
     """
     if requested is not None:
         policy = StepSchedule.parse(requested)
-    elif online is not None:
+    elif online is not None and not online.as_stored:
         policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:
         policy = stored_schedule(layout)

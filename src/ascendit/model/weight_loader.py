@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, as_bytes
+from ascendit.checkpoint.reader import RowReader, as_bytes
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears

@@ -51,6 +51,7 @@ REQUIRED_FEATURES: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),
     "encode": frozenset(),
+    "ggml": frozenset(),
     "linear": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}),
 }
 """Source -> required processor features, by their names in Linux."""

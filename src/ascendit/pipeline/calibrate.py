@@ -31,7 +31,6 @@ from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.model.linear import LinearInput
 from ascendit.model.state import DenoiseState
-from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.generate import Pipeline, denoise
@@ -41,7 +40,7 @@ from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import first_in_group
-from ascendit.weights.lora.fold import Folds, LoraSource
+from ascendit.weights.lora.fold import LoraSource
 
 Prompt = tuple[str, dict[str, str]]
 """(text, field of a request -> path of an image)."""
@@ -126,15 +125,26 @@ class Calibrator:
         return requests
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
+        self,
+        layout: Layout,
+        loras: Sequence[LoraSource],
+        rows: int,
+        journal: Journal,
+        *,
+        lora_skip: Sequence[str] = (),
     ) -> ExpertStatistics:
         """Run the prompts that `journal` has no results for, and sample `rows` rows of each input."""
         requests = self.requests(layout)
         file = journal.root / STATISTICS
         done, inputs = _read(file, rows) if journal.complete(file) else (0, {})
         if done < len(requests):
-            pipe = load(layout.root, device=self.device, on_progress=self.on_progress)
-            fold_loras(pipe.experts, loras)
+            pipe = load(
+                layout.root,
+                device=self.device,
+                loras=loras,
+                lora_skip=lora_skip,
+                on_progress=self.on_progress,
+            )
             inputs = inputs_of(pipe, rows) | inputs
             for i in range(done, len(requests)):
                 pictures = fitted_pictures(requests[i], {})
@@ -158,17 +168,6 @@ class Calibrator:
         if self.on_progress is not None and event.stage == "denoise":
             step = prompt * event.total + event.step
             self.on_progress(replace(event, step=step, total=prompts * event.total))
-
-
-@torch.no_grad()
-def fold_loras(experts: Mapping[str, WanTransformer], loras: Sequence[LoraSource]) -> None:
-    """Fold LoRA files into the parameters as `quantize` does, so that the layers get the same inputs."""
-    for expert, model in experts.items():
-        parameters = dict(model.named_parameters())
-        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        folds = Folds.open(loras, expert, shapes, experts=list(experts))
-        for name in sorted(folds.names):
-            parameters[name].copy_(folds.fold(name, parameters[name].cpu(), 0))
 
 
 # ---- layer inputs -------------------------------------------------------------------------------

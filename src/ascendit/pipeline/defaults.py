@@ -22,8 +22,9 @@ from ascendit.family import (
     VaeConfig,
     WanConfig,
     WanSpec,
-    match_spec,
+    has_position_embeddings,
     out_channels,
+    spec_of,
 )
 
 log = logging.getLogger("ascendit")
@@ -152,24 +153,6 @@ def _text(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
-    """The row of `family.py` with the dimensions and channels of this config, for any task."""
-    heads = config.get("num_attention_heads", WanConfig.num_attention_heads)
-    size = config.get("attention_head_dim", WanConfig.attention_head_dim)
-    if heads is None or size is None:  # unknown, as `repack` without a base model writes them
-        return None
-    return match_spec(
-        dim=heads * size,
-        num_layers=config.get("num_layers", WanConfig.num_layers),
-        in_channels=config.get("in_channels", WanConfig.in_channels),
-        out_channels=out_channels(config),
-        num_experts=num_experts,
-        image_cross_attention=config.get("image_dim") is not None,
-        first_last_frame=has_position_embeddings(config),
-        folder_name=folder_name,
-    )
-
-
 def folder_values(layout: Layout) -> tuple[dict[str, Any], list[str]]:
     """(`solver`, `flow_shift`, `boundary_ratio`, notes for the log), as far as the folder has them.
 
@@ -184,11 +167,6 @@ def folder_values(layout: Layout) -> tuple[dict[str, Any], list[str]]:
     if len(layout.experts) == 2 and layout.index.get("boundary_ratio") is not None:
         values["boundary_ratio"] = layout.index["boundary_ratio"]
     return values, notes
-
-
-def has_position_embeddings(config: dict[str, Any]) -> bool:
-    """Whether this config is of an FLF2V model: position embeddings for the tokens of two images."""
-    return config.get("image_dim") is not None and config.get("pos_embed_seq_len") is not None
 
 
 def last_frame_of(layout: Layout, task: Task) -> LastFrame:

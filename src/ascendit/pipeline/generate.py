@@ -43,7 +43,7 @@ OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number and the latents after it, [1, z, F, h, w] float32."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline:
     """A loaded Wan model on one device: one or two experts, encoders and VAE.
 
@@ -71,6 +71,12 @@ class Pipeline:
     predict: Callable[..., Tensor] = field(default_factory=lambda: predict)
     turn: Exclusive = field(default_factory=lambda: Exclusive("the pipeline"), repr=False, compare=False)
     """Held by each run; shared by the copies that `dataclasses.replace` makes, which have the same parts."""
+
+    def __repr__(self) -> str:
+        experts = "two experts" if self.transformer_2 is not None else "one expert"
+        text = f"{self.defaults.model}, {self.defaults.task}, {experts}, {self.device}"
+        options = "".join(f", {name}={value!r}" for name, value in self.loaded.items() if name != "device")
+        return f"Pipeline({self.source!r}: {text}{options})"
 
     @property
     def experts(self) -> dict[str, WanTransformer]:

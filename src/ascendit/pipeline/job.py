@@ -3,14 +3,16 @@
     prepared = prepare(LoadOptions(model="demo"), "a red circle moves right", seed=7)
     video = run(prepared)
 
-Headers are read once, by `prepare`; `run`, and `load` for a pipeline that makes many videos, reuse them.
+Headers are read once, by `prepare`; `run`, and `load` for a pipeline that makes many videos, reuse them. For
+many videos, `prepare_model` and `load_model` run once, `prepare_request` and `run` for each.
 torch is imported only when a pipeline is built.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,8 @@ from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import library_config
-from ascendit.checkpoint.reader import common_dtype
+from ascendit.checkpoint.part_files import read_part_files, with_part_files
+from ascendit.checkpoint.tensor_info import common_dtype
 from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory
@@ -34,6 +37,7 @@ from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_
 from ascendit.pipeline.request import SAVE, GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
+from ascendit.weights.lora.fold import lora_report, lora_sources
 
 log = logging.getLogger("ascendit")
 
@@ -62,11 +66,20 @@ class Prepared:
         """The command that reproduces this video; also in the JSON beside the video."""
         return self.replay_line()
 
-    def replay_line(self, flags: Sequence[str] = ()) -> str:
-        """`replay` with other flags of `generate`."""
+    def replay_line(
+        self, flags: Sequence[str] = (), output: str | None = None, seeds: Sequence[int] = ()
+    ) -> str:
+        """`replay` with other flags of `generate`, an output, or several seeds instead of its own."""
         options, kept = self.model.options, self.latents
         load = options.record if kept is None else kept.loaded
-        return self.request.replay_line(options.model, load=load, flags=flags)
+        return self.request.replay_line(options.model, output, load, flags, seeds)
+
+    @property
+    def loras(self) -> list[dict[str, Any]]:
+        """Each LoRA file with its weight and, by expert, its keys and scale; empty for kept latents."""
+        experts = self.model.experts if self.latents is None else ()
+        folds = {expert.name: applied.folds for expert, applied in experts if applied and applied.folds}
+        return lora_report(lora_sources(self.model.options.loras), folds) if folds else []
 
     @property
     def images(self) -> dict[str, str]:
@@ -101,9 +114,18 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
+    if options.parts:
+        layout = with_part_files(layout, read_part_files(options.parts, len(layout.experts)))
     checked, defaults = require_model(layout, options.defaults)
-    online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
-    experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
+    online = Online.from_options(
+        options.scheme,
+        options.recipe,
+        options.keep,
+        force=options.force,
+        loras=lora_sources(options.loras),
+        lora_skip=options.lora_skip,
+    )
+    experts = online.apply_all(checked.experts) if online else tuple((x, None) for x in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
     if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)
@@ -118,7 +140,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         part_dtypes={
             name: str(vae_dtype)
             if name == "vae"
-            else common_dtype((info.dtype, info.nbytes) for info in x.tensors.values())
+            else common_dtype((info.dtype, info.read_nbytes) for info in x.tensors.values())
             for name, x in shards.items()
             if name not in EXPERTS
         },
@@ -160,17 +182,35 @@ def prepare(
     seconds: float | None = None,
     **fields: Any,
 ) -> Prepared:
-    """Check one video as far as possible without weights.
+    """Check one video as far as possible without weights. For the arguments, see `prepare_request`.
 
-    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
-    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
-    `prepare_model`, `request.resolve` and `images.pictures_of`.
+    Raises the errors of `prepare_model` and `prepare_request`.
     """
     check_names(fields)
     model = prepare_model(options, [name for name, value in fields.items() if value is not None])
+    return prepare_request(model, prompt, pixels=pixels, seconds=seconds, **fields)
+
+
+def prepare_request(
+    model: PreparedModel,
+    prompt: str,
+    *,
+    pixels: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+    **fields: Any,
+) -> Prepared:
+    """Check one video against its model.
+
+    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
+    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
+    `request.resolve` and `images.pictures_of`.
+    """
+    check_names(fields)
     defaults = model.defaults
     if seconds is not None:
-        fps = fields.get("fps") or defaults.fps
+        fps: geometry.FrameRate = defaults.fps
+        with suppress(ValueError):  # GenerateRequest refuses it
+            fps = geometry.frame_rate(fields.get("fps") or defaults.fps)
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
     pictures = Pictures.of(pixels or {})
     picture = size_source(defaults, fields, pictures)
@@ -180,7 +220,7 @@ def prepare(
     return Prepared(model=model, request=request, pixels=pictures)
 
 
-def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: int | None = None) -> Prepared:
+def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: Any = None) -> Prepared:
     """Check that kept latents can be decoded. `fps`: replaces that of the request.
 
     Raises the errors of `prepare_model` and `request.check`, and UsageError (E-USE-01) for latents of another
@@ -213,8 +253,9 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
-    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises
-    UsageError (E-USE-01) for an unknown keyword, the errors of `prepare_model` before any weight is read, and
+    while it loads, as `ascendit.quantize` does; `loras` are added to the float weights first. `on_progress`
+    is called with each Progress event. Raises UsageError (E-USE-01) for an unknown keyword, the errors of
+    `prepare_model` before any weight is read, and
     those of `load.build`.
     """
     if unknown := {name: options[name] for name in options if name not in LoadOptions.model_fields}:
@@ -234,21 +275,49 @@ load.__dict__["__signature__"] = load_signature(
 load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for name, row in OPTIONS.items())
 
 
+def load_model(model: PreparedModel, events: OnProgress | None = None) -> Pipeline:
+    """Load a prepared model for several calls of `run`.
+
+    Raises the errors of `load.build`, and OutOfMemory (E-MEM-01), which names the stage.
+    """
+    from ascendit.pipeline.load import build
+
+    with _stage_in_errors(model, events) as on_progress:
+        return build(model, on_progress)
+
+
 def run(
     prepared: Prepared,
     events: OnProgress | None = None,
     cancel: Stop | None = None,
     *,
     allow_flat: bool = False,
+    pipe: Pipeline | None = None,
 ) -> Video:
-    """Load the model and generate the video, or decode its latents.
+    """Generate the video, or decode its latents.
 
     `events` gets each Progress event; `cancel` stops between steps and frames; `allow_flat` accepts a black,
-    single-coloured or noise video.
-    Raises the errors of `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
+    single-coloured or noise video. `pipe`: the model, loaded by `load_model`; None: it is loaded first.
+    Raises the errors of `load_model` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
     """
     from ascendit.pipeline.load import build, decode_kept
 
+    model, kept = prepared.model, prepared.latents
+    with _stage_in_errors(model, events) as on_progress:
+        if kept is not None:
+            return decode_kept(model, kept, on_progress, cancel, allow_flat=allow_flat)
+        return (pipe or build(model, on_progress)).run(
+            prepared.request,
+            pixels=prepared.pixels,
+            on_progress=on_progress,
+            cancel=cancel,
+            allow_flat=allow_flat,
+        )
+
+
+@contextmanager
+def _stage_in_errors(model: PreparedModel, events: OnProgress | None) -> Iterator[OnProgress]:
+    """A function that passes on events; a lack of memory becomes OutOfMemory with the stage of the last."""
     stage = ""
 
     def on_progress(event: Progress) -> None:
@@ -258,20 +327,10 @@ def run(
             events(event)
 
     try:
-        model, kept = prepared.model, prepared.latents
-        if kept is not None:
-            return decode_kept(model, kept, on_progress, cancel, allow_flat=allow_flat)
-        pipe = build(model, on_progress)
-        return pipe.run(
-            prepared.request,
-            pixels=prepared.pixels,
-            on_progress=on_progress,
-            cancel=cancel,
-            allow_flat=allow_flat,
-        )
+        yield on_progress
     except Exception as error:
         if is_out_of_memory(error):
-            shortage = out_of_memory(error, stage, prepared.model.options.device)
+            shortage = out_of_memory(error, stage, model.options.device)
             shortage.latents = getattr(error, "latents", None)
             raise shortage from error
         raise

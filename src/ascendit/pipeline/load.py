@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from ascendit.device.device import Device
 from ascendit.exclusive import Stop
-from ascendit.model.library_component import LOADING
+from ascendit.model.library_component import LOADING, library_class
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import schemes_in
-from ascendit.ops.open_device import hold_chip, memory_bytes, open_device
+from ascendit.ops.open_device import hold_chip, open_device
 from ascendit.ops.operators import Ops, bind
 from ascendit.pipeline.frame_checks import check_visible
 from ascendit.pipeline.generate import Pipeline, decode, error_keeps
 from ascendit.pipeline.latents import KeptLatents
 from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.pipeline.video import Video, installed_versions
-from ascendit.progress import OnProgress, Progress
+from ascendit.progress import Advance, Meter, OnProgress, Progress
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
@@ -40,38 +42,36 @@ def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
     device = open_device(model.device)
     ops = bind_options(device, options)
     ops.quantized.check(schemes_in(experts) | ({"w4a8"} & schedule.precisions))
-    total = 3 + len(experts)
+    loaded = _LoadMeter(model, ["text_encoder"] if options.text_on == "drop" else [], on_progress)
     torch_name = device.torch_name
-    report = on_progress or (lambda event: None)
-
-    def done(step: int) -> None:
-        report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(device)))
-
-    done(0)
     dtypes = {name: getattr(torch, dtype) for name, dtype in model.part_dtypes.items()}
-    text = TextEncoder(
-        layout,
-        model.shards["text_encoder"],
-        device=torch_name,
-        text_on=options.text_on,
-        dtype=dtypes["text_encoder"],
-    )
-    done(1)
-    vae = VideoCoder(layout, model.shards["vae"], device=torch_name, dtype=dtypes["vae"])
-    done(2)
+    with loaded.part("text_encoder"):
+        text = TextEncoder(
+            layout,
+            model.shards["text_encoder"],
+            device=torch_name,
+            text_on=options.text_on,
+            dtype=dtypes["text_encoder"],
+            few_words=model.defaults.spec is not None and model.defaults.spec.few_words,
+        )
+    with loaded.part("vae"):
+        vae = VideoCoder(layout, model.shards["vae"], device=torch_name, dtype=dtypes["vae"])
     clip = None
     if model.needs_image_encoder:
         gelu = None if device.exact_gelu else ops.gelu
         shards, dtype = model.shards["image_encoder"], dtypes["image_encoder"]
-        clip = ImageEncoder(layout, shards, device=torch_name, gelu=gelu, dtype=dtype)
-    done(3)
+        with loaded.part("image_encoder"):
+            clip = ImageEncoder(layout, shards, device=torch_name, gelu=gelu, dtype=dtype)
     dtype = None if model.dtype is None else getattr(torch, model.dtype)
     floats = "bf16" in schedule.precisions
     models = []
     for expert, applied in experts:
-        with LOADING.hold():
-            models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
-        done(3 + len(models))
+        with LOADING.hold(), loaded.part(expert.name) as advance:
+            models.append(
+                load_expert(
+                    expert, applied, ops, device=torch_name, dtype=dtype, floats=floats, advance=advance
+                )
+            )
     for shards in model.shards.values():  # weights may be mapped, or read before another file changed
         shards.check_unchanged()
     return Pipeline(
@@ -88,6 +88,26 @@ def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
         policy=schedule,
         loaded=options.record,
     )
+
+
+class _LoadMeter:
+    """Reports the bytes of the weights that are loaded. `unread`: parts that are not loaded."""
+
+    def __init__(self, model: PreparedModel, unread: Collection[str], on_progress: OnProgress | None) -> None:
+        self._sizes = {
+            name: 0 if name in unread else sum(info.nbytes for info in shards.tensors.values())
+            for name, shards in model.shards.items()
+        }
+        total = sum(self._sizes.values())
+        if on_progress is not None:
+            on_progress(Progress(stage="load", total=total, unit="byte"))
+        for name in ("text_encoder", "vae"):  # imports their libraries, which is no part of the speed
+            library_class(model.layout.part(name))
+        self._meter = Meter(total, on_progress)
+
+    def part(self, name: str) -> AbstractContextManager[Advance]:
+        """A context that loads one part, with a function that counts its bytes."""
+        return self._meter.part("load", name, self._sizes.get(name, 0))
 
 
 def bind_options(device: Device, options: LoadOptions) -> Ops:
@@ -127,14 +147,13 @@ def decode_kept(
     report, start, request = on_progress or (lambda event: None), time.perf_counter(), kept.request
     with hold_chip(model.device):
         device = open_device(model.device)
-        report(Progress(stage="load", total=1, memory_bytes=memory_bytes(device)))
-        vae = VideoCoder(
-            model.layout,
-            model.shards["vae"],
-            device=device.torch_name,
-            dtype=getattr(torch, model.part_dtypes["vae"]),
-        )
-        report(Progress(stage="load", step=1, total=1, memory_bytes=memory_bytes(device)))
+        with _LoadMeter(model, set(model.shards) - {"vae"}, on_progress).part("vae"):
+            vae = VideoCoder(
+                model.layout,
+                model.shards["vae"],
+                device=device.torch_name,
+                dtype=getattr(torch, model.part_dtypes["vae"]),
+            )
     latents = torch.from_numpy(kept.latents)
     with error_keeps(latents):
         frames = decode(vae, device, latents.to(device.torch_name), report, cancel)

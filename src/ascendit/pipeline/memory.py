@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ascendit.checkpoint.part_tensors import EMBEDDINGS
-from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES
 from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.device.device import Device
 from ascendit.device.limits import QuantizedLayer
 from ascendit.device.memory import host_memory

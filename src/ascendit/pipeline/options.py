@@ -23,11 +23,12 @@ from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
+from ascendit.weights.lora.fold import lora_sources
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
-    from ascendit.checkpoint.reader import Shards
     from ascendit.checkpoint.transformer import Expert
+    from ascendit.checkpoint.weight_files import Shards
     from ascendit.pipeline.defaults import Defaults
     from ascendit.weights.applied_recipe import AppliedRecipe
 
@@ -43,6 +44,10 @@ class Option:
     """Metavar of its flag; None if it has no flag and is set by `--set KEY=VALUE`."""
     hidden: bool = False
     """Omit the flag from `--help`."""
+    flag: str = ""
+    """Its flag, if that has another name than the option."""
+    repeatable: bool = False
+    """Each use of the flag adds a value."""
 
 
 POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -69,6 +74,18 @@ def _patterns(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(map(str, value))
     return () if value is None else value
+
+
+def _loras(value: object) -> object:
+    """LoRA files as texts."""
+    return tuple(map(str, lora_sources(value)))
+
+
+def _texts(value: object) -> object:
+    """A sequence of texts and paths, or a single one, as texts."""
+    if isinstance(value, (str, os.PathLike)):
+        return (os.fspath(value),)
+    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else () if value is None else value
 
 
 def _schedule(value: object) -> object:
@@ -112,6 +129,11 @@ class LoadOptions(Checked):
     title = "load"
 
     model: Annotated[str, BeforeValidator(_path), Option("Folder, demo, hf:org/name or ms:org/name.")]
+    parts: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_texts),
+        Option("Weights of one component in place of the model's: [NAME=]FILE."),
+    ] = ()
     defaults: Annotated[
         Source,
         Option(
@@ -142,6 +164,21 @@ class LoadOptions(Checked):
         BeforeValidator(_path),
         Option("Quantize by a recipe: its name or a TOML file.", "NAME"),
     ] = None
+    loras: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_loras),
+        Option(
+            "LoRA to add while loading; high=FILE or low=FILE for one expert; repeatable.",
+            "FILE[:WEIGHT]",
+            flag="--lora",
+            repeatable=True,
+        ),
+    ] = ()
+    lora_skip: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_patterns),
+        Option("LoRA keys to leave out, by group: image; repeatable.", "GROUP", hidden=True, repeatable=True),
+    ] = ()
     step_policy: Annotated[
         str | None,
         BeforeValidator(_schedule),
@@ -241,7 +278,7 @@ def _rows(kind: type[Row]) -> dict[str, Row]:
 
 
 OPTIONS = _rows(Option)
-FLAGS = {name: f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
+FLAGS = {name: row.flag or f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
 """Option name -> its flag."""
 VARIABLES = _rows(Variable)
 """Option name -> the environment variable that sets it."""
@@ -253,6 +290,9 @@ def load_args(record: Mapping[str, Any]) -> list[str]:
     for name, field in LoadOptions.model_fields.items():
         value = record.get(name)
         if value and value != field.default:
+            if OPTIONS[name].repeatable:
+                args += [arg for item in value for arg in (FLAGS[name], item)]
+                continue
             text = ";".join(value) if isinstance(value, list) else "true" if value is True else str(value)
             args += [FLAGS[name], text] if name in FLAGS else ["--set", f"{name}={text}"]
     return args

@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import fields as fields_of
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
 from ascendit.foreign import unknown_arguments
-from ascendit.geometry import nearest_frames, nearest_sizes
+from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import Fit, size_for
 from ascendit.pipeline.options import LoadOptions, load_args
@@ -77,7 +77,13 @@ class GenerateRequest(Checked):
     height: Annotated[int, _integer(1)]
     num_frames: Annotated[int, _integer(1)]
     """4n+1."""
-    fps: Annotated[int, _integer(1, 240)]
+    fps: Annotated[
+        FrameRate,
+        PlainValidator(frame_rate),
+        PlainSerializer(lambda fps: fps if isinstance(fps, int) else str(fps)),
+        Field(description=RATE_RULE),
+    ]
+    """In JSON, a rate that is not whole is a text, `24000/1001`."""
     num_inference_steps: Annotated[int, _integer(1, 1000)]
     timesteps: Annotated[
         tuple[float, ...] | None,
@@ -129,10 +135,12 @@ class GenerateRequest(Checked):
         output: str | None = None,
         load: Mapping[str, Any] | None = None,
         flags: Sequence[str] = (),
+        seeds: Sequence[int] = (),
     ) -> str:
         """The command that reproduces this video.
 
-        `load`: the model's options, from `LoadOptions.record`. `flags`: other flags of `generate`.
+        `load`: the model's options, from `LoadOptions.record`. `flags`: other flags of `generate`. `seeds`:
+        several, instead of its own.
         """
         args = ["ascendit", "generate", *load_args(load or {}), *flags]
         positional = [self.prompt] if model == "demo" else [model, self.prompt]
@@ -141,7 +149,7 @@ class GenerateRequest(Checked):
         args += [] if dashed else positional
         guidance = [g for g in (self.guidance_scale, self.guidance_scale_2) if g is not None]
         values: list[tuple[str, object]] = [
-            ("--seed", self.seed),
+            ("--seed", ",".join(map(str, seeds or [self.seed]))),
             ("--size", f"{self.width}x{self.height}"),
             ("--frames", self.num_frames),
             ("--fps", self.fps),

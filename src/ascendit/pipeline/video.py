@@ -1,8 +1,8 @@
 """Video: frames in memory, and saving them to a file.
 
-`Video.save` writes mp4, webm, gif or png frames: completely or not at all, and never over another file.
-`check_output` runs the same checks before an expensive run. `video_codecs.py` has the encoders,
-`frame_checks.py` the checks of the pixels.
+`Video.save` writes mp4, mov, mkv, webm, gif or png frames: completely or not at all, and never over another
+file. `check_output` runs the same checks before an expensive run. `video_codecs.py` has the encoders,
+`frame_checks.py` the checks of the pixels, `output_names.py` the names of files without `-o`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,41 @@ import platform
 import re
 import shutil
 import tempfile
-import unicodedata
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from html import escape
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ascendit.checkpoint.file_copy import write_error
+from ascendit.checkpoint.file_copy import check_writable, nearest_folder, write_error
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.foreign import checked_keywords
+from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, rate_text
 from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
-from ascendit.report import json_text, shell_line
+from ascendit.pipeline.video_codecs import CODECS, CRF, WRITERS, Encoding, import_library
+from ascendit.report import human_bytes, json_text, shell_line
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
 
-EXTENSIONS = ".mp4, .webm, .gif, .png (one frame: a file; more: a folder of frames), or / for a folder"
+EXTENSIONS = (
+    ".mp4, .webm, .gif, .png (one frame: a file; more: a folder of frames), .mov, .mkv, or / for a folder"
+)
+
+
+MAX_EMBEDDED = 20 * 2**20
+"""Bytes of a video that a notebook stores in its file."""
+SHOWN_WIDTH = 256  # pixels in a notebook, at least
 
 
 class OutputTarget(NamedTuple):
-    """Output path of a video: `kind` is mp4, webm, gif, png (one file) or folder (of png)."""
+    """Output path of a video: `kind` is a key of `WRITERS`: an extension, or folder (of png)."""
 
     path: Path
     kind: str
@@ -63,7 +71,8 @@ class Video:
 
     frames: Frames
     """uint8 [F, H, W, 3], RGB."""
-    fps: int
+    fps: FrameRate
+    """Frames per second; see `geometry.frame_rate` for the values that it takes."""
     request: GenerateRequest | None = None
     model: str = ""
     """Name of the model."""
@@ -88,12 +97,32 @@ class Video:
             kind = f"{x.dtype} {list(x.shape)}" if is_array else type(x).__name__
             rule = "a numpy array, uint8 [F, H, W, 3], with at least one frame"
             raise UsageError(f"frames are {kind}", needs=rule, fix="convert decoded values with to_uint8")
-        if isinstance(self.fps, bool) or not isinstance(self.fps, int) or self.fps < 1:
-            raise UsageError(f"fps is {self.fps!r}", needs="a whole number of at least 1", fix="fps=16")
+        try:
+            self.fps = frame_rate(self.fps)
+        except ValueError:
+            raise UsageError(f"fps is {self.fps!r}", needs=RATE_RULE, fix="fps=16") from None
 
     def __repr__(self) -> str:
         n, h, w, _ = self.frames.shape
-        return f"Video({n} frames, {w}x{h}, {self.fps} fps, model={self.model!r})"
+        return f"Video({n} frames, {w}x{h}, {rate_text(self.fps)} fps, model={self.model!r})"
+
+    def _repr_html_(self) -> str:
+        """The video in a notebook: an element that plays it, with the file inside."""
+        kind = "webm" if self.frames.shape[1] % 2 or self.frames.shape[2] % 2 else "mp4"
+        title = escape(repr(self))
+        try:
+            with tempfile.TemporaryDirectory(prefix="ascendit-") as folder:
+                data = self.save(Path(folder) / f"video.{kind}", metadata=False).read_bytes()
+        except EnvironmentProblem as e:
+            return f"<pre>{title}: {escape(str(e))}</pre>"
+        if len(data) > MAX_EMBEDDED:
+            size = f"{human_bytes(len(data))}, not embedded in the notebook"
+            return f"<pre>{title}: {size}; save it with video.save('video.{kind}')</pre>"
+        width = max(self.frames.shape[2], SHOWN_WIDTH)
+        return (
+            f'<video controls loop muted autoplay playsinline width="{width}" title="{title}" '
+            f'src="data:video/{kind};base64,{b64encode(data).decode()}"></video>'
+        )
 
     def describe(self) -> dict[str, Any]:
         """Metadata as plain data for JSON: stored in the file and beside it."""
@@ -108,7 +137,7 @@ class Video:
             "num_frames": n,
             "width": w,
             "height": h,
-            "fps": self.fps,
+            "fps": self.fps if isinstance(self.fps, int) else float(self.fps),
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
@@ -124,12 +153,16 @@ class Video:
         return self.request.replay_line(model, load=self.loaded, flags=flags)
 
     @checked_keywords
-    def save(self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False) -> Path:
+    def save(
+        self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False, crf: int | None = None
+    ) -> Path:
         """Write the video and `<name>.json` beside it; returns the path of the file or folder.
 
-        The extension selects the format: .mp4 (H.264), .webm (VP9), .gif, .png. One frame becomes the file
-        `out.png`; more become `out/frame_0000.png`, ..., as for a path ending with `/`. `metadata=False`
-        writes nothing about the request, in the file or beside it; a gif has it beside only.
+        The extension selects the format: .mp4, .mov and .mkv (H.264), .webm (VP9), .gif, .png. One frame
+        becomes the file `out.png`; more become `out/frame_0000.png`, ..., as for a path ending with `/`.
+        `metadata=False` writes nothing about the request, in the file or beside it; a gif has it beside only.
+        `crf`: constant rate factor of H.264 (0 to 51) or VP9 (0 to 63), 18 by default; lower is better and
+        larger.
 
         Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing
         output; EnvironmentProblem: E-ENV-01 if the library is missing, E-ENV-02 if the folder is not
@@ -141,13 +174,15 @@ class Video:
         sidecar = text.encode("utf-8", "backslashreplace") if metadata else None
         # The duration is stored beside the file only, so that equal frames give equal bytes.
         inside = json.dumps({k: v for k, v in record.items() if k != "seconds"}) if record else ""
-        target = check_output(path, self.frames.shape[:3], self.fps, sidecar=sidecar, overwrite=overwrite)
+        target = check_output(
+            path, self.frames.shape[:3], self.fps, sidecar=sidecar, overwrite=overwrite, crf=crf
+        )
         write, folder = WRITERS[target.kind], target.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".ascendit-", dir=folder) as temporary:
                 new = Path(temporary) / "video"
-                write(self.frames, self.fps, new, target.kind, inside)
+                write(self.frames, new, Encoding(target.kind, self.fps, inside, crf))
                 _publish(target, new, sidecar, overwrite)
         except FileExistsError as e:
             raise _taken(target, "already exists") from e
@@ -159,34 +194,24 @@ class Video:
 # ---- output path --------------------------------------------------------------------------------
 
 
-def default_name(prompt: str, seed: int, when: datetime) -> Path:
-    """`outputs/20261120-193012_calico-cat-piano_s42.mp4`: time, at most 40 characters of the prompt, seed."""
-    ascii_prompt = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    slug = ""
-    for word in re.findall("[a-z0-9]+", ascii_prompt):
-        longer = f"{slug}-{word}" if slug else word[:40]
-        if len(longer) > 40:
-            break
-        if word not in {"a", "an", "and", "at", "in", "is", "of", "on", "the", "to", "with"}:
-            slug = longer
-    return Path("outputs") / f"{when:%Y%m%d-%H%M%S}_{slug or 'video'}_s{seed}.mp4"
-
-
 def check_output(
     path: AnyPath,
     shape: tuple[int, ...],
-    fps: int,
+    fps: FrameRate,
     *,
     sidecar: bytes | None = b"",
     overwrite: bool = False,
+    crf: int | None = None,
 ) -> OutputTarget:
     """The target of `Video.save`. Raises the UsageError or EnvironmentProblem that `save` would raise.
 
-    `shape`: (frames, height, width). `sidecar`: content of the `.json` beside the video, None for no `.json`.
+    `shape`: (frames, height, width). `sidecar`: content of the `.json` beside the video, None for no `.json`;
+    before the run, the keys of `SAME`.
     """
     try:
-        target = _locate(path, shape[0])
+        target = locate(path, shape[0])
         _check_format(target, shape, fps)
+        _check_crf(target, crf)
         _check_free(target, sidecar, overwrite)
     except OSError as e:
         raise write_error(Path(path).parent, e) from e
@@ -199,33 +224,15 @@ def check_output(
 def check_name(file: Path) -> None:
     """Raise EnvironmentProblem (E-ENV-02) if the file system refuses the name of `file`, as too long."""
     try:
-        os.lstat(_nearest_folder(file.parent) / file.name)  # os.path.lexists hides the error
+        os.lstat(nearest_folder(file.parent) / file.name)  # os.path.lexists hides the error
     except FileNotFoundError:
         pass
     except OSError as e:
         raise write_error(file.parent, e) from e
 
 
-def _nearest_folder(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-def check_writable(path: AnyPath) -> None:
-    """Raise EnvironmentProblem (E-ENV-02) if `path` cannot be created.
-
-    Creates and removes a file: permission bits say little about root, read-only mounts and /proc.
-    """
-    folder = Path(path).parent
-    try:
-        with tempfile.TemporaryFile(dir=_nearest_folder(folder)):
-            pass
-    except OSError as e:
-        raise write_error(folder, e) from e
-
-
-def _locate(path: AnyPath, num_frames: int) -> OutputTarget:
+def locate(path: AnyPath, num_frames: int) -> OutputTarget:
+    """The files of an output path, unchecked. Raises UsageError (E-USE-01) for an unknown extension."""
     file, suffix = Path(path), Path(path).suffix.lower()
     is_format = suffix == ".png" or suffix[1:] in CODECS
     if file.name and (os.fspath(path).endswith("/") or (file.is_dir() and not is_format)):
@@ -239,23 +246,23 @@ def _locate(path: AnyPath, num_frames: int) -> OutputTarget:
     raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=_option(name))
 
 
-def _check_format(target: OutputTarget, shape: tuple[int, ...], fps: int) -> None:
+def _check_format(target: OutputTarget, shape: tuple[int, ...], fps: FrameRate) -> None:
     """Check that the format supports this size and rate, and that its encoder is installed."""
     _, height, width = shape
-    if target.kind == "mp4" and (width % 2 or height % 2):
+    codec = CODECS[target.kind].name if target.kind in CODECS else ""
+    if codec == "libx264" and (width % 2 or height % 2):
         rule = "even width and height (H.264 yuv420p); videos are never resized or cropped"
         others = [".webm", ".png"] if fps > 50 else [".webm", ".gif", ".png"]
         fix = " or ".join(_option(target.path.with_suffix(s), shape[0]) for s in others)
-        raise UsageError(f"{width}x{height} pixels in an mp4", needs=rule, fix=fix)
-    if target.kind == "gif" and fps > 50:
+        raise UsageError(f"{width}x{height} pixels in a {target.kind} file", needs=rule, fix=fix)
+    if codec == "gif" and fps > 50:
         rule = "at most 50 fps: gif delays are in 1/100 s, and players slow down faster files"
         other = target.path.with_suffix(".webm" if width % 2 or height % 2 else ".mp4")
-        raise UsageError(f"{fps} fps in a gif", needs=rule, fix=_option(other, shape[0]))
-    if target.kind not in ("mp4", "webm"):
+        raise UsageError(f"{rate_text(fps)} fps in a gif", needs=rule, fix=_option(other, shape[0]))
+    if codec in ("gif", ""):
         import_library("PIL", "pillow")
-    if target.kind not in CODECS:
+    if not codec:
         return
-    codec = CODECS[target.kind][0]
     try:
         import_library("av", "av").Codec(codec, "w")
     except ValueError as e:
@@ -267,8 +274,21 @@ def _check_format(target: OutputTarget, shape: tuple[int, ...], fps: int) -> Non
         ) from e
 
 
+def _check_crf(target: OutputTarget, crf: int | None) -> None:
+    if crf is None:
+        return
+    largest = CODECS[target.kind].max_crf if target.kind in CODECS else 0
+    if not largest:
+        name = "frames" if target.kind in ("png", "folder") else f"a {target.kind}"
+        rule = "a file whose encoder has a rate factor: .mp4, .mov, .mkv or .webm"
+        raise UsageError(f"crf {crf!r} for {name}", needs=rule, fix="omit --crf (crf=)")
+    if isinstance(crf, bool) or not isinstance(crf, int) or not 0 <= crf <= largest:
+        rule = f"a whole number from 0 (best) to {largest} (smallest file)"
+        raise UsageError(f"crf {crf!r}", needs=rule, fix=f"--crf {CRF}")
+
+
 def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) -> None:
-    """Refuse an existing output. An equal `.json` is allowed: `a.mp4` and `a.gif` of one video share it."""
+    """Refuse an existing output. A `.json` about the same video is shared: by `a.mp4` and `a.gif`."""
     path = target.path
     if target.kind == "folder" and path.is_dir():
         names = sorted(p.name for p in path.iterdir())
@@ -277,9 +297,37 @@ def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) ->
             raise _taken(target, f"contains {', '.join((others or names)[:3])}")
     elif os.path.lexists(path) and (not overwrite or path.is_dir() or target.kind == "folder"):
         raise _taken(target, "is a folder" if path.is_dir() else "already exists")
-    if sidecar is not None and not overwrite and os.path.lexists(target.sidecar):
-        if not target.sidecar.is_file() or target.sidecar.read_bytes() != sidecar:
+    if sidecar is None or not os.path.lexists(target.sidecar):
+        return
+    if not target.sidecar.is_file() or not same_video(target.sidecar.read_bytes(), sidecar):
+        if other := _described(target):
+            raise _taken(target, f"needs {target.sidecar} beside it, which describes {other}")
+        if not overwrite:
             raise _taken(target, f"needs {target.sidecar} beside it, which already exists")
+
+
+SAME = ("source", "load", "request")
+"""Keys of the `.json` beside a video that are equal for two files of one video."""
+
+
+def same_video(*sidecars: bytes) -> bool:
+    """Whether all are the `.json` of the same request to the same model, or the same bytes."""
+    if len(set(sidecars)) == 1:
+        return True
+    try:
+        data = [json.loads(text) for text in sidecars]
+        records = [[record[key] for key in SAME] for record in data]
+    except (ValueError, TypeError, KeyError):
+        return False
+    return all(record == records[0] and record[-1] for record in records)
+
+
+def _described(target: OutputTarget) -> Path | None:
+    """Another video with this `.json`, for example `a.gif` beside the target `a.mp4`."""
+    stem = target.sidecar.with_suffix("")
+    others = [stem.with_name(f"{stem.name}.{kind}") for kind in (*CODECS, "png")] + [stem]
+    others = [p for p in others if p != target.path and (p.is_dir() if p == stem else p.is_file())]
+    return next((p for p in others if p != stem or (p / "frame_0000.png").is_file()), None)
 
 
 def _taken(target: OutputTarget, reason: str) -> UsageError:
@@ -295,7 +343,7 @@ def _option(path: AnyPath, num_frames: int = 2) -> str:
     slash, file = "/" if text.endswith("/") else "", Path(path)
     stem, suffix = (file.name, "") if slash else (file.stem, file.suffix)
     later = (f"{file.with_name(f'{stem}-{n}{suffix}')}{slash}" for n in count(2))
-    targets = ((name, _locate(name, num_frames)) for name in chain([f"{file}{slash}"], later))
+    targets = ((name, locate(name, num_frames)) for name in chain([f"{file}{slash}"], later))
     exists = os.path.lexists
     free = next(name for name, target in targets if not (exists(target.path) or exists(target.sidecar)))
     return shell_line(["-o", free])
@@ -307,7 +355,7 @@ def _option(path: AnyPath, num_frames: int = 2) -> str:
 def _publish(target: OutputTarget, new: Path, sidecar: bytes | None, overwrite: bool) -> None:
     """Move the files to the target, the `.json` first, so that a visible video is complete."""
     if not overwrite and os.path.lexists(target.sidecar):
-        sidecar = None  # an equal file exists, and must survive a failure below
+        sidecar = None  # that of the same video exists, and must survive a failure below
     if sidecar is not None:
         new.with_name("sidecar").write_bytes(sidecar)
         _move(new.with_name("sidecar"), target.sidecar, overwrite)

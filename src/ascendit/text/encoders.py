@@ -15,7 +15,7 @@ from ascendit.checkpoint.component import library_refusal
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.part_check import library_config
 from ascendit.checkpoint.part_configs import TextEncoderConfig
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.exclusive import Exclusive
 from ascendit.model.library_component import load_library_part, load_processor
@@ -34,7 +34,8 @@ class TextEncoder:
     """UMT5: prompts to embeddings [1, max_sequence_length, text_dim], zero after the last token.
 
     `text_on`: `cpu` keeps the model in host memory (T5_LOAD_CPU=1), `device` on the device of the denoiser,
-    `drop` loads it for each new prompt and frees it. `shards`: its headers.
+    `drop` loads it for each new prompt and frees it. `shards`: its headers. `few_words`: warn of each word
+    that is not one token.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class TextEncoder:
         device: str,
         text_on: Literal["cpu", "device", "drop"],
         dtype: torch.dtype,
+        few_words: bool = False,
     ) -> None:
         config = library_config(layout.part("text_encoder"))
         assert isinstance(config, TextEncoderConfig)
         self.num_embeddings = config.vocab_size
         self.part, self.shards, self.dtype = layout.part("text_encoder"), shards, dtype
-        self.text_on = text_on
+        self.text_on, self.few_words = text_on, few_words
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
         self.tokenizer_path = layout.part("tokenizer").path
@@ -96,9 +98,26 @@ class TextEncoder:
         used = int(mask.sum())
         if used == length:
             log.warning("the prompt fills all %d tokens; any text beyond them is ignored", length)
+        self._warn_of_words(prompt, ids)
         hidden = model(ids.to(self.device), mask.to(self.device)).last_hidden_state
         hidden[:, used:] = 0
         return hidden  # type: ignore[no-any-return]
+
+    def _warn_of_words(self, prompt: str, ids: Tensor) -> None:
+        """Log the words without a token; `ids`: token numbers of the prompt, int64 [1, length]."""
+        unk = self.tokenizer.unk_token_id
+        if self.few_words:
+            vocabulary = {"a", *(x[1:] for x in self.tokenizer.get_vocab() if len(x) > 2 and x[0] == "▁")}
+            unknown = [w for w in re.findall(r"\w+", prompt.lower()) if w not in vocabulary]
+            ending = f"; its vocabulary: {', '.join(sorted(vocabulary))}"
+        elif unk is not None and bool((ids == unk).any()):
+            unknown = [w for w in prompt.split() if unk in self.tokenizer(w)["input_ids"]]
+            ending = ""
+        else:
+            return
+        if unknown:
+            listed = ", ".join(dict.fromkeys(unknown))
+            log.warning("the text encoder does not know: %s%s", listed, ending)
 
     def _tokenize(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
         """(token numbers, attention mask), int64 [1, length], of a prompt.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.exclusive import Exclusive
 from ascendit.geometry import latent_grid
 from ascendit.model.library_component import load_library_part

@@ -1,12 +1,15 @@
-"""Similarity of two videos (PSNR, SSIM) and of two tensors (cosine, relative L2, SQNR)."""
+"""Similarity of two videos (PSNR, SSIM) and of two tensors (cosine, relative L2, SQNR); pictures."""
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ascendit.mx.codec import decibels
@@ -14,6 +17,8 @@ from ascendit.pipeline.frame_checks import Frames
 
 EQUAL_DB = 99.0
 """The value for equal inputs, instead of infinity."""
+STRIP_FRAMES, STRIP_HEIGHT = 8, 64
+"""Pictures of a video in a report."""
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 """SSIM (Wang et al. 2004): size and standard deviation of the Gaussian window, and two constants."""
 
@@ -50,6 +55,20 @@ def _blur(x: NDArray[np.float64]) -> NDArray[np.float64]:
         parts = (w * np.take(x, range(i, i + last), axis) for i, w in enumerate(weights))
         x = sum(parts, start=np.zeros(()))
     return x
+
+
+def strip(videos: Sequence[Frames]) -> bytes:
+    """A PNG with a row of frames, evenly spaced, for each video, uint8 [F, H, W, 3]."""
+    rows = []
+    for frames in videos:
+        times = np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int)
+        images = [Image.fromarray(frames[i]) for i in times]
+        for image in images:
+            image.thumbnail((4 * STRIP_HEIGHT, STRIP_HEIGHT))
+        rows.append(np.concatenate([np.asarray(image) for image in images], axis=1))
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

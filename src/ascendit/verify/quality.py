@@ -33,13 +33,13 @@ from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.fusion import first_in_group
-from ascendit.quant.recipe import recipe_names
-from ascendit.quant.schemes import QUANTIZED, SCHEMES
-from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
-from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
+from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim, strip
+from ascendit.verify.quality_table import BASE, Quality, QualityCase, QualityRow
 
 LAYER_ROWS = 512
 """Number of sampled input rows that each layer is measured on."""
+SHOWN = 2
+"""Videos of each case that a report shows, besides the one with the least PSNR."""
 STORED = ("weight", "weight_scale", "weight_dual_scale")
 """Tensors that count towards the bits per weight."""
 
@@ -47,37 +47,6 @@ OnVideo = Callable[[str, bool], None]
 """Called with the case and whether its video is right, by one thread at a time."""
 OnRow = Callable[[Quality], None]
 """Called with all rows so far whenever a row is finished."""
-
-
-# ---- cases --------------------------------------------------------------------------------------
-
-
-BASE = QualityCase(name="bf16")
-_LIMITS = {name: SCHEMES[name].most_lost for name in QUANTIZED} | {"recommended-fp4": 6}
-_POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
-
-
-def default_cases() -> tuple[QualityCase, ...]:
-    """Every scheme, MXFP4 with step policies, and every recipe of ascendit."""
-    options = {name: {"scheme": name} for name in QUANTIZED}
-    options |= {f"mxfp4, {p}": {"scheme": "mxfp4", "step_policy": p} for p in _POLICIES}
-    options |= {name: {"recipe": name} for name in recipe_names() if name != "default"}
-    return tuple(QualityCase(name=n, options=o, most_lost=_LIMITS.get(n)) for n, o in options.items())
-
-
-def choose_cases(names: Sequence[str]) -> tuple[QualityCase, ...]:
-    """The cases of these names: default cases, or TOML files of recipes. Raises UsageError (E-USE-01)."""
-    defaults = {case.name: case for case in default_cases()}
-    cases = []
-    for name in names:
-        if name not in defaults and not name.endswith(".toml"):
-            raise UsageError(
-                f"case {name!r}",
-                needs=f"one of {'; '.join(defaults)}; or the TOML file of a recipe",
-                fix="check the name",
-            )
-        cases.append(defaults.get(name) or QualityCase(name=name, options={"recipe": name}))
-    return tuple(cases)
 
 
 # ---- the measurement ----------------------------------------------------------------------------
@@ -120,7 +89,12 @@ def measure_quality(
             measured[key] = compare_traces(traces, base, bits, layers)
         rows.append(replace(measured[key], **vars(case)))
         quality = Quality(
-            model=model, device=device, prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
+            model=model,
+            device=device,
+            prompts=len(scenes),
+            seeds=tuple(seeds),
+            rows=tuple(rows),
+            videos=tuple((scene.prompt(), seed) for scene, seed in videos),
         )
         if on_row:
             on_row(quality)
@@ -184,14 +158,18 @@ def compare_traces(
     """Compare each video with the BF16 video of the same request."""
     pairs = list(zip(traces, base, strict=True))
     steps = [list(zip(a.latents, b.latents, strict=True)) for a, b in pairs]
+    psnrs = tuple(psnr(a.frames, b.frames) for a, b in pairs)
+    least = min(range(len(psnrs)), key=lambda i: psnrs[i])
+    shown = dict.fromkeys([least, *range(min(SHOWN, len(pairs)))]) if base is not traces else {}
     return QualityRow(
         bits=bits,
         layers=layers,
         right=tuple(video.right for video in traces),
-        psnr=tuple(psnr(a.frames, b.frames) for a, b in pairs),
+        psnr=psnrs,
         ssim=tuple(ssim(a.frames, b.frames) for a, b in pairs),
         cosine=tuple(tuple(cosine(x, y) for x, y in video) for video in steps),
         distance=tuple(tuple(relative_l2(x, y) for x, y in video) for video in steps),
+        strips={i: strip([base[i].frames, traces[i].frames]) for i in shown},
     )
 
 

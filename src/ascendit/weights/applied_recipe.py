@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.reader import TensorInfo
-from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
+from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
 from ascendit.names import grouped, is_block_linear
@@ -17,7 +20,9 @@ from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
+from ascendit.weights.lora.fold import Folds, LoraSource
 
+_NOISE = re.compile(r"(high|low)[_-]?noise", re.IGNORECASE)
 TILES = "F8_E4M3"
 """Dtype of FP8 weights in tiles, the only quantized weights that a source may have."""
 
@@ -34,6 +39,8 @@ class AppliedRecipe(LayerSchemes):
     """`BF16`, or "" for the dtype of the source."""
     smoothing: Mapping[str, Any] = field(default_factory=dict)
     """Layer -> mul_scale, float32 [K]."""
+    folds: Folds | None = None
+    """LoRA files, added to the weights first."""
 
     def weight(self, layer: str) -> TensorInfo:
         """The header entry of the weight [N, K] of a layer in the source."""
@@ -81,8 +88,9 @@ def apply_recipe(
     *,
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
+    folds: Folds | None = None,
 ) -> AppliedRecipe:
-    """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K].
+    """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K]. `folds`: see `open_folds`.
 
     Raises UsageError: E-QNT-01 for a source that is already quantized, rotations if the number of heads is
     unknown, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match
@@ -95,20 +103,55 @@ def apply_recipe(
     _check_smoothing(expert, smoothing, {layer.name for layer in layers})
     if any(a.rotate for a in attention):
         _check_rotation(expert)
-    applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing)
+    applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing, folds)
     for layer in applied.quantized.values():
         _check_layer(applied, layer)
     return applied
 
 
+def open_folds(
+    expert: Expert,
+    loras: Sequence[LoraSource],
+    *,
+    experts: Collection[str] = EXPERTS,
+    skip: Collection[str] = (),
+) -> Folds | None:
+    """Match the LoRA files with the tensors of `expert`; None if there are no files.
+
+    `experts`: all experts of the model. `skip`: groups of keys to leave out. Raises the errors of
+    `Folds.open`.
+    """
+    if not loras:
+        return None
+    return Folds.open(loras, expert.name, shapes_of(expert), experts=experts, skip=skip)
+
+
+def lora_warnings(loras: Sequence[LoraSource], folds: Iterable[Folds]) -> list[str]:
+    """Warnings about files for one noise level by their name, which change both experts."""
+    folds, texts = list(folds), []
+    for i, source in enumerate(loras):
+        changed = [own for fold in folds if (own := fold.applied[i]) and own.num_keys]
+        if len(changed) > 1 and (match := _NOISE.search(source.path.stem)):
+            noise = match[1].lower()
+            texts.append(
+                f"{source.path.name} is added to both experts; for the {noise}-noise one: --lora {noise}=FILE"
+            )
+    return texts
+
+
+def stored_schemes(expert: Expert) -> set[str]:
+    """The schemes of quantized weights, `bf16` for smoothed ones; without FP8 in tiles, a float format."""
+    return {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
+
+
 def check_source(expert: Expert) -> None:
     """Raise UsageError (E-QNT-01) unless the weights are floats, or FP8 in tiles, which is read as BF16."""
-    quantized = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
-    if not quantized:
+    if not (quantized := stored_schemes(expert)):
         return
     schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
+    method = (expert.quantization_config or {}).get("quant_method", expert.origin)
     raise UsageError(
-        f"{expert.path} is already quantized ({schemes}, {expert.origin})",
+        f"{expert.path} is already quantized ({schemes}, {kinds_text(expert.kinds) or method})",
         needs="weights in BF16, float16 or float32: re-quantizing quantized weights compounds the error",
         fix="pass the BF16 original; `ascendit repack` converts quantized weights to another layout",
         code="E-QNT-01",
@@ -138,9 +181,17 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -
         )
     for applied in experts:
         texts += [applied.expert.config_problem] if applied.expert.config_problem else []
+        texts += stored_warnings(applied.expert)
         for text, names in _shape_warnings(applied).items():
             texts.append(f"{text}: {', '.join(grouped(names, (layer.name for layer in applied.layers)))}")
     return list(dict.fromkeys(texts))
+
+
+def stored_warnings(expert: Expert) -> list[str]:
+    """Warnings about the kind of file of a source: values that have lost precision, unused tensors."""
+    lost = [KINDS[kind].label for kind in expert.kinds if KINDS[kind].requantized]
+    text = f"the weights of {expert.name} have the precision of their file ({', '.join(lost)}), not of BF16"
+    return [*([text] if lost else []), *(f"{expert.name}: {note}" for note in expert.notes)]
 
 
 def head_dim(expert: Expert) -> int:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ascendit import mx
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_tensor
+from ascendit.checkpoint.reader import RowReader, as_tensor
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.mx.formats import FORMATS
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 

@@ -10,15 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ascendit.checkpoint.reader import (
-    BLOCK_BYTES,
-    TORCH_DTYPES,
-    WHOLE,
-    RowReader,
-    ShardSpec,
-    as_bytes,
-    as_tensor,
-)
+from ascendit.checkpoint.reader import BLOCK_BYTES, WHOLE, RowReader, ShardSpec, as_bytes, as_tensor
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import SEARCH
@@ -29,7 +22,6 @@ from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import TILES, AppliedRecipe, head_dim
 from ascendit.weights.engine_formats import CANONICAL, TargetFormat, layer_specs
-from ascendit.weights.lora.fold import Folds
 from ascendit.weights.shards import columns_of
 from ascendit.weights.tensor_steps import (
     FP8_TILE,
@@ -51,20 +43,15 @@ MAX_ENCODER_THREADS = 4
 class RecipeSteps:
     """The output of an applied recipe, as a plan of steps and as float rows.
 
-    `folds`: LoRA files, added first. `measure`: the steps store the SQNR of each layer in `sqnr`, in dB.
+    `measure`: the steps store the SQNR of each layer in `sqnr`, in dB.
     Steps cut by `weights.shards` read only their shard, except for columns of int8 and fp8: the scale of a
     row needs the complete row.
     """
 
     def __init__(
-        self,
-        applied: AppliedRecipe,
-        target: TargetFormat = CANONICAL,
-        folds: Folds | None = None,
-        *,
-        measure: bool = False,
+        self, applied: AppliedRecipe, target: TargetFormat = CANONICAL, *, measure: bool = False
     ) -> None:
-        self.applied, self.target, self.folds = applied, target, folds
+        self.applied, self.target = applied, target
         self.sqnr: dict[str, float] = {}
         self._measure = measure
         self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
@@ -115,7 +102,7 @@ class RecipeSteps:
     def _changed(self, name: str) -> bool:
         """Whether the values differ from the stored ones."""
         info = self.applied.expert.tensors[name]
-        folded = self.folds is not None and name in self.folds.names
+        folded = self.applied.folds is not None and name in self.applied.folds.names
         smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self.applied.smoothing
         return folded or smoothed or self.applied.dtype(info) != info.dtype
 
@@ -149,8 +136,8 @@ class RecipeSteps:
             rows = as_tensor(view, part)
             if tiles is not None:
                 rows = tile_values(rows, tiles, start, columns.start or 0).to(torch.bfloat16)
-            if self.folds is not None:
-                rows = self.folds.fold(name, rows, start, columns)
+            if (folds := self.applied.folds) is not None:
+                rows = folds.fold(name, rows, start, columns)
             rows = rows.to(getattr(torch, TORCH_DTYPES[self.applied.dtype(info)]))
             yield start, rows if smoothing is None else smooth_weight(rows, smoothing[columns])
 

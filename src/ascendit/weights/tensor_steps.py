@@ -22,16 +22,8 @@ from ascendit.checkpoint.layer_format import (
     check_scale_bytes,
     check_zero,
 )
-from ascendit.checkpoint.reader import (
-    DTYPE_BITS,
-    WHOLE,
-    RowReader,
-    ShardSpec,
-    TensorInfo,
-    as_bytes,
-    as_tensor,
-    float_bytes,
-)
+from ascendit.checkpoint.reader import WHOLE, RowReader, ShardSpec, as_bytes, as_tensor, float_bytes
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError
@@ -47,7 +39,7 @@ if TYPE_CHECKING:
 
     Table = np.ndarray[Any, Any]
 
-How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill", "rows", "encode"]
+How = Literal["move", "copy", "decode", "widen", "repeat", "recode", "untile", "fill", "rows", "encode"]
 Check = Callable[[Any, str, str], None]
 """(bytes, dtype, name): raises for scales, offsets or factors that are invalid."""
 Piece = tuple[str, Data]
@@ -64,8 +56,9 @@ class TensorStep:
     name: str
     """Diffusers name of the first tensor."""
     how: How
-    """move: unchanged, copied by a system call if possible; copy: unchanged, but checked; widen: to float32;
-    repeat: one value for all rows; recode: FP4 in another packing; untile: FP8 in tiles to bfloat16; fill:
+    """move: unchanged, copied by a system call if possible; copy: unchanged, but checked; decode: to the
+    dtype after reading; widen: to float32; repeat: one value for all rows; recode: FP4 in another packing;
+    untile: FP8 in tiles to bfloat16; fill:
     without a source; rows: folded, rounded or smoothed; encode: quantized weight and scales."""
     specs: tuple[TensorSpec, ...]
     """The tensors in the order they are produced; empty: the source is only checked."""
@@ -191,9 +184,10 @@ def stored_steps(expert: Expert, target: TargetFormat = CANONICAL) -> list[Tenso
 
 
 def moved(name: str, info: TensorInfo) -> TensorStep:
-    """Plan a tensor that does not change."""
+    """Plan a tensor that does not change, or is only decoded."""
     spec = TensorSpec(name, info.dtype, info.shape)
-    return TensorStep(name=name, how="move", specs=(spec,), sources=(info,))
+    how: How = "move" if info.is_plain else "decode"
+    return TensorStep(name=name, how=how, specs=(spec,), sources=(info,))
 
 
 def _layer(layer: Layer, target: TargetFormat) -> Iterator[TensorStep]:
@@ -244,7 +238,9 @@ def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
         return TensorStep(name=name, how="repeat", specs=specs, sources=sources, check=check, make=_repeat)
     if info.dtype != spec.dtype:
         return TensorStep(name=name, how="widen", specs=specs, sources=sources, check=check)
-    return TensorStep(name=name, how="copy" if check else "move", specs=specs, sources=sources, check=check)
+    if check is None:
+        return replace(moved(name, info), specs=specs)
+    return TensorStep(name=name, how="copy", specs=specs, sources=sources, check=check)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:

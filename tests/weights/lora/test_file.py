@@ -11,6 +11,7 @@ from convert.loras import save, shapes
 
 from ascendit.errors import AscenditError, CheckpointError, UsageError
 from ascendit.weights.lora.fold import Folds, LoraSource
+from ascendit.weights.lora.strength import Patterns
 
 KEY = "transformer.blocks.0.attn1.to_q"
 PAIR = {f"{KEY}.lora_A.weight": torch.ones(2, 24), f"{KEY}.lora_B.weight": torch.ones(24, 2)}
@@ -39,9 +40,13 @@ def test_a_pickle_is_refused_without_reading_it(tmp_path: Path, suffix: str) -> 
     assert "safetensors.torch.save_file" in problem.fix
 
 
-def test_a_folder_is_refused_and_its_files_listed(tmp_path: Path) -> None:
-    save(tmp_path / "pytorch_lora_weights.safetensors", PAIR)
-    assert "is a folder with pytorch_lora_weights.safetensors" in error(tmp_path, "E-USE-01").got
+def test_a_folder_of_several_files_is_refused_and_they_are_listed(tmp_path: Path) -> None:
+    assert "is a folder" in error(tmp_path, "E-USE-01").got
+    for name in ("high", "low"):
+        save(tmp_path / f"{name}.safetensors", PAIR)
+    assert "is a folder with high.safetensors, low.safetensors" in error(tmp_path, "E-USE-01").got
+    path = save(tmp_path / "adapter_model.safetensors", PAIR).path
+    assert LoraSource(tmp_path).path == path
 
 
 def test_another_file_extension(tmp_path: Path) -> None:
@@ -64,22 +69,36 @@ SETTINGS = {
     "nested too deep": ("[" * 100_000, "not JSON"),
     "dora": ({"transformer.use_dora": True}, "DoRA is not supported"),
     "lokr": ({"transformer.peft_type": "LOKR"}, "PEFT's LOKR is not supported"),
-    "alpha is a string": ({"transformer.lora_alpha": "8"}, "lora_alpha = '8'"),
+    "alpha is a text": ({"transformer.lora_alpha": "eight"}, "lora_alpha = 'eight'"),
     "alpha is nan": ('{"transformer.lora_alpha": NaN}', "lora_alpha = nan"),
     "alpha is zero": ({"transformer.lora_alpha": 0}, "lora_alpha = 0"),
     "pattern is a list": (
         {"transformer.lora_alpha": 1, "transformer.alpha_pattern": [1]},
         "alpha_pattern = [1]",
     ),
-    "pattern is an expression": (
-        {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {r".*\d": 1}},
-        "which is not a layer name",
+    "pattern is slow to match": (
+        {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(a+)+": 1}},
+        "'(a+)+' is too complex",
     ),
+    "pattern is not an expression": (
+        {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"[a": 1}},
+        "'[a' is not a regular expression",
+    ),
+    "rank is not whole": ({"transformer.r": 2.5}, "r = 2.5 is not a whole number above 0"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "PEFT changed the weights that it was trained on"),
     "pattern without a number": (
         {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"to_q": None}},
         "'to_q'",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "text", ["(a*)*", "(a|a)" * 30, "a?" * 30, "a*" * 4, r"(.)\1", "(?=a)b", "x" * 501 + "|"]
+)
+def test_expressions_that_could_take_very_long(text: str) -> None:
+    with pytest.raises(ValueError, match="is too complex"):
+        Patterns({text: 1.0})
 
 
 @pytest.mark.parametrize("case", SETTINGS)

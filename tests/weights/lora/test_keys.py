@@ -10,6 +10,7 @@ import pytest
 from ascendit.names import Shapes, expected_tensors, to_wan
 from ascendit.weights.lora.keys import (
     FLAT_PREFIXES,
+    INNER_WRAPPERS,
     REFUSED,
     SUFFIXES,
     WRAPPERS,
@@ -47,7 +48,14 @@ def test_every_tensor_has_a_match_for_every_name_style(shapes: Shapes, targets: 
             path = re.sub(r"\.(weight|bias)$", "", alias)
             for prefix in (
                 "",
-                *WRAPPERS,
+                *(
+                    "diffusion_model.",
+                    "model.",
+                    "base_model.model.",
+                    "pipe.dit.",
+                    "transformer.",
+                    "transformer_2.",
+                ),
                 "transformer.base_model.model.",
                 "base_model.model.diffusion_model.",
             ):
@@ -89,6 +97,90 @@ def test_supported_names(name: str) -> None:
     assert Targets(expected_tensors({})).find(split_key(name)) == FLAT[name]
 
 
+WRAPPED = [
+    "_orig_mod.blocks.3.attn1.to_q.lora_A.weight",
+    "transformer._orig_mod.module.blocks.3.attn1.to_q.lora_A.weight",
+    "module._orig_mod.blocks.3._checkpoint_wrapped_module.attn1.to_q.lora_A.default.weight",
+    "_fsdp_wrapped_module.blocks.3._fsdp_wrapped_module._orig_mod.self_attn.q.lora_down.weight",
+    "base_model.model._orig_mod.blocks.3.self_attn.q._fsdp_wrapped_module.lora_A.weight",
+    "base_model.model.blocks.3.self_attn.q.base_layer.lora_A.my_adapter.weight",
+    "blocks.3.self_attn._orig_mod.q.lora_A.my-adapter.weight",
+    "blocks.3.attn1.to_q.lora_A.default._orig_mod.weight",
+    "blocks.3.attn1.to_q.lora_down.style.weight",
+    "model.diffusion_model.blocks.3.self_attn.q.lora_A.weight",
+    "diffusion_model.model.blocks.3.self_attn.q.lora_A.weight",
+    "unet.base_model.model.blocks.3.attn1.to_q.lora_A.weight",
+    "pipe.dit.blocks.3.self_attn.q.lora_A.default.weight",
+    "wan.model.net.blocks.3.self_attn.q.lora_A.weight",
+    "denoiser.module.blocks.3.self_attn.q.lora_A.weight",
+    "generator.model._fsdp_wrapped_module.blocks.3.self_attn.q.lora_A.weight",
+    "lora_unet_blocks_3.self_attn.q.lora_down.weight",
+    "lora_unet_blocks.3.self_attn.q.lora_down.weight",
+    "lora_unet.blocks.3.self_attn.q.lora_down.weight",
+    "lora_unet_diffusion_model_blocks_3_self_attn_q.lora_down.weight",
+    "lora_unet__orig_mod_blocks_3_self_attn_q.lora_down.weight",
+    "lora_unet_blocks_3__orig_mod_self_attn_q.lora_down.weight",
+    "lora_unet_blocks_3__checkpoint_wrapped_module_attn1_to_q.lora_down.weight",
+    "diffusion_model.lora_unet_blocks_3_self_attn_q.lora_down.weight",
+    "module.lora_unet__blocks_3_self_attn_q.lora_down.weight",
+    "transformer.blocks_3_attn1_to_q.lora_down.weight",
+    "lycoris_model_blocks_3_self_attn_q.lora_down.weight",
+    "_forward_module.student.blocks.3.self_attn.q.lora_A.weight",
+]
+"""Keys of `blocks.3.attn1.to_q` in a part of a training loop."""
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers(name: str) -> None:
+    key = split_key(name)
+    target = Targets(expected_tensors({"num_layers": 4})).find(key)
+    assert (target, key.role) == ("blocks.3.attn1.to_q.weight", "down")
+
+
+def test_wrappers_in_any_order() -> None:
+    targets = Targets(expected_tensors({"num_layers": 1}))
+    names = (*WRAPPERS, *INNER_WRAPPERS)
+    for first in names:
+        for second in names:
+            key = split_key(f"{first}{second}blocks.0.attn1.to_q.lora_A.weight")
+            assert targets.find(key) == "blocks.0.attn1.to_q.weight"
+            flat = f"lora_unet_{first}{second}blocks.0.attn1.to_q".replace(".", "_")
+            assert targets.find(split_key(f"{flat}.alpha")) == "blocks.0.attn1.to_q.weight"
+
+
+@pytest.mark.parametrize("name", ["controlnet", "text_encoder", "vace_blocks.0", "critic", "blocks.0.ema"])
+def test_other_modules_are_not_wrappers(name: str) -> None:
+    targets = Targets(expected_tensors({"num_layers": 1}))
+    assert targets.find(split_key(f"{name}.blocks.0.attn1.to_q.lora_A.weight")) is None
+
+
+GROUPS = {
+    "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight": "image",
+    "blocks.0.cross_attn.norm_k_img.diff": "image",
+    "lora_unet_blocks_0_cross_attn_v_img.alpha": "image",
+    "transformer.blocks.0.attn2.add_v_proj.lora_A.weight": "image",
+    "blocks.0.attn2.norm_added_k.w_norm": "image",
+    "diffusion_model.img_emb.proj.1.diff_b": "image",
+    "lora_unet_img_emb_proj_3.lora_up.weight": "image",
+    "condition_embedder.image_embedder.ff.net.0.proj.lora_A.weight": "image",
+    "blocks.0.cross_attn.k_img.dora_scale": "image",
+    "lora_te1_encoder_q.lora_down.weight": "text",
+    "text_encoder.block.0.layer.0.SelfAttention.q.lora_A.weight": "text",
+    "pipe.text_encoder.blocks.0.attn.q.lora_A.weight": "text",
+    "diffusion_model.vace_blocks.0.self_attn.q.lora_A.weight": "control",
+    "lora_unet_vace_blocks_0_self_attn_q.alpha": "control",
+    "diffusion_model.ref_conv.diff": "control",
+    "diffusion_model.blocks.0.cross_attn.k.lora_A.weight": "",
+    "diffusion_model.text_embedding.0.lora_A.weight": "",
+    "condition_embedder.text_embedder.linear_1.lora_A.weight": "",
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups(name: str) -> None:
+    assert split_key(name).group == GROUPS[name]
+
+
 def test_image_layers_of_kohya() -> None:
     targets = Targets(expected_tensors(CONFIGS["2.1 I2V"]))
     assert (
@@ -104,7 +196,13 @@ def test_prefixes_that_name_an_expert() -> None:
     assert named["transformer."] == "transformer"
     assert named["transformer_2."] == "transformer_2"
     assert split_key("transformer_2.base_model.model.blocks.0.diff_m").expert == "transformer_2"
-    assert {named[p] for p in WRAPPERS if not p.startswith("transformer")} == {None}
+    assert named["dit."] == named["high_noise_model."] == "transformer"
+    assert named["dit2."] == named["low_noise_model."] == "transformer_2"
+    assert named["model."] is named["diffusion_model."] is named["base_model."] is None
+    flat = {
+        p: split_key(f"{p}blocks_0_ffn_0.alpha").expert for p in ("lora_transformer_", "lora_transformer_2_")
+    }
+    assert list(flat.values()) == ["transformer", "transformer_2"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -12,7 +12,7 @@ from convert.loras import IMAGE, IMAGE_LAYERS, LAYERS, block_layers, matrices, s
 from torch import Tensor
 
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.weights.lora.fold import Folds, LoraSource
+from ascendit.weights.lora.fold import Folds, LoraSource, require_skipped
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 DOWN, UP = torch.ones(2, 24), torch.ones(24, 2)
@@ -154,9 +154,59 @@ def test_image_layers_on_a_model_without_image_input(tmp_path: Path, name: str) 
     error = refused(tmp_path, tensors)
     assert "2 of 2 keys" in error.got
     assert "has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model" in error.got
-    assert "use a LoRA for this model" in error.fix
+    assert error.fix == "use a LoRA for this model, or add --lora-skip image"
     source = LoraSource(tmp_path / "a.safetensors")
     assert len(Folds.open([source], "transformer", shapes(**IMAGE)).names) == 1
+
+
+# ---- groups that are skipped on request -------------------------------------------------------------
+
+IMAGE_KEYS = {
+    f"diffusion_model.{layer}.{role}.weight": tensor
+    for layer in ("blocks.0.cross_attn.k_img", "blocks.1.cross_attn.v_img", "img_emb.proj.1")
+    for role, tensor in (("lora_down", DOWN), ("lora_up", UP))
+}
+TEXT_KEYS = {"lora_te1_encoder_q.lora_down.weight": DOWN, "lora_te1_encoder_q.lora_up.weight": UP}
+
+
+def test_a_group_is_skipped_by_name(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.safetensors", PAIR | IMAGE_KEYS)
+    folds = Folds.open([source], "transformer", shapes(), skip=["image"])
+    assert folds.names == {"blocks.0.attn1.to_q.weight"}
+    assert folds.notes == (
+        "a.safetensors: 2 keys, 6 keys of group image skipped, "
+        "scale 1 (no alpha in the file, rank 2) x weight 1",
+    )
+    after = folds.fold("blocks.0.attn1.to_q.weight", torch.zeros(24, 24), 0)
+    assert torch.equal(after, torch.full((24, 24), 2.0))
+    require_skipped(["image"], [Folds.open([], "transformer_2", shapes()), folds])
+
+
+def test_only_the_named_group_is_skipped(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.safetensors", PAIR | IMAGE_KEYS | TEXT_KEYS)
+    with pytest.raises(CheckpointError) as e:
+        Folds.open([source], "transformer", shapes())
+    assert e.value.fix.endswith("add --lora-skip image --lora-skip text")
+    with pytest.raises(CheckpointError) as e:
+        Folds.open([source], "transformer", shapes(), skip=["image"])
+    assert "2 of 10 keys cannot be used: lora_te1_encoder_q" in e.value.got
+    assert e.value.fix.endswith("add --lora-skip text")
+    assert Folds.open([source], "transformer", shapes(), skip=["image", "text"]).names
+    source = save(tmp_path / "b.safetensors", IMAGE_KEYS | {f"{Q}x.diff": DOWN})
+    with pytest.raises(CheckpointError) as e:
+        Folds.open([source], "transformer", shapes(), skip=["image"])
+    assert "1 of 7 keys" in e.value.got and "--lora-skip" not in e.value.fix
+
+
+def test_groups_that_do_not_exist_or_have_no_key(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.safetensors", PAIR)
+    with pytest.raises(UsageError, match="--lora-skip imgs") as e:
+        Folds.open([source], "transformer", shapes(), skip=["imgs"])
+    assert (e.value.code, e.value.needs) == ("E-USE-01", "a group of keys: image, text, control")
+    folds = Folds.open([source], "transformer", shapes(), skip=["image"])
+    with pytest.raises(UsageError, match="--lora-skip image matches no key") as e:
+        require_skipped(["image"], [folds])
+    assert e.value.code == "E-USE-05"
 
 
 def test_five_keys_are_listed_and_the_others_counted(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ascendit.checkpoint.reader import TORCH_DTYPES
+from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.diffusers.stored_layers import read_stored_layers

@@ -13,8 +13,9 @@ from torch import nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
 from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible_schemes
-from ascendit.checkpoint.reader import Shards, TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import read_expert
+from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 from ascendit.quant.layer_rules import warn_about_attention

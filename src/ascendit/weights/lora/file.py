@@ -1,4 +1,4 @@
-"""Read one LoRA file: its header, PEFT settings stored elsewhere, and the change of each tensor.
+"""Read one LoRA file: its header, and the change of each tensor.
 
 Shapes: the tensor is [N, ...]; its other axes are flattened to K. r is the rank.
 
@@ -15,17 +15,17 @@ Source of the formulas: `comfy/weight_adapter/{lora,loha,lokr}.py` of ComfyUI, w
 from __future__ import annotations
 
 import functools
-import json
 import math
 import operator
-import re
+import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ascendit.checkpoint.component import EXPERTS, read_json
-from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
+from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.reader import RowReader, ShardSpec
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_KEYS = 5
 """Maximum number of keys listed in an error."""
+_ADAPTER_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
 
@@ -47,25 +48,8 @@ class Problem:
     key: str
     reason: str
     fix: str = "use a LoRA for this model, or remove the key from the file if it is not needed"
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """PEFT settings stored outside the tensors: `lora_alpha`, exceptions from it, and its divisor."""
-
-    alpha: float | None = None
-    exceptions: Mapping[str, float] = field(default_factory=dict)
-    """Suffix of a layer name -> its alpha."""
-    over_root: bool = False
-    """Divide by sqrt(rank), as rsLoRA does."""
-
-    def scale_of(self, path: str, rank: int) -> float:
-        """alpha / rank (rsLoRA: alpha / sqrt(rank)) of a layer without an `alpha` tensor; 1 if no alpha is
-        set.
-        """
-        named = (a for end, a in self.exceptions.items() if path == end or path.endswith(f".{end}"))
-        alpha = next(named, self.alpha)
-        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.over_root else rank)
+    group: str = ""
+    """The group of `SKIPPED` that the key is part of."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +59,13 @@ class LoraFile:
     path: Path
     infos: Mapping[str, TensorInfo]
     keys: tuple[LoraKey, ...]
-    scalings: Mapping[str | None, Scaling]
-    """Expert in the prefix of a key -> its settings."""
 
 
 def open_file(path: Path) -> LoraFile:
     """Read the header of a LoRA file.
 
     Raises UsageError: E-USE-02 for a missing file, E-USE-01 for one that is not safetensors; CheckpointError:
-    E-CKP-02 for a damaged file, E-LRA-01 for a file without keys or with unsupported settings.
+    E-CKP-02 for a damaged file, E-LRA-01 for a file without keys.
     """
     if not path.exists():
         raise UsageError(
@@ -98,7 +80,14 @@ def open_file(path: Path) -> LoraFile:
     keys = tuple(split_key(name) for name in infos if name not in IGNORED)
     if not keys:
         raise unusable_keys(path, 0, [Problem("(none)", "the file has no tensors")])
-    return LoraFile(path, infos, keys, _scalings(path))
+    return LoraFile(path, infos, keys)
+
+
+def adapter_file(path: Path) -> Path:
+    """The adapter or only `.safetensors` file of a folder; other paths are returned unchanged."""
+    files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
+    files = [file for file in files if file.name in _ADAPTER_NAMES] or files
+    return files[0] if len(files) == 1 else path
 
 
 def _not_safetensors(path: Path) -> UsageError:
@@ -110,7 +99,7 @@ def _not_safetensors(path: Path) -> UsageError:
     elif path.suffix in _PICKLES:
         got += ": a pickle can run arbitrary code when it is loaded"
         fix = "if you trust the file, save its tensors with safetensors.torch.save_file"
-    return UsageError(got, needs="one .safetensors file", fix=fix)
+    return UsageError(got, needs="one .safetensors file, or a folder with only one", fix=fix)
 
 
 def unusable_keys(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
@@ -118,65 +107,15 @@ def unusable_keys(path: Path, total: int, problems: list[Problem]) -> Checkpoint
     problems = sorted(problems, key=lambda problem: problem.key)
     shown = "; ".join(f"{p.key}: {p.reason}" for p in problems[:MAX_SHOWN_KEYS])
     more = f"; and {len(problems) - MAX_SHOWN_KEYS} more" if len(problems) > MAX_SHOWN_KEYS else ""
+    groups = sorted({problem.group for problem in problems})
+    skip = " ".join(f"--lora-skip {group}" for group in groups)
+    fix = next((p.fix for p in problems if not p.group), f"use a LoRA for this model, or add {skip}")
     return CheckpointError(
         f"{path}: {len(problems)} of {total} keys cannot be used: {shown}{more}",
         needs="a LoRA in which every key changes a tensor of this model; no key is skipped silently",
-        fix=problems[0].fix,
+        fix=fix,
         code="E-LRA-01",
     )
-
-
-def _scalings(path: Path) -> dict[str | None, Scaling]:
-    """Read Diffusers' `lora_adapter_metadata` in the header, or PEFT's `adapter_config.json`."""
-    text = _metadata(path).get("lora_adapter_metadata")
-    if text is None:
-        beside = path.parent / "adapter_config.json"
-        is_peft = path.name == "adapter_model.safetensors" and beside.exists()
-        return {None: _scaling(path, read_json(beside)) if is_peft else Scaling()}
-    try:
-        config = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as e:
-        raise unusable_keys(path, 1, [Problem("lora_adapter_metadata", f"not JSON ({e})")]) from e
-    scalings: dict[str | None, Scaling] = {}
-    for prefix in EXPERTS:
-        items = config.items() if isinstance(config, dict) else ()
-        settings = {k.removeprefix(f"{prefix}."): v for k, v in items if k.startswith(f"{prefix}.")}
-        if settings:
-            scalings[prefix] = _scaling(path, settings)
-    return {None: scalings.get("transformer", Scaling()), **scalings}
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """`__metadata__` of a file whose header `read_header` has checked."""
-    with open(path, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    metadata = header.get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _scaling(path: Path, config: dict[str, Any]) -> Scaling:
-    """Read a PEFT configuration. Raises CheckpointError (E-LRA-01) for unsupported settings."""
-    alpha, exceptions = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    kind = config.get("peft_type") or "LORA"
-    if kind != "LORA":
-        reason = f"PEFT's {kind} is not supported"
-    elif config.get("use_dora"):
-        reason = "DoRA is not supported: it rescales complete rows of the weight"
-    elif not (alpha is None or _is_scale(alpha)) or not isinstance(exceptions, dict):
-        reason = f"lora_alpha = {alpha!r} and alpha_pattern = {exceptions!r} are not valid scales"
-    elif invalid := [k for k, v in exceptions.items() if not _is_scale(v) or re.search(r"[^\w.^-]", k)]:
-        reason = f"alpha_pattern has {invalid[0]!r}, which is not a layer name with a number"
-    else:
-        alphas = {k.removeprefix("^"): float(v) for k, v in exceptions.items()}
-        return Scaling(None if alpha is None else float(alpha), alphas, config.get("use_rslora") is True)
-    raise unusable_keys(
-        path, 1, [Problem("the file's PEFT settings", reason, "merge it with PEFT, then quantize the result")]
-    )
-
-
-def _is_scale(value: object) -> bool:
-    """Whether `value` is a finite number other than 0."""
-    return isinstance(value, int | float) and math.isfinite(value) and bool(value) and value is not True
 
 
 # ---- the change of a tensor, in float64 ---------------------------------------------------------

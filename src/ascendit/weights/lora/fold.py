@@ -2,7 +2,7 @@
 
 `Folds.open` reads the headers of all files and determines the changed tensors of an expert; `fold` adds the
 changes in the order of the files, and rounds once. A key that cannot be used is an error. The factors of a
-tensor are in memory only while it is folded.
+tensor are in memory only while it is folded. `Folds.notes` is one line per file with its keys and its scale.
 
 Sums are in float64, so that a weight gets the same bits for every block size and number of threads. In
 float32 the order of a sum depends on the threads, and up to one element in a hundred differs in its last bit.
@@ -11,16 +11,20 @@ In float64, sums of products of 16-bit factors are practically exact.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ascendit.checkpoint.component import EXPERTS
-from ascendit.checkpoint.reader import RowReader, TensorInfo
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import UsageError
-from ascendit.names import Shapes
+from ascendit.names import Shapes, to_wan
 from ascendit.report import group_by
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
@@ -29,6 +33,7 @@ from ascendit.weights.lora.file import (
     LoraFile,
     Problem,
     Rows,
+    adapter_file,
     missing_roles,
     open_file,
     rank_of,
@@ -36,11 +41,19 @@ from ascendit.weights.lora.file import (
     shape_problem,
     unusable_keys,
 )
-from ascendit.weights.lora.keys import LoraKey, Targets, refusal
+from ascendit.weights.lora.keys import SKIPPED, LoraKey, Targets, refusal
+from ascendit.weights.lora.strength import (
+    ROUNDING,
+    AppliedLora,
+    OwnAlpha,
+    Strength,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("ascendit")
 
 # ---- the files and their experts ----------------------------------------------------------------
 
@@ -55,7 +68,7 @@ _SYNTAX = (
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file, its weight and its expert.
+    """A LoRA file, or a folder with only one, its weight and its expert.
 
     Raises UsageError (E-USE-01) for an invalid weight or expert.
     """
@@ -66,10 +79,20 @@ class LoraSource:
     """`transformer` or `transformer_2`; None: every expert, or the expert named in the prefix of each key."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", adapter_file(self.path))
         if not math.isfinite(self.weight) or self.weight == 0:
             raise _bad_source(f"LoRA {self.path} has the weight {self.weight}", "a number other than 0")
         if self.expert not in (None, *EXPERTS):
             raise _bad_source(f"LoRA {self.path} is for {self.expert!r}", " or ".join(EXPERTS))
+
+    def __str__(self) -> str:
+        """The text that `parse_lora` reads."""
+        path = str(self.path)
+        if path.partition("=")[0] in EXPERT_NAMES:  # the name of a file, not an expert
+            path = f"./{path}"
+        text = f"{self.expert}={path}" if self.expert else path
+        plain = self.weight == 1 and ":" not in text
+        return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
 
 
 def parse_lora(text: str) -> LoraSource:
@@ -91,7 +114,23 @@ def parse_lora(text: str) -> LoraSource:
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
         raise _bad_source(f"no LoRA file in {text!r}", _SYNTAX)
-    return LoraSource(Path(path), weight, expert)
+    return LoraSource(Path(os.path.expanduser(path)), weight, expert)
+
+
+def lora_sources(value: object) -> tuple[LoraSource, ...]:
+    """LoRA files from one or a sequence of texts for `parse_lora`, paths or LoraSources; none from None.
+
+    Raises UsageError (E-USE-01) for anything else.
+    """
+    if isinstance(value, list | tuple):
+        return tuple(source for item in value for source in lora_sources(item))
+    if isinstance(value, os.PathLike):
+        return (LoraSource(Path(value)),)
+    if isinstance(value, str):
+        return (parse_lora(value),)
+    if value is not None and not isinstance(value, LoraSource):
+        raise _bad_source(f"LoRA {value!r}", "a text, a path or a LoraSource")
+    return () if value is None else (value,)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
@@ -108,25 +147,47 @@ depends on the size of the product. Small enough for the CPU cache in float64.""
 class Folds:
     """The changes of one expert by all LoRA files."""
 
-    def __init__(self, shapes: Shapes, deltas: Sequence[Delta]) -> None:
+    def __init__(
+        self, shapes: Shapes, deltas: Sequence[Delta], applied: Sequence[AppliedLora | None] = ()
+    ) -> None:
         self._shapes = shapes
         self._deltas = group_by(deltas, lambda delta: delta.target)
         self.names = frozenset(self._deltas)
+        self.applied = tuple(applied)
+        """The changes by each file; None for a file for another expert."""
         self._opened: dict[str, list[Rows]] = {}
 
     @classmethod
     def open(
-        cls, sources: Sequence[LoraSource], expert: str, shapes: Shapes, *, experts: Collection[str] = EXPERTS
+        cls,
+        sources: Sequence[LoraSource],
+        expert: str,
+        shapes: Shapes,
+        *,
+        experts: Collection[str] = EXPERTS,
+        skip: Collection[str] = (),
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
-        `experts`: all experts of the model. Raises CheckpointError: E-LRA-01 for keys that cannot be used
-        (the first five, and the number of others), E-CKP-02 for a damaged file; UsageError: E-USE-01 for
-        another file type, or a file for an expert that the model does not have, E-USE-02 for a missing file.
+        `experts`: all experts of the model. `skip`: groups of `SKIPPED` whose keys are left out. Raises
+        CheckpointError: E-LRA-01 for keys that cannot be used (the first five, and the number of others), and
+        for settings of a strength that disagree, E-CKP-02 for a damaged file; UsageError: E-USE-01 for
+        another file type, an unknown group, or a file for an expert that the model does not have, E-USE-02
+        for a missing file. The caller checks with `require_skipped` that each group has a key.
         """
+        check_groups(skip)
         targets = Targets(shapes)
-        deltas = [delta for source in sources for delta in _read(source, expert, targets, experts)]
-        return cls(shapes, deltas)
+        readers = [_read(source, expert, targets, experts, skip) for source in sources]
+        deltas = [delta for reader in readers if reader for delta in reader.deltas]
+        folds = cls(shapes, deltas, [reader.applied() if reader else None for reader in readers])
+        for note in folds.notes:
+            log.info("LoRA into %s: %s", expert, note)
+        return folds
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One line for each file for this expert: its keys, its scale and where alpha is written."""
+        return tuple(applied.line() for applied in self.applied if applied)
 
     def fold(self, name: str, rows: torch.Tensor, start: int, columns: slice | None = None) -> torch.Tensor:
         """Add all files to `rows` [n, ...] of the tensor `name`, which begin at row `start`.
@@ -148,7 +209,7 @@ class Folds:
             last = min(first + PRODUCT_ROWS, full[0])
             begin, end = max(first, start), min(last, stop)
             block = rows[begin - start : end - start]
-            total = block.to(torch.float64).reshape(len(block), -1)
+            total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
             result[begin - start : end - start] = total.view(block.shape)
@@ -162,8 +223,45 @@ class Folds:
         return self._opened[name]
 
 
-def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> list[Delta]:
-    """Read the changes of `expert` in one file.
+def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> list[dict[str, Any]]:
+    """Plain data for each file: its weight, and per expert its keys, its scale and their origin."""
+    return [
+        {
+            "file": source.path.name,
+            "weight": source.weight,
+            "expert": source.expert or "all",
+            "applied": {name: own.as_dict() for name, fold in folds.items() if (own := fold.applied[i])},
+        }
+        for i, source in enumerate(sources)
+    ]
+
+
+def check_groups(skip: Collection[str]) -> None:
+    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`."""
+    if unknown := [group for group in skip if group not in SKIPPED]:
+        raise UsageError(
+            f"--lora-skip {unknown[0]}",
+            needs=f"a group of keys: {', '.join(SKIPPED)}",
+            fix=f"use --lora-skip {next(iter(SKIPPED))}, or omit it",
+        )
+
+
+def require_skipped(skip: Collection[str], folds: Iterable[Folds]) -> None:
+    """Raise UsageError (E-USE-05) for a group of which no file has a key in any expert."""
+    groups = {group for fold in folds for applied in fold.applied if applied for group in applied.skipped}
+    if unused := [group for group in skip if group not in groups]:
+        raise UsageError(
+            f"--lora-skip {unused[0]} matches no key of the LoRA files",
+            needs="a group of which at least one file has keys",
+            fix=f"omit --lora-skip {unused[0]}",
+            code="E-USE-05",
+        )
+
+
+def _read(
+    source: LoraSource, expert: str, targets: Targets, experts: Collection[str], skip: Collection[str]
+) -> DeltaReader | None:
+    """Read the changes of `expert` in one file; None if the file is for another expert.
 
     Raises CheckpointError (E-LRA-01) for keys that cannot be used.
     """
@@ -173,15 +271,16 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
             f"one of {', '.join(experts)}: the model has no other expert",
         )
     file = open_file(source.path)
-    reader = DeltaReader(file, targets, source.weight)
     if source.expert not in (None, expert):
-        return []
-    keys = []
-    # The prefix `transformer.` means any expert, but the first one in files that also have `transformer_2.`.
-    names_experts = any(key.expert == "transformer_2" for key in file.keys)
+        return None
+    reader = DeltaReader(file, targets, source.weight, expert)
+    # `transformer.` means any expert, but the first one in files with keys that always mean one expert.
+    names_experts = any(key.one_expert for key in file.keys)
     for key in file.keys:
         named = key.expert if names_experts else None
-        if named is not None and named not in experts:
+        if key.group in skip:
+            reader.skipped[key.group] += named in (None, expert)
+        elif named is not None and named not in experts:
             reader.problem(key, f"for {named}, which this model does not have")
         elif source.expert is not None and named not in (None, expert):
             reader.problem(
@@ -190,12 +289,12 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
                 f"pass the file without {expert}=",
             )
         elif named in (None, expert):
-            keys.append(key)
-    for target, group in reader.groups(keys).items():
+            reader.keys.append(key)
+    for target, group in reader.groups().items():
         reader.read_group(target, group)
     if reader.problems:
         raise unusable_keys(source.path, len(file.keys), reader.problems)
-    return reader.deltas
+    return reader
 
 
 # ---- match the keys of a file with tensors ------------------------------------------------------
@@ -205,27 +304,38 @@ _OTHER_MODEL = "use a LoRA for a model of this width and kind"
 
 
 class DeltaReader:
-    """Collects the `deltas` and `problems` of a file."""
+    """Collects the `deltas`, strengths and `problems` of a file for one expert."""
 
-    def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
+    def __init__(self, file: LoraFile, targets: Targets, weight: float, expert: str) -> None:
         self.file = file
+        self.settings = read_settings(file)
         self.targets = targets
         self.weight = weight
+        self.expert = expert
+        self.keys: list[LoraKey] = []
+        """The keys for this expert."""
+        self.skipped: Counter[str] = Counter()
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
+        self.strengths: list[Strength] = []
 
-    def problem(self, key: LoraKey, reason: str, fix: str = Problem.fix) -> None:
+    def applied(self) -> AppliedLora:
+        """A summary of the file."""
+        skipped = {group: n for group, n in self.skipped.items() if n}
+        return AppliedLora(self.file.path.name, self.weight, len(self.keys), skipped, tuple(self.strengths))
+
+    def problem(self, key: LoraKey, reason: str, fix: str = Problem.fix, group: str = "") -> None:
         """Record that `key` cannot be used."""
-        self.problems.append(Problem(key.name, reason, fix))
+        self.problems.append(Problem(key.name, reason, fix, group))
 
-    def groups(self, keys: Iterable[LoraKey]) -> dict[str, dict[str, LoraKey]]:
+    def groups(self) -> dict[str, dict[str, LoraKey]]:
         """Target -> role -> key. `diff_b` and `diff_m` become the `diff` of another tensor of the layer."""
         groups: dict[str, dict[str, LoraKey]] = {}
-        for key in keys:
+        for key in self.keys:
             if key.role is None:
                 self.problem(key, refusal(key.name) or "not a key of a supported kind of LoRA")
             elif (target := self.targets.find(key)) is None:
-                self.problem(key, self.targets.reason_missing(key))
+                self.problem(key, self.targets.reason_missing(key), group=key.group)
             else:
                 role = "diff" if key.role in ("diff_b", "diff_m") else key.role
                 first = groups.setdefault(target, {}).setdefault(role, key)
@@ -235,15 +345,17 @@ class DeltaReader:
 
     def read_group(self, target: str, group: dict[str, LoraKey]) -> None:
         """Add the changes of one tensor: factors with `alpha`, a difference, or both."""
-        alpha, up_bias = group.get("alpha"), group.get("up_bias")
+        up_bias = group.get("up_bias")
         modules = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
-        if alpha and not any(keys for kind, keys in modules.items() if kind != "diff"):
-            self.problem(alpha, "the factors that it scales are missing")
+        if not any(keys for kind, keys in modules.items() if kind != "diff"):
+            for role in ("alpha", "rslora"):
+                if role in group:
+                    self.problem(group[role], "the factors that it scales are missing")
         if up_bias and not modules["lora"]:
             self.problem(up_bias, "the factors of this layer are missing")
         for kind, keys in modules.items():
             if keys and (infos := self._checked(kind, keys, target)) is not None:
-                scale = self.weight * self._scale(kind, keys, infos, alpha)
+                scale = self.weight * self._scale(kind, infos, target, group)
                 self.deltas.append(Delta(kind, target, infos, scale))
                 if kind == "lora" and up_bias:
                     self._add_bias(target, up_bias, scale)
@@ -271,25 +383,39 @@ class DeltaReader:
         return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
 
     def _scale(
-        self, kind: str, keys: dict[str, LoraKey], infos: dict[str, TensorInfo], alpha: LoraKey | None
+        self, kind: str, infos: dict[str, TensorInfo], target: str, group: dict[str, LoraKey]
     ) -> float:
-        """alpha / rank, or 1. Differences and a LoKr of two complete factors have no rank: no scaling."""
+        """The scale without the weight of the file.
+
+        Differences and a LoKr of two complete factors have no rank, and so no scale.
+        """
         if (rank := rank_of(kind, infos)) is None:
             return 1.0
-        if alpha is not None:
-            return self._alpha(alpha) / rank
-        key, scalings = next(iter(keys.values())), self.file.scalings
-        return scalings.get(key.expert, scalings[None]).scale_of(key.path, rank) if kind == "lora" else 1.0
+        own = None
+        if "alpha" in group:
+            info = self.file.infos[group["alpha"].name]
+            root = "rslora" in group and bool(self._scalar(group["rslora"], may_be_zero=True))
+            own = OwnAlpha(self._scalar(group["alpha"]), ROUNDING.get(info.dtype, 1e-6), root)
+        key = next(key for role, key in group.items() if role in infos)
+        layer = target.removesuffix(".weight")
+        names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
+        strength = self.settings.of(key, names, self.expert, rank, own, has_rank=kind != "lokr")
+        if strength.problem:
+            self.problem(key, strength.problem, strength.fix)
+        self.strengths.append(strength)
+        return strength.scale
 
-    def _alpha(self, key: LoraKey) -> float:
+    def _scalar(self, key: LoraKey, *, may_be_zero: bool = False) -> float:
+        """The value of a tensor with one element."""
         info = self.file.infos[key.name]
-        value = 0.0
-        if math.prod(info.shape) == 1 and info.dtype in FACTOR_DTYPES + _INTEGERS:
+        value = math.nan
+        if math.prod(info.shape) == 1 and info.dtype in (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero):
             with RowReader() as reader:
                 value = float(reader.read_tensor(info).item())
-        if not math.isfinite(value) or value == 0:
-            self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
-        return value
+        if math.isfinite(value) and (value or may_be_zero):
+            return value
+        self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
+        return 1.0
 
     def _add_bias(self, weight: str, key: LoraKey, scale: float) -> None:
         """Add PEFT's `lora_B.bias`, part of the output of `up` and scaled like it."""

@@ -18,16 +18,46 @@ from dataclasses import dataclass
 from ascendit.names import Shapes, to_wan
 
 WRAPPERS: dict[str, str | None] = {
-    "diffusion_model.": None,
-    "model.": None,
-    "base_model.model.": None,
-    "pipe.dit.": None,
+    **dict.fromkeys(
+        (
+            *("model.", "base_model.", "diffusion_model.", "unet.", "net.", "network.", "backbone."),
+            *("denoiser.", "pipe.", "pipeline.", "wan.", "wan_model.", "dit_model.", "transformer_model."),
+            *(
+                "generator.",
+                "generator_ema.",
+                "student.",
+                "ema.",
+                "ema_model.",
+                "state_dict.",
+                "inner_model.",
+            ),
+            *("lora.", "lora_unet.", "lora_dit.", "lycoris."),
+        )
+    ),
+    "lora_transformer.": "transformer",
+    "lora_transformer_2.": "transformer_2",
     "transformer.": "transformer",
+    "dit.": "transformer",
+    "transformer_1.": "transformer",
+    "lora_transformer_1.": "transformer",
+    "high_noise_model.": "transformer",
     "transformer_2.": "transformer_2",
+    "dit2.": "transformer_2",
+    "low_noise_model.": "transformer_2",
 }
-"""Prefix of a dotted path -> its expert. A key may have several; all are removed."""
-FLAT_PREFIXES = ("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_")
-"""Prefixes of a path with underscores; `lora_unet__` is VideoX-Fun's."""
+"""Name of a module around the transformer -> its expert. A key may have several, in any order."""
+NAMES_ONE_EXPERT = (
+    *("transformer_1.", "lora_transformer_1.", "high_noise_model."),
+    *(wrapper for wrapper, expert in WRAPPERS.items() if expert == "transformer_2"),
+)
+"""Wrappers that always mean one expert; `transformer.` and `dit.` do in files that also have one of these."""
+INNER_WRAPPERS = (
+    *("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.", "base_layer."),
+    *("_forward_module.", "module."),
+)
+"""Names that activation checkpoints, FSDP, torch.compile, PEFT and DDP insert anywhere in a key."""
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
+"""Prefixes of a path with underscores, before other wrappers. VideoX-Fun writes a second underscore."""
 SUFFIXES = {
     ".lora_A.weight": "down",
     ".lora_down.weight": "down",
@@ -35,15 +65,19 @@ SUFFIXES = {
     "_lora.down.weight": "down",
     ".lora_linear_layer.down.weight": "down",
     ".lora_A": "down",
+    ".lora_down": "down",
     ".lora_B.weight": "up",
     ".lora_up.weight": "up",
     ".lora.up.weight": "up",
     "_lora.up.weight": "up",
     ".lora_linear_layer.up.weight": "up",
     ".lora_B": "up",
+    ".lora_up": "up",
     ".lora_B.bias": "up_bias",
     ".lora_up.bias": "up_bias",
     ".alpha": "alpha",
+    ".lora_alpha": "alpha",
+    ".use_rslora_flag": "rslora",
     ".diff": "diff",
     ".w_norm": "diff",
     ".diff_b": "diff_b",
@@ -63,11 +97,49 @@ REFUSED = (
     (r"\.(weight|bias)$", "this is a complete tensor, not a change of one"),
 )
 """(pattern of a key, reason why it cannot be used), tried in order for keys without a known suffix."""
-_TEXT_ENCODER = re.compile(r"^lora_te\d*_|^text_encoders?(_\d)?\.|^lora_te\d*\.")
+
+
+@dataclass(frozen=True)
+class KeyGroup:
+    """Keys of a part that a model may lack."""
+
+    pattern: str
+    """Of their paths."""
+    keys: str
+    """Their meaning and examples."""
+    reason: str
+    """Why a model without this part cannot use them."""
+
+
+SKIPPED = {
+    "image": KeyGroup(
+        r"(^|[._])(k_img|v_img|add_k_proj|add_v_proj|norm_added_k|image_embedder)(?=[._]|$)|^img_emb[._]",
+        "CLIP image input of Wan2.1 image-to-video: `k_img`, `v_img`, `img_emb`",
+        "the model has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model",
+    ),
+    "text": KeyGroup(
+        r"^(lora_te\d*|text_encoders?(_\d)?|te\d?|t5|umt5(xxl)?|cond_stage_model)[._]",
+        "text encoders",
+        "LoRAs of text encoders are not supported",
+    ),
+    "control": KeyGroup(
+        r"^(vace_blocks|vace_patch_embedding|vace|control_adapter|control_blocks|controlnet|ref_conv)(?=[._]|$)",
+        "VACE and Fun-Control: `vace_blocks`, `control_adapter`, `ref_conv`",
+        "the model has no control input; this LoRA is for VACE or Fun-Control",
+    ),
+}
+"""Group of keys that `--lora-skip` leaves out."""
 IGNORED = {"lokr_factor": "how musubi-tuner split the sizes, which also follows from the shapes"}
 """Keys without an effect on the weights -> meaning."""
-_ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$")
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|down|up))\.(?!(?:weight|bias)$)[^.]+(?=\.(?:weight|bias)$)")
+_ADAPTER_OF_PARAMETER = re.compile(r"(\.(?:hada_w[12]_[ab]|lokr_w[12](?:_[ab])?))\.[^.]+$")
 _BY_LENGTH = sorted(SUFFIXES, key=len, reverse=True)
+_FLAT_WRAPPERS = {
+    wrapper.strip("_."): wrapper
+    for wrapper in sorted((*WRAPPERS, *INNER_WRAPPERS), key=lambda name: -len(name))
+}
+"""Wrapper in a path with underscores -> wrapper; longest first."""
+_FLAT_WRAPPER = re.compile(f"({'|'.join(_FLAT_WRAPPERS)})_+")
 _BLOCK = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 
 
@@ -80,26 +152,49 @@ class LoraKey:
     expert: str | None
     """The transformer in the prefix, if any."""
     path: str
+    """With `_` for each dot if `flat`."""
     flat: bool
-    """The path has `_` for each dot."""
     role: str | None
     """A value of `SUFFIXES`; None if unknown."""
+    one_expert: bool = False
+    """The prefix always means `expert`, like `transformer_2.`."""
+
+    @property
+    def group(self) -> str:
+        """The group of `SKIPPED` that this key is part of; empty if none."""
+        return next((name for name, group in SKIPPED.items() if re.search(group.pattern, self.path)), "")
 
 
 def split_key(name: str) -> LoraKey:
     """Split a key into prefix, path and suffix, without PEFT's adapter name (`.lora_A.default.weight`)."""
-    text = _ADAPTER.sub(r".\1.\2", name)
+    text = ".".join(part for part in name.split(".") if f"{part}." not in INNER_WRAPPERS)
+    text = _ADAPTER_OF_PARAMETER.sub(r"\1", _ADAPTER.sub(r"\1", text))
     suffix = next((s for s in _BY_LENGTH if text.endswith(s)), "")
-    path = text.removesuffix(suffix)
-    role = SUFFIXES.get(suffix)
-    for prefix in FLAT_PREFIXES:
-        if path.startswith(prefix):
-            return LoraKey(name, None, path.removeprefix(prefix), True, role)
-    expert = None
-    while wrapper := next((w for w in WRAPPERS if path.startswith(w)), None):
-        path = path.removeprefix(wrapper)
-        expert = WRAPPERS[wrapper] or expert
-    return LoraKey(name, expert, path, False, role)
+    path, wrappers = without_wrappers(text.removesuffix(suffix))
+    flat = path.startswith(FLAT_PREFIXES) or re.match(r"blocks_\d", path) is not None
+    if flat:
+        path, start = path.replace(".", "_"), 0
+        while match := _FLAT_WRAPPER.match(path, start):
+            wrappers.append(_FLAT_WRAPPERS[match[1]])
+            start = match.end()
+        path = path[start:]
+        for inner in INNER_WRAPPERS:
+            path = path.replace(f"_{inner.removesuffix('.')}_", "_")
+    one_expert = any(w in NAMES_ONE_EXPERT for w in wrappers)
+    return LoraKey(name, expert_of(wrappers), path, flat, SUFFIXES.get(suffix), one_expert)
+
+
+def without_wrappers(path: str) -> tuple[str, list[str]]:
+    """Remove all `WRAPPERS` before a dotted path; return the rest and the wrappers."""
+    parts = path.split(".")
+    number = next((i for i, part in enumerate(parts[:-1]) if f"{part}." not in WRAPPERS), len(parts) - 1)
+    return ".".join(parts[number:]), [f"{part}." for part in parts[:number]]
+
+
+def expert_of(wrappers: Iterable[str]) -> str | None:
+    """The expert that these wrappers name; the last one if there are several."""
+    experts = [WRAPPERS[wrapper] for wrapper in wrappers if WRAPPERS.get(wrapper)]
+    return experts[-1] if experts else None
 
 
 def refusal(name: str) -> str | None:
@@ -113,37 +208,38 @@ class Targets:
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
         self.num_blocks = 1 + max((int(m[1]) for name in shapes if (m := _BLOCK.match(name))), default=-1)
-        # Flat or dotted -> path -> Diffusers name.
-        self._weights: dict[bool, dict[str, str]] = {False: {}, True: {}}
-        self._biases: dict[bool, dict[str, str]] = {False: {}, True: {}}
+        # Path with `_` for each dot -> Diffusers name. No two tensors share one.
+        self._weights: dict[str, str] = {}
+        self._biases: dict[str, str] = {}
+        # Flat or dotted -> all paths, for suggestions.
+        self._paths: dict[bool, list[str]] = {False: [], True: []}
         for name in shapes:
             for alias in {name, to_wan(name) or name}:
-                table = self._biases if alias.endswith(".bias") else self._weights
                 path = alias.removesuffix(".bias").removesuffix(".weight")
-                table[False][path] = name
-                table[True][path.replace(".", "_")] = name
+                flat = path.replace(".", "_")
+                (self._biases if alias.endswith(".bias") else self._weights)[flat] = name
+                self._paths[False].append(path)
+                self._paths[True].append(flat)
 
     def find(self, key: LoraKey) -> str | None:
         """The Diffusers name of the tensor that `key` changes; None if the model has no such tensor.
 
         For `up_bias` and `alpha`, the weight of their layer.
         """
-        weights, dot = self._weights[key.flat], "_" if key.flat else "."
+        path = key.path.replace(".", "_")
         if key.role == "diff_b":
-            return self._biases[key.flat].get(key.path)
+            return self._biases.get(path)
         if key.role == "diff_m":
-            tables = (f"{key.path}{dot}{name}" for name in ("modulation", "scale_shift_table"))
-            return next((weights[table] for table in tables if table in weights), None)
-        return weights.get(key.path)
+            tables = (f"{path}_{name}" for name in ("modulation", "scale_shift_table"))
+            return next((self._weights[table] for table in tables if table in self._weights), None)
+        return self._weights.get(path)
 
     def reason_missing(self, key: LoraKey) -> str:
         """Why `find` returns None, with the most similar name of the model."""
-        if _TEXT_ENCODER.match(key.name):
-            return "LoRAs of text encoders are not supported"
+        if key.group:
+            return SKIPPED[key.group].reason
         if (block := _BLOCK.match(key.path)) and int(block[1]) >= self.num_blocks:
             return f"the model has {self.num_blocks} blocks"
-        if re.search(r"(k_img|v_img|add_k_proj|add_v_proj|norm_added_k)$|^img_emb|image_embedder", key.path):
-            return "the model has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model"
         if key.role == "diff_b" and self.find(LoraKey(key.name, None, key.path, key.flat, "diff")):
             return "this layer has no bias"
         if near := self._near(key):
@@ -151,7 +247,7 @@ class Targets:
         return "no such layer"
 
     def _near(self, key: LoraKey) -> str | None:
-        names: Iterable[str] = self._weights[key.flat]
+        names: Iterable[str] = self._paths[key.flat]
         if block := _BLOCK.match(key.path):
             names = [name for name in names if name.startswith(block[0])]
         return next(iter(difflib.get_close_matches(key.path, names, n=1)), None)

@@ -1,0 +1,473 @@
+"""Read the header of a file of `torch.save` without PyTorch and without running code: its tensors, in detail.
+
+Such a file is a zip archive of uncompressed members: `NAME/data.pkl`, a pickle of nested dicts in which a
+tensor is a call of a function of PyTorch, and `NAME/data/KEY`, the bytes of each storage. `pickle_program`
+evaluates the pickle as data. A tensor of the result is a `TensorInfo` of its bytes in the archive, so that
+`RowReader` streams it. Nothing is larger in memory than in the file.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ascendit.checkpoint.pickle_program import Opaque, PickleDataError, UnknownGlobalError, evaluate
+from ascendit.checkpoint.sources import FileState
+from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, TensorInfo
+from ascendit.errors import CheckpointError
+from ascendit.names import listed
+from ascendit.report import counted, shell_line
+
+ZIP = b"PK\x03\x04"
+"""First bytes of a zip archive."""
+_END, _END_BYTES = b"PK\x05\x06", 22
+"""First bytes and length of the end of a zip archive without a comment."""
+_OLDER = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""First bytes of a pickle that is no archive, as PyTorch before 1.6 wrote it."""
+_MAX_PICKLE = 16 << 20
+"""Bytes of `data.pkl`. A Wan model has 0.3 MB."""
+_MAX_LIST = 4 << 20
+"""Bytes of the list of members. A Wan model has 0.1 MB."""
+_MAX_AXES = 8
+_MAX_DEPTH = 16
+"""Limit of nested dicts with texts as keys."""
+
+_STORAGES = {
+    "Double": "F64",
+    "Float": "F32",
+    "Half": "F16",
+    "BFloat16": "BF16",
+    "ComplexFloat": "C64",
+    "Long": "I64",
+    "Int": "I32",
+    "Short": "I16",
+    "Char": "I8",
+    "Byte": "U8",
+    "Bool": "BOOL",
+}
+"""`torch.<key>Storage` -> safetensors dtype of its elements."""
+_DTYPES = {torch: dtype for dtype, torch in TORCH_DTYPES.items()}
+_OPAQUE = (
+    *("builtins.set", "builtins.frozenset", "builtins.complex", "builtins.bytearray", "_codecs.encode"),
+    *("collections.Counter", "torch.device", "torch.serialization._get_layout"),
+)
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_qtensor": "a quantized tensor",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "a sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor of the meta device, which has no values",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor of a class of its own",
+    "torch._utils._rebuild_device_tensor_from_numpy": "a tensor saved through NumPy",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor saved through the CPU",
+}
+"""Functions that make tensors whose bytes are not their numbers -> words for a message."""
+
+
+@dataclass(frozen=True)
+class PickleFile:
+    """The contents of a file of `torch.save`."""
+
+    tensors: dict[str, TensorInfo]
+    """In the order of their bytes. Tied tensors have the same bytes."""
+    values: dict[str, Any]
+    """Numbers, texts and None beside the tensors, such as an alpha."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str | None
+    """None: untyped bytes."""
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in the pickle, checked against its storage. `start`, `end`: bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    strides: tuple[int, ...] | None
+    """None: contiguous."""
+
+
+def is_archive(first: bytes) -> bool:
+    """Whether a file with these first 8 bytes is a zip archive. A safetensors file begins with the same four
+    if its header has 67,324,752 bytes, but the next four are then zero.
+    """
+    return first.startswith(ZIP) and any(first[4:8])
+
+
+class _ConvertibleError(PickleDataError):
+    """A problem that PyTorch has not: it reads the file."""
+
+
+def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> PickleFile:
+    """Return the tensors of the open `file`, a zip archive, and the numbers and texts beside them.
+
+    Raises CheckpointError: E-CKP-02 for a damaged archive or one without tensors by name; E-CKP-04 for
+    sparse, quantized and other tensors whose bytes are not their numbers; E-CKP-05 if the pickle names
+    another class or function; E-CKP-09 if several dicts in it have tensors.
+    """
+    try:
+        members = _members(file)
+        start, end = members["data.pkl"]
+        if end - start > _MAX_PICKLE:
+            raise PickleDataError(f"data.pkl of {end - start:,} bytes")
+        file.seek(start)
+        top = evaluate(file.read(end - start), _CALLS, _storages(members))
+        content = _choose(path, top)
+        named = {_name(name): value for name, value in content.items() if isinstance(value, _Tensor)}
+    except UnknownGlobalError as e:
+        raise _unknown_global(path, str(e)) from e
+    except _ConvertibleError as e:
+        raise _convertible(path, str(e)) from e
+    except (ValueError, EOFError, zipfile.BadZipFile, struct.error, NotImplementedError) as e:
+        raise _broken(path, str(e) or type(e).__name__) from e
+    infos = [_info(path, name, tensor, state) for name, tensor in named.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    values = {
+        n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, str | int | float | None)
+    }
+    return PickleFile({info.name: info for info in infos}, values)
+
+
+def _name(name: object) -> str:
+    """The name of a tensor. Raises PickleDataError, or UnicodeError for a text that no file can store."""
+    if type(name) is not str:
+        raise PickleDataError(f"a tensor with a name of type {type(name).__name__}")
+    name.encode()
+    return name
+
+
+def _info(path: Path, name: str, tensor: _Tensor, state: FileState | None) -> TensorInfo:
+    return TensorInfo(
+        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, strides=tensor.strides
+    )
+
+
+# ---- the archive --------------------------------------------------------------------------------
+
+
+class _Bounded:
+    """A file for `zipfile`, which reads as much at once as the archive claims to need."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MAX_LIST:
+            raise zipfile.BadZipFile("its list of members is too long")
+        return self.file.read(size if size >= 0 else _MAX_LIST)
+
+
+def _members(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Name without the folder of the archive -> (start, end) of its bytes in the file.
+
+    Raises PickleDataError, BadZipFile, or the errors of `struct` and `zipfile` for a damaged archive.
+    """
+    file.seek(max(file.seek(0, 2) - _END_BYTES, 0))
+    if not file.read().startswith(_END):
+        raise PickleDataError("truncated, or bytes follow its end")
+    with zipfile.ZipFile(_Bounded(file)) as archive:
+        entries, end = archive.infolist(), archive.start_dir
+    members: dict[str, tuple[int, int]] = {}
+    names = {entry.orig_filename.partition("/")[2] for entry in entries}
+    if "data.pkl" not in names or "constants.pkl" in names:
+        kind = "a TorchScript archive, which has code beside its tensors"
+        other = f"a zip archive of {counted(len(entries), 'file')}, not of torch.save"
+        raise PickleDataError(kind if "constants.pkl" in names else other)
+    folders = {entry.orig_filename.partition("/")[0] for entry in entries}
+    if any(entry.header_offset < 0 for entry in entries) or all(entry.header_offset for entry in entries):
+        raise PickleDataError("its first bytes are no member of the archive")
+    previous = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        name = entry.orig_filename.partition("/")[2]
+        start = _data_offset(file, entry)
+        if name in members or entry.header_offset < previous or start + entry.file_size > end:
+            raise PickleDataError(f"{_named(entry)} is there twice, or overlaps another")
+        previous = start + entry.file_size
+        members[name] = start, previous
+    if len(folders) != 1:
+        raise PickleDataError(f"an archive with {len(folders)} folders: {listed(map(repr, sorted(folders)))}")
+    _check_byte_order(file, members)
+    return members
+
+
+def _named(entry: zipfile.ZipInfo) -> str:
+    return f"the member {entry.orig_filename!r:.80}"
+
+
+def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """The offset of the bytes of a member, behind its local header."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise _ConvertibleError(f"{_named(entry)} is compressed")
+    if entry.flag_bits & 0x1:
+        raise PickleDataError(f"{_named(entry)} is encrypted")
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    length, extra = map(int, struct.unpack("<26xHH", header))
+    if not header.startswith(ZIP) or file.read(length) != entry.orig_filename.encode():
+        raise PickleDataError(f"{_named(entry)} differs from its header")
+    return entry.header_offset + 30 + length + extra
+
+
+def _check_byte_order(file: BinaryIO, members: Mapping[str, tuple[int, int]]) -> None:
+    start, end = members.get("byteorder", (0, 0))
+    file.seek(start)
+    if start and (order := file.read(min(end - start, 16))) != b"little":
+        raise _ConvertibleError(f"the byte order {order.decode('latin1')!r}, not 'little'")
+
+
+# ---- the values of the pickle -------------------------------------------------------------------
+
+
+def _storages(members: Mapping[str, tuple[int, int]]) -> Callable[[object], _Storage]:
+    """A function of the persistent id of a storage in the pickle."""
+
+    def storage(key: object) -> _Storage:
+        match key:
+            case ("storage", _Type() as kind, str(name), str(), int(count)):
+                start, end = members.get(f"data/{name}", (0, -1))
+                bits = 8 if kind.dtype is None else DTYPE_BITS[kind.dtype]
+                if end - start != count * bits // 8:
+                    raise PickleDataError(f"the storage {name!r:.40} is missing, or has another size")
+                return _Storage(kind.dtype, start, end - start)
+        raise PickleDataError("a reference that is no storage of a tensor")
+
+    return storage
+
+
+@dataclass(frozen=True)
+class _Type:
+    """A class of storages, or a dtype. `dtype`: of safetensors; None: untyped storage."""
+
+    dtype: str | None
+
+
+def _calls() -> dict[str, Any]:
+    calls: dict[str, Any] = {
+        "collections.OrderedDict": _empty_dict,
+        "torch.Size": _naturals,
+        "torch.Tensor": _Type(None),
+        "torch.nn.parameter.Parameter": _Type(None),
+        "torch.storage.UntypedStorage": _Type(None),
+        "torch._utils._rebuild_tensor": _typed,
+        "torch._utils._rebuild_tensor_v2": _typed,
+        "torch._utils._rebuild_tensor_v3": _untyped,
+        "torch._utils._rebuild_parameter": lambda tensor, *_: _is_tensor(tensor),
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: _is_tensor(tensor),
+        "torch._tensor._rebuild_from_type_v2": _with_attributes,
+    }
+    calls |= {f"torch.{name}Storage": _Type(dtype) for name, dtype in _STORAGES.items()}
+    calls |= {f"torch.{name}": _Type(dtype) for name, dtype in _DTYPES.items()}
+    calls |= dict.fromkeys(_OPAQUE, lambda *_: Opaque())
+    return calls
+
+
+def _empty_dict() -> dict[Any, Any]:
+    return {}
+
+
+def _is_tensor(value: object) -> _Tensor:
+    if not isinstance(value, _Tensor):
+        raise PickleDataError("a parameter that is no tensor")
+    return value
+
+
+def _with_attributes(function: object, kind: object, arguments: object, *_: object) -> _Tensor:
+    """A tensor or parameter with attributes of its own, which are ignored."""
+    if function not in (_typed, _untyped) or kind != _Type(None) or type(arguments) is not tuple:
+        raise PickleDataError("a tensor of a class of its own")
+    return function(*arguments[:9])
+
+
+def _typed(storage: object, offset: object, shape: object, strides: object, *options: object) -> _Tensor:
+    """`_rebuild_tensor_v2`. `options`: requires_grad, hooks, metadata."""
+    if not isinstance(storage, _Storage) or storage.dtype is None or any(options[2:]):
+        raise PickleDataError("a tensor with an unknown storage or metadata")
+    return _tensor(storage, storage.dtype, offset, shape, strides)
+
+
+def _untyped(storage: object, offset: object, shape: object, strides: object, *options: object) -> _Tensor:
+    """`_rebuild_tensor_v3`. `options`: requires_grad, hooks, dtype, metadata."""
+    dtype = options[2].dtype if len(options) > 2 and isinstance(options[2], _Type) else None
+    if not isinstance(storage, _Storage) or dtype is None or any(options[3:]):
+        raise PickleDataError("a tensor with an unknown storage, dtype or metadata")
+    return _tensor(storage, dtype, offset, shape, strides)
+
+
+def _tensor(storage: _Storage, dtype: str, offset: object, shape: object, strides: object) -> _Tensor:
+    """Check a tensor against its storage: its elements are inside, and each is there once."""
+    shape, strides = _naturals(shape), _naturals(strides)
+    (first,) = _naturals((offset,))
+    if len(shape) != len(strides):
+        raise PickleDataError("a tensor with another number of strides than of axes")
+    nbytes, count = DTYPE_BITS["U8" if dtype == "F4" else dtype] // 8, math.prod(shape)
+    last = (
+        first + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if count
+        else first - 1
+    )
+    if (last + 1) * nbytes > storage.nbytes:
+        raise PickleDataError(f"a tensor of shape {list(shape)}, larger than its storage")
+    if count * nbytes > storage.nbytes:
+        raise _ConvertibleError(f"a tensor of shape {list(shape)} that repeats elements of its storage")
+    start, end = (storage.start + index * nbytes for index in (first, last + 1))
+    strided = count > 0 and not _contiguous(shape, strides)
+    if dtype == "F4":
+        if not shape or strided:
+            raise PickleDataError("an FP4 tensor that is not contiguous")
+        shape = (*shape[:-1], 2 * shape[-1])
+    return _Tensor(dtype, shape, start, end, strides if strided else None)
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    size = 1
+    for n, stride in zip(shape[::-1], strides[::-1], strict=True):
+        if n != 1 and stride != size:
+            return False
+        size *= n
+    return True
+
+
+def _naturals(values: object) -> tuple[int, ...]:
+    correct = type(values) is tuple and len(values) <= _MAX_AXES
+    if not correct or not all(type(v) is int and 0 <= v < 2**48 for v in values):  # type: ignore[attr-defined]
+        raise PickleDataError("a tensor with an invalid shape, stride or offset")
+    return values  # type: ignore[return-value]
+
+
+_CALLS = _calls()
+"""The names that a pickle of tensors may have; only functions are called."""
+
+
+# ---- the state dict -----------------------------------------------------------------------------
+
+
+def _choose(path: Path, top: object) -> dict[Any, Any]:
+    """The only dict in the pickle that has tensors; programs save it beside numbers and other dicts."""
+    if not isinstance(top, dict):
+        kind = "one tensor" if isinstance(top, _Tensor) else f"one {type(top).__name__}"
+        raise _no_state_dict(path, kind)
+    waiting = deque[tuple[tuple[str, ...], dict[Any, Any]]]([((), top)])
+    visited, chosen = {id(top)}, dict[tuple[str, ...], dict[Any, Any]]()
+    while waiting:
+        keys, item = waiting.popleft()
+        if any(isinstance(value, _Tensor) for value in item.values()):
+            chosen[keys] = item
+        for name, value in item.items():
+            if isinstance(value, dict) and isinstance(name, str) and id(value) not in visited:
+                if len(keys) == _MAX_DEPTH:
+                    raise PickleDataError(f"dicts nested more than {_MAX_DEPTH} deep")
+                visited.add(id(value))
+                waiting.append(((*keys, name), value))
+    if not chosen:
+        raise _no_state_dict(path, "dicts without tensors")
+    if len(chosen) > 1:
+        raise _several(path, chosen)
+    return next(iter(chosen.values()))
+
+
+def _several(path: Path, chosen: Mapping[tuple[str, ...], dict[Any, Any]]) -> CheckpointError:
+    choices = {".".join(keys)[:60] or "its top": item for keys, item in chosen.items()}
+    sizes = [f"{name} ({counted(len(item), 'value')})" for name, item in choices.items()]
+    keys = next(keys for keys in chosen if keys)
+    command = convert_command(path, path.with_suffix(".safetensors"), keys)
+    return CheckpointError(
+        f"{path} has tensors in {len(chosen)} dicts: {listed(sizes)}",
+        needs="a file with the tensors of one model",
+        fix=f"choose one of them; this command saves {'.'.join(keys)[:60]}: {command}",
+        code="E-CKP-09",
+    )
+
+
+def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> str:
+    """A command that writes the tensors of a pickle to a safetensors file, without running code.
+
+    `keys`: path of the dict with the tensors; default: `state_dict`, or the top.
+    """
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "d = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
+        + (f"d = d{''.join(f'[{key!r}]' for key in keys)}; " if keys else "d = d.get('state_dict', d); ")
+        + "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
+    )
+    move = ""
+    if pickled == file:  # torch.load reads the name of the file, not its first bytes
+        move, pickled = (
+            shell_line(["mv", str(file), str(file.with_suffix(".pth"))]) + " && ",
+            file.with_suffix(".pth"),
+        )
+    return move + shell_line(["python", "-c", code, str(pickled), str(file)])
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+_SAVE_AGAIN = (
+    "use the model's .safetensors file; or, in the program that saved this one, save plain tensors: "
+)
+
+
+def _unknown_global(path: Path, name: str) -> CheckpointError:
+    if (kind := _OTHER_TENSORS.get(name)) is not None:
+        return CheckpointError(
+            f"{path} has {kind} ({name})",
+            needs="tensors whose bytes are their numbers",
+            fix=_SAVE_AGAIN + "tensor.dequantize(), .to_dense() or .cpu() of each",
+            code="E-CKP-04",
+        )
+    return CheckpointError(
+        f"{path}: its pickle names {name:.100}, which is not part of a tensor; nothing of it was run",
+        needs="a pickle of tensors, numbers and texts: unpickling anything else can run code of the file",
+        fix=_SAVE_AGAIN + "torch.save(model.state_dict(), FILE)",
+        code="E-CKP-05",
+    )
+
+
+def _broken(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a readable file of torch.save: {problem}",
+        needs="an uncompressed archive of torch.save (PyTorch 1.6 or later) with a state dict of tensors",
+        fix="download the file again and compare its size and sha256 with the source; or use the model's "
+        ".safetensors file",
+        code="E-CKP-02",
+    )
+
+
+def _no_state_dict(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} has {kind}, not tensors by name",
+        needs="the state dict of a model",
+        fix=_SAVE_AGAIN + "torch.save(model.state_dict(), FILE)",
+        code="E-CKP-02",
+    )
+
+
+def older_format(path: Path, file: BinaryIO) -> CheckpointError | None:
+    """The error E-CKP-02 for a file that PyTorch before 1.6 wrote, which is no zip archive; else None."""
+    file.seek(0)
+    first = file.read(512)
+    if first[257:262] == b"ustar":
+        return _no_state_dict(path, "a tar archive, as PyTorch before 0.2 wrote it")
+    if not first.startswith(_OLDER):
+        return None
+    return _convertible(path, "a PyTorch pickle without an archive, as versions before 1.6 wrote it")
+
+
+def _convertible(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {problem}",
+        needs="a safetensors file, or an uncompressed archive of torch.save (PyTorch 1.6 or later)",
+        fix=f"convert it: {convert_command(path, path.with_suffix('.safetensors'))}",
+        code="E-CKP-02",
+    )

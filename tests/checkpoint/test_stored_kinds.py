@@ -1,0 +1,191 @@
+"""Files of other tools: their kinds, and their values against a float64 oracle."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import owned
+import pytest
+import torch
+from owned import INPUTS, REFUSED, Owned
+from safetensors.torch import load_file, save_file
+from stored import read, refused
+
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.part_check import check_part
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.transformer import Expert
+from ascendit.convert.quantize import quantize
+from ascendit.convert.repack import repack
+from ascendit.errors import CheckpointError, UsageError
+from ascendit.inspect.checkpoint import inspect
+from ascendit.model.library_component import load_library_part
+from ascendit.weights.decoded_rows import layer_rows, tensor_rows
+
+
+def values(expert: Expert) -> dict[str, torch.Tensor]:
+    """All weights as the checker of `repack` decodes them, float32."""
+    weights = {f"{name}.weight": layer for name, layer in expert.layers.items()}
+    scales = {
+        info.name for x in expert.layers.values() for role, info in x.tensors.items() if "scale" in role
+    }
+    tensors = {}
+    with RowReader() as reader:
+        for name, info in expert.tensors.items():
+            if info.name not in scales:
+                rows = layer_rows(weights[name], reader) if name in weights else tensor_rows(info, reader)
+                tensors[name] = torch.cat([block.clone() for block in rows]).reshape(
+                    weights[name].shape if name in weights else info.shape
+                )
+    return tensors
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_values(tmp_path: Path, name: str) -> None:
+    file: Owned = INPUTS[name]()
+    expert = read(file.write(tmp_path / "wan.safetensors"))
+    assert expert.kinds == file.kinds
+    assert {n: layer.scheme for n, layer in expert.layers.items()} == file.schemes
+    decoded = values(expert)
+    assert decoded.keys() == file.values.keys()
+    for tensor, expected in file.values.items():
+        assert torch.equal(decoded[tensor], expected.float()), tensor
+        if tensor.removesuffix(".weight") not in file.schemes:
+            assert expert.tensors[tensor].dtype == {
+                torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"
+            }[expected.dtype]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path: Path, name: str) -> None:
+    make, code, text = REFUSED[name]
+    assert text in refused(make().write(tmp_path / "wan.safetensors"), code)
+
+
+SCALES = {"NaN": float("nan"), "infinite": float("inf"), "zero": 0.0, "negative": -0.5}
+
+
+@pytest.mark.parametrize("value", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("make", [owned.scaled, owned.comfy], ids=["scaled", "comfy_quant"])
+def test_an_invalid_scale_names_the_kind(tmp_path: Path, make: Callable[[], Owned], value: float) -> None:
+    file = make()
+    (scale,) = [n for n in file.tensors if n.startswith("blocks.0.attn2.to_v.") and "scale" in n]
+    file.tensors[scale] = torch.tensor(value)
+    expert = read(file.write(tmp_path / "wan.safetensors"))
+    with pytest.raises(CheckpointError, match="ComfyUI") as e:
+        values(expert)
+    assert e.value.code == "E-CKP-08" and scale in e.value.got
+
+
+def test_nan_in_fp8_is_kept_and_refused_by_check(tmp_path: Path) -> None:
+    file = owned.plain()
+    name = "blocks.0.attn2.to_v.weight"
+    file.tensors[name] = file.tensors[name].clone()
+    file.tensors[name].view(torch.uint8)[3, 5] = 0x7F
+    source = file.write(tmp_path / "wan.safetensors")
+    repack(source, tmp_path / "kept")
+    assert bool(load_file(tmp_path / "kept" / "transformer" / owned.WEIGHTS)[name][3, 5].isnan())
+    with pytest.raises(CheckpointError, match=name) as e:
+        repack(source, tmp_path / "r", check=True)
+    assert e.value.code == "E-QNT-01"
+    with pytest.raises(CheckpointError, match=name) as e:
+        quantize(source, tmp_path / "q", scheme="int8")
+    assert e.value.code == "E-QNT-01"
+
+
+def test_reports_name_the_kind_and_the_loss(tmp_path: Path) -> None:
+    source = INPUTS["all in one, scaled"]().write(tmp_path / "wan.safetensors")
+    kinds = "all-in-one checkpoint, ComfyUI scaled fp8, read as BF16"
+    report = inspect(source)
+    text, data = "\n".join(report.lines()), report.as_dict()["parts"][0]
+    assert f"stored as {kinds}" in text and "the file also has text_encoder (1 tensor) and vae (1" in text
+    assert data["stored_as"] == ["all-in-one", "comfy-scaled-fp8"]
+    assert data["dtypes"].keys() == {"BF16", "F8_E4M3", "F32"}
+    assert report.runs_on is not None and report.runs_on.engines[0].reason == f"stored as {kinds}"
+    done = quantize(source, tmp_path / "q", scheme="int8", dry_run=True)
+    copied = repack(source, tmp_path / "r", dry_run=True)
+    for warnings in (done.as_dict()["warnings"], copied.as_dict()["warnings"]):
+        assert any("precision of their file (ComfyUI scaled fp8), not of BF16" in x for x in warnings)
+        assert any("which are not read from it" in x for x in warnings)
+    assert copied.experts[0].rewritten == {"decoded to BF16": 10}
+
+
+def test_a_quantized_file_of_another_tool_is_named_when_it_is_refused(tmp_path: Path) -> None:
+    source = owned.turbodiffusion().write(tmp_path / "wan.safetensors")
+    with pytest.raises(UsageError, match="quantized .int8_block, TurboDiffusion or rCM, read as") as e:
+        quantize(source, tmp_path / "q", scheme="mxfp8")
+    assert e.value.code == "E-QNT-01"
+
+
+def test_the_command_that_drops_the_rest_of_a_training_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = REFUSED["weights and ema"][0]()
+    source = file.write(tmp_path / "all of it.safetensors")
+    with pytest.raises(CheckpointError) as e:
+        read(source)
+    command = shlex.split(e.value.fix.removeprefix("write one: "))
+    assert command[:2] == ["python", "-c"]
+    monkeypatch.setattr(sys, "argv", command[2:])
+    exec(command[2], {})
+    assert values(read(tmp_path / "all of it-model.safetensors")).keys() == owned.base().keys()
+
+
+@pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant"])
+def test_a_text_encoder(tmp_path: Path, tiny_t2v_single: Path, kind: str) -> None:
+    """The loaded encoder has exactly the values of the oracle; its embedding is plain fp8."""
+    tensors = load_file(tiny_t2v_single / "text_encoder" / "model.safetensors")
+    stored: dict[str, torch.Tensor] = {"spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    expected = dict(tensors)
+    for name, tensor in tensors.items():
+        stored[name] = tensor
+        if tensor.ndim == 2:
+            dtype = torch.float8_e5m2 if "e5m2" in kind else torch.float8_e4m3fn
+            table = "plain" in kind or "shared" in name or "embed" in name or "bias" in name
+            scale = 1.0 if table else float(tensor.abs().max() / 448)
+            stored[name] = (tensor.float() / scale).to(dtype)
+            factor = torch.tensor(scale)
+            expected[name] = owned.bf16(stored[name], factor)
+            layer = name.removesuffix(".weight")
+            if kind == "scaled" and not table:
+                stored |= {f"{layer}.scale_weight": factor, "scaled_fp8": torch.zeros(0, dtype=dtype)}
+            elif kind == "comfy_quant" and not table:
+                entry = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+                stored |= {f"{layer}.weight_scale": factor, f"{layer}.comfy_quant": entry}
+    shutil.copytree(tiny_t2v_single / "text_encoder", folder := tmp_path / "text_encoder")
+    save_file(stored, folder / "model.safetensors")
+    part = replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder)
+    shards = check_part(part)
+    kinds = {"scaled": "comfy-scaled-fp8", "comfy_quant": "comfy-quant-fp8"}
+    assert shards is not None and shards.kinds == (kinds.get(kind, "fp8"),)
+    state = load_library_part(part, shards, torch.float32).state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor.float()), name
+
+
+def test_a_vae_in_plain_fp8(tmp_path: Path, tiny_t2v_single: Path) -> None:
+    tensors = load_file(tiny_t2v_single / "vae" / owned.WEIGHTS)
+    stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+    shutil.copytree(tiny_t2v_single / "vae", folder := tmp_path / "vae")
+    save_file(stored, folder / owned.WEIGHTS)
+    part = replace(recognise(tiny_t2v_single).part("vae"), path=folder)
+    shards = check_part(part)
+    assert shards is not None and shards.kinds == ("fp8",)
+    state = load_library_part(part, shards, torch.float32).state_dict()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
+
+
+def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path, tiny_t2v_single: Path) -> None:
+    tensors = load_file(tiny_t2v_single / "text_encoder" / "model.safetensors")
+    shutil.copytree(tiny_t2v_single / "text_encoder", folder := tmp_path / "text_encoder")
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    tensors |= {name: tensors[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(32)}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="bitsandbytes") as e:
+        check_part(replace(recognise(tiny_t2v_single).part("text_encoder"), path=folder))
+    assert e.value.code == "E-CKP-04" and e.value.fix == "use the text_encoder of the BF16 model"

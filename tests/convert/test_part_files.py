@@ -1,0 +1,144 @@
+"""`repack FILE.. --base MODEL` and `load(model, parts=..)`: single files in place of a model's components.
+
+The oracle is the folder whose weights the files have: the output has the same tensors, and the same frames.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import WEIGHTS
+
+import ascendit
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.part_files import read_part_files, split_name
+from ascendit.convert.repack import repack
+from ascendit.errors import AscenditError
+from ascendit.names import to_wan
+
+SHAPE: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def cascade(tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder("t2v_cascade")
+
+
+@pytest.fixture(scope="module")
+def files(cascade: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Other weights of both experts, in original names with a prefix, as single files."""
+    folder = tmp_path_factory.mktemp("files")
+    paths = {}
+    for expert, noise in (("transformer", "high"), ("transformer_2", "low")):
+        tensors = load_file(cascade / expert / WEIGHTS)
+        renamed = {f"model.diffusion_model.{to_wan(name)}": x * 1.125 for name, x in tensors.items()}
+        paths[expert] = folder / f"wan2.2_t2v_{noise}_noise_14B.safetensors"
+        save_file(renamed, paths[expert])
+    return paths
+
+
+def written(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    return {
+        k: x for file in sorted((folder / part).glob("*.safetensors")) for k, x in load_file(file).items()
+    }
+
+
+def test_two_files_and_a_base_make_a_folder(cascade: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    report = repack(list(files.values()), tmp_path / "out", base=cascade, check=True)
+    for expert in files:
+        expected = {name: x * 1.125 for name, x in load_file(cascade / expert / WEIGHTS).items()}
+        tensors = written(tmp_path / "out", expert)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], x) for name, x in expected.items())
+    assert report.checked and {"text_encoder", "vae", "tokenizer", "scheduler"} <= set(report.linked)
+    assert recognise(tmp_path / "out").kind == "diffusers"
+    record = json.loads((tmp_path / "out" / "ascendit.json").read_text())
+    assert record["command"].startswith("ascendit repack transformer=wan2.2_t2v_high_noise_14B.safetensors ")
+    video = ascendit.load(tmp_path / "out").generate("a boat", **SHAPE)
+    parts = [str(path) for path in files.values()]
+    assert np.array_equal(
+        video.frames, ascendit.load(cascade, parts=parts).generate("a boat", **SHAPE).frames
+    )
+    assert not np.array_equal(video.frames, ascendit.load(cascade).generate("a boat", **SHAPE).frames)
+
+
+def test_one_expert_alone_keeps_the_other(cascade: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    report = repack(f"low={files['transformer_2']}", tmp_path / "out", base=cascade)
+    assert [expert.name for expert in report.experts] == ["transformer_2"]
+    assert "transformer" in report.linked
+    original = load_file(cascade / "transformer" / WEIGHTS)
+    tensors = written(tmp_path / "out", "transformer")
+    assert all(torch.equal(tensors[name], x) for name, x in original.items())
+    assert recognise(tmp_path / "out").experts[1].path == tmp_path / "out" / "transformer_2"
+    repack(files["transformer_2"], tmp_path / "same", base=cascade)  # the name of the file says `low`
+    assert written(tmp_path / "same", "transformer_2").keys() == original.keys()
+
+
+@pytest.mark.parametrize(
+    ("sources", "message", "code"),
+    [
+        (["{transformer}", "{transformer}"], "are both the transformer", "E-USE-01"),
+        (["{unnamed}"], "does not say whether for high or low noise", "E-USE-01"),
+        (["vae={transformer}"], "has the tensors of a transformer", "E-USE-01"),
+        (["{transformer}", "{cascade}"], "is a Diffusers pipeline folder", "E-USE-01"),
+        (["{transformer}", "none.gguf"], "no model at none.gguf", "E-USE-02"),
+    ],
+)
+def test_files_that_do_not_fit(
+    cascade: Path, files: dict[str, Path], tmp_path: Path, sources: list[str], message: str, code: str
+) -> None:
+    unnamed = tmp_path / "wan.safetensors"
+    unnamed.symlink_to(files["transformer"])
+    paths = {**files, "unnamed": unnamed, "cascade": cascade}
+    names = [source.format(**paths) for source in sources]
+    with pytest.raises(AscenditError, match=message) as e:
+        repack(names, tmp_path / "out", base=cascade)
+    assert e.value.code == code and not (tmp_path / "out").exists()
+    with pytest.raises(AscenditError, match=message):
+        ascendit.load(cascade, parts=names)
+
+
+def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_path: Path) -> None:
+    with pytest.raises(AscenditError) as e:
+        repack(f"transformer_2={files['transformer']}", tmp_path / "out", base=tiny_folder("t2v_single"))
+    assert "transformer_2, which" in e.value.got
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.gguf", (None, "a.gguf")),
+        ("high=a.gguf", ("transformer", "a.gguf")),
+        ("low=a=b.gguf", ("transformer_2", "a=b.gguf")),
+        ("vae=/x/y.pth", ("vae", "/x/y.pth")),
+        ("x=y.gguf", (None, "x=y.gguf")),
+    ],
+)
+def test_the_name_before_a_file(text: str, expected: tuple[str | None, str]) -> None:
+    assert split_name(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        ("Wan2.2-T2V-A14B-HighNoise-Q4_K_M.safetensors", "Wan2.2-T2V-A14B-LowNoise-Q4_K_M.safetensors"),
+        (
+            "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+            "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors",
+        ),
+        ("high.safetensors", "low.safetensors"),
+        ("flow_high.safetensors", "flow-low.safetensors"),
+    ],
+)
+def test_the_experts_in_names_of_files(files: dict[str, Path], tmp_path: Path, high: str, low: str) -> None:
+    for name in (low, high):
+        (tmp_path / name).symlink_to(files["transformer"])
+    layout = read_part_files([tmp_path / low, tmp_path / high])
+    assert [part.path.name for part in layout.experts] == [high, low]
