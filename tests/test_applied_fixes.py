@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import ascendit
 from ascendit.cli import main as cli
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.option_text import command_line
+from ascendit.pipeline.job import prepare
+from ascendit.pipeline.options import LoadOptions
 
 DEMO = ("generate", "--demo", "a red circle", "--dry-run")
 CASES = """

@@ -77,9 +77,8 @@ COMMAND_LINE_ONLY = frozenset(
     " --limit --num-videos --out --prompts --quality --quiet --report --seconds --seeds --self-check"
     " --sheet --verbose --version".split()
 )
-)
 """Flags that Python has no keyword for; they stay in the text."""
-_LISTS = ("keep", "loras")
+_LISTS = ("keep", "lora_skip", "loras")
 _PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _FREE = frozenset("--base --image --keep --last-image --lora --negative".split())
