@@ -21,10 +21,8 @@ from ascendit.foreign import value_for
 from ascendit.option_text import option
 from ascendit.quant.schemes import QUANTIZED
 
-DENOISER_DTYPES = ("float32", "bfloat16", "float16")
-"""Allowed dtypes of the denoiser."""
-DTYPES = {"dtype": DENOISER_DTYPES, "vae_dtype": ("float32", "bfloat16")}
-"""Option -> its dtypes."""
+DTYPES = {"dtype": ("float32", "bfloat16", "float16"), "vae_dtype": ("float32", "bfloat16")}
+"""Option -> the dtypes that it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
