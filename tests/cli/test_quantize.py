@@ -86,7 +86,7 @@ def test_overwrite(run, model, tmp_path):
         assert run("quantize", model, "-o", dst, "--scheme", scheme, "--overwrite").code == 0
     assert read(dst / "transformer")["blocks.0.ffn.net.2.weight"].dtype == torch.int8
     ended = run("quantize", model, "-o", dst, "--scheme", "mxfp8")
-    assert ended.code == 2 and ended.err.endswith("choose another name with -o, or add --overwrite\n")
+    assert ended.code == 2 and ended.err.endswith("out-2, or add --overwrite\n")
     (dst / "mine.txt").write_text("x")
     ended = run("quantize", model, "-o", dst, "--scheme", "mxfp8", "--overwrite", "--dry-run")
     assert ended.code == 2 and "error[E-USE-03]" in ended.err and "mine.txt" in ended.err
