@@ -1,8 +1,8 @@
 """Read the header of a file of `torch.save` without PyTorch and without running code.
 
 Such a file is a zip archive of uncompressed members: `NAME/data.pkl`, a pickle of nested dicts, and
-`NAME/data/KEY`, the bytes of each storage. `pickle_program` evaluates the pickle as data, with the functions of
-`pickle_tensors`. A tensor of the result is a `TensorInfo` of its bytes in the archive, so that `RowReader`
+`NAME/data/KEY`, the bytes of each storage. `pickle_program` evaluates the pickle as data, with the functions
+of `pickle_tensors`. A tensor of the result is a `TensorInfo` of its bytes in the archive, so that `RowReader`
 streams it.
 """
 
