@@ -148,6 +148,7 @@ def test_an_engine_that_reads_float_folders_gets_the_same_files(
     ("options", "code", "text"),
     [
         ({"loras": []}, "E-QNT-01", "quantizes no layer"),
+        ({"lora_skip": "image"}, "E-USE-05", "matches no key"),
         ({"engine": "mindie"}, "E-ENG-01", "only quantized models"),
         ({"keep": ["blocks.0.*"]}, "E-USE-01", "keep with scheme bf16"),
         ({"report": True}, "E-USE-01", "report with scheme bf16"),
