@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendit.checkpoint.output_folder import CompleteFile, Journal
+from ascendit.checkpoint.journal import CompleteFile, Journal
 
 
 def journal_in(tmp_path: Path) -> Journal:

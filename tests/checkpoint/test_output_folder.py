@@ -16,7 +16,8 @@ import kill
 import pytest
 from stored import stored_tensors
 
-from ascendit.checkpoint.output_folder import Journal, Staging
+from ascendit.checkpoint.journal import Journal
+from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
 from ascendit.errors import AscenditError, Cancelled, EnvironmentProblem, UsageError

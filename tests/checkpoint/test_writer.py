@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from stored import stored_tensors
 
 from ascendit.checkpoint.headers import read_header
-from ascendit.checkpoint.output_folder import Journal
+from ascendit.checkpoint.journal import Journal
 from ascendit.checkpoint.tensor_info import TORCH_DTYPES, TensorInfo
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem

@@ -191,7 +191,7 @@ def test_repack_as_json() -> None:
     data = json.loads(json.dumps(REPACKED.as_dict()))
     assert list(data) == [
         *("path", "source", "layout", "to", "engine", "dry_run", "checked", "layers", "bytes"),
-        *("bits_per_weight", "seconds", "gib_per_s", "experts", "placed", "omitted", "warnings"),
+        *("bits_per_weight", "seconds", "gib_per_s", "experts", "parts", "placed", "omitted", "warnings"),
         *("output", "next"),
     ]
     assert data["checked"] is True and data["bytes"] == (1 << 20) + (1 << 10)

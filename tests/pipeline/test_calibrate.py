@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ascendit
+from ascendit.checkpoint.journal import Journal
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.calibration import STATISTICS
 from ascendit.convert.quantize import quantize

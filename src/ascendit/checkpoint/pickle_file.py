@@ -55,7 +55,12 @@ _STORAGES = {
 _DTYPES = {torch: dtype for dtype, torch in TORCH_DTYPES.items()}
 _OPAQUE = (
     *("builtins.set", "builtins.frozenset", "builtins.complex", "builtins.bytearray", "_codecs.encode"),
-    *("collections.Counter", "torch.device", "torch.serialization._get_layout"),
+    *(
+        "collections.Counter",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch_npu.npu._format.Format",
+    ),
 )
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantized tensor",
@@ -267,6 +272,7 @@ def _calls() -> dict[str, Any]:
         "torch._utils._rebuild_parameter": lambda tensor, *_: _is_tensor(tensor),
         "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: _is_tensor(tensor),
         "torch._tensor._rebuild_from_type_v2": _with_attributes,
+        "torch_npu.utils.storage._rebuild_npu_tensor": _from_npu,
     }
     calls |= {f"torch.{name}Storage": _Type(dtype) for name, dtype in _STORAGES.items()}
     calls |= {f"torch.{name}": _Type(dtype) for name, dtype in _DTYPES.items()}
@@ -296,6 +302,13 @@ def _typed(storage: object, offset: object, shape: object, strides: object, *opt
     if not isinstance(storage, _Storage) or storage.dtype is None or any(options[2:]):
         raise PickleDataError("a tensor with an unknown storage or metadata")
     return _tensor(storage, storage.dtype, offset, shape, strides)
+
+
+def _from_npu(*arguments: object) -> _Tensor:
+    """A tensor that torch_npu saved. Its numbers are in the order of PyTorch; the last argument is the format
+    of its copy on an NPU.
+    """
+    return _typed(*arguments[:6])
 
 
 def _untyped(storage: object, offset: object, shape: object, strides: object, *options: object) -> _Tensor:

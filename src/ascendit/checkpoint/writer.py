@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from ascendit.checkpoint.component import STEM
 from ascendit.checkpoint.file_copy import PAGE, move_bytes, read_pieces, reserve, write_at, writing
-from ascendit.checkpoint.output_folder import Journal
+from ascendit.checkpoint.journal import Journal
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.sources import sha256_of
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ascendit.checkpoint.journal import Journal
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.tensor_info import TORCH_DTYPES
 from ascendit.convert.report import OutputQuality, Outputs

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Self
 
 from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.journal import Journal
 from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout
-from ascendit.checkpoint.output_folder import Journal, link_or_copy
+from ascendit.checkpoint.output_folder import link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.sources import record_folder, record_source
 from ascendit.checkpoint.trust import Home, outside_links

@@ -268,7 +268,7 @@ class QuantizeJob:
         self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
     def check_report(self, overwrite: bool) -> None:
-        """Check the name of the report. Raises UsageError (E-USE-01, -03, -06) and EnvironmentProblem."""
+        """Check report and existing output. Raises UsageError (E-USE-01, -03, -06), EnvironmentProblem."""
         if overwrite:
             check_replaceable(self.dst)
         if (file := self.report_file) is None:
@@ -287,7 +287,11 @@ class QuantizeJob:
         if (file := self.report_file) is None or file.is_relative_to(self.dst) != (staging is not None):
             return
         target = file if staging is None else staging.path / file.relative_to(self.dst)
+        if staging:
+            staging.keep = True  # an error of the report loses no weights
         write_report(target, report.as_dict(), lambda: quantize_page(report))
+        if staging:
+            staging.keep = False
 
     @property
     def folds(self) -> dict[str, Folds]:

@@ -50,6 +50,16 @@ _SETTINGS: Any = {
 }
 
 
+def import_problem() -> str:
+    """The reason why matplotlib cannot be imported; "" if it can."""
+    try:
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure  # noqa: F401
+    except ImportError as e:
+        return str(e)
+    return ""
+
+
 def depth_of(name: str) -> tuple[str, int] | None:
     """(kind, number of the block) of a layer or tensor: `blocks.3.ffn.net.2` is `ffn.net.2` in block 3."""
     match = _BLOCK.fullmatch(name)

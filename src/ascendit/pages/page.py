@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import EnvironmentProblem, UsageError, escaped
+from ascendit.pages import charts
 from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
 
@@ -143,10 +143,12 @@ def _heading(title: str) -> str:
 
 
 def _is_numeric(column: Sequence[str | Cell]) -> bool:
-    """Whether a column is right-aligned: most of its cells are numbers."""
-    texts = [cell.text if isinstance(cell, Cell) else cell for cell in column]
+    """Whether a column is right-aligned: most of its cells are numbers, apart from coloured words."""
+    toned = any(isinstance(cell, Cell) and cell.tone and _NUMBER.fullmatch(cell.text) for cell in column)
+    plain = (cell for cell in column if not isinstance(cell, Cell) or not cell.tone)
+    texts = [cell.text if isinstance(cell, Cell) else cell for cell in plain]
     texts = [text for text in texts if text not in ("", "-")]
-    return sum(bool(_NUMBER.fullmatch(text)) for text in texts) > len(texts) / 2
+    return toned or sum(bool(_NUMBER.fullmatch(text)) for text in texts) > len(texts) / 2
 
 
 def _cell(tag: str, cell: str | Cell, numeric: bool) -> str:
@@ -183,12 +185,13 @@ dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap}
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 th,td{padding:3px 14px 3px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600}
-td:first-child{overflow-wrap:anywhere}
+td{overflow-wrap:break-word}
 tbody tr:hover{background:var(--band)}
 td.n,th.n{text-align:right}td.n{white-space:nowrap}
 .good{color:var(--good)}.bad{color:var(--bad);font-weight:600}
-figure{margin:14px 0}figcaption{color:var(--soft);font-size:13px;max-width:95ch}
-svg{max-width:100%;height:auto;color:var(--text)}
+figure{margin:14px 0;max-width:100%;overflow-x:auto}
+figcaption{color:var(--soft);font-size:13px;max-width:95ch}
+svg{min-width:600px;max-width:100%;height:auto;color:var(--text)}
 .strips{display:flex;flex-wrap:wrap;gap:10px 18px}.strips figure{margin:0;max-width:100%}
 .strips img{display:block;max-width:100%;image-rendering:pixelated;border:1px solid var(--line)}
 summary{cursor:pointer;font-weight:600;font-size:15px;margin:18px 0 6px}
@@ -221,9 +224,9 @@ def check_report_file(
             fix=f"use another name, for example {shell_line([flag, short_path(_free_name(file))])}",
             code="E-USE-03",
         )
-    if is_page(file) and find_spec("matplotlib") is None:
+    if is_page(file) and (problem := charts.import_problem()):
         raise EnvironmentProblem(
-            f"{flag} {file}: matplotlib, which draws the plots, is not installed",
+            f"{flag} {file}: matplotlib, which draws the plots, cannot be imported: {problem}",
             needs='matplotlib, which is in the extra "report" of ascendit; a .json report needs nothing',
             fix="pip install matplotlib",
             code="E-ENV-01",

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ascendit.checkpoint.hub import DEMO
+from ascendit.checkpoint.journal import Journal
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.output_folder import Journal
 from ascendit.convert.calibration import ALPHA, STATISTICS, ExpertStatistics, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
