@@ -148,9 +148,10 @@ def test_an_engine_that_reads_float_folders_gets_the_same_files(
     ("options", "code", "text"),
     [
         ({"loras": []}, "E-QNT-01", "quantizes no layer"),
+        ({"lora_skip": "image"}, "E-USE-05", "matches no key"),
         ({"engine": "mindie"}, "E-ENG-01", "only quantized models"),
-        ({"keep": ["blocks.0.*"]}, "E-USE-01", "--keep with scheme bf16"),
-        ({"report": True}, "E-USE-01", "--report with scheme bf16"),
+        ({"keep": ["blocks.0.*"]}, "E-USE-01", "keep with scheme bf16"),
+        ({"report": True}, "E-USE-01", "report with scheme bf16"),
         ({"smoothing": {"transformer": {Q: torch.ones(64)}}}, "E-USE-01", "smoothing with scheme bf16"),
         ({"scale_rule": "amax"}, "E-USE-01", "scale rule 'amax' for bf16"),
         ({"scheme": "int8", "keep": ["*"]}, "E-QNT-01", "quantizes no layer"),

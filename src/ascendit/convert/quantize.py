@@ -79,8 +79,8 @@ def quantize(
     recipe: str | None = None,
     scale_rule: str | None = None,
     keep: Sequence[str] = (),
-    loras: Sequence[LoraSource | Path | str] = (),
-    lora_skip: Sequence[str] = (),
+    loras: Sequence[LoraSource | Path | str] | LoraSource | Path | str = (),
+    lora_skip: Sequence[str] | str = (),
     smoothing: Smoothing | None = None,
     calibrate: Calibrate | None = None,
     engine: str | None = None,
@@ -99,14 +99,14 @@ def quantize(
     `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as `default`); or
     `bf16` with `loras`, for a float folder in the dtype of the source. `recipe`: a name of `recipe_names()`
     or a TOML file. `scale_rule`: one of the scheme's in `mx.formats`. `keep`: patterns of layers that are not
-    quantized. `loras`: LoRA files that are folded first, in order: texts for `parse_lora`, paths or
-    LoraSources. `lora_skip`: groups of their keys to leave out, such as `image`. `smoothing`: expert ->
-    layer -> mul_scale, float32 [K], which is stored; weights are multiplied by 1 / mul_scale. `calibrate`: a
-    `pipeline.calibrate.Calibrator`, which runs the model to compute the smoothing. `engine`: write the format
-    of this engine. `copy`: copy other components instead of linking them. `resume`: continue a killed run
-    with the same arguments. `overwrite`: replace an output of ascendit. `force`: quantize even if a loss of
-    accuracy is known. `report`: measure SQNR; with a path, also write it to this .html or .json file.
-    `hash`: store the sha256 of every file in `ascendit.json`; doubles the run time. `dry_run`: only check.
+    quantized. `loras`: LoRA files that are folded first, see `lora_sources`. `lora_skip`: groups of their
+    keys to leave out, such as `image`. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is
+    stored; weights are multiplied by 1 / mul_scale. `calibrate`: a `pipeline.calibrate.Calibrator`, which
+    runs the model to compute the smoothing. `engine`: write the format of this engine. `copy`: copy other
+    components instead of linking them. `resume`: continue a killed run with the same arguments. `overwrite`:
+    replace an output of ascendit. `force`: quantize even if a loss of accuracy is known. `report`: measure
+    SQNR; with a path, also write it to this .html or .json file. `hash`: store the sha256 of every file;
+    doubles the run time. `dry_run`: only check and report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
@@ -115,14 +115,14 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
-    files = lora_sources(loras)
+    files, skip = lora_sources(loras), (lora_skip,) if isinstance(lora_skip, str) else tuple(lora_skip)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
         ("--recipe", _recipe_name(recipe)),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
         ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
-        ("--lora-skip", list(lora_skip)),
+        ("--lora-skip", list(skip)),
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
@@ -135,7 +135,7 @@ def quantize(
         recipe=load_recipe(recipe or "default", scheme, scale_rule),
         keep=tuple(keep),
         loras=files,
-        lora_skip=tuple(lora_skip),
+        lora_skip=skip,
         target=target_format(engine),
         smoothing=smoothing or {},
         calibrate=calibrate,

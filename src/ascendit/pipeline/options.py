@@ -183,7 +183,12 @@ class LoadOptions(Checked):
     lora_skip: Annotated[
         tuple[str, ...],
         BeforeValidator(_patterns),
-        Option("LoRA keys to leave out, by group: image; repeatable.", "GROUP", hidden=True, repeatable=True),
+        Option(
+            "LoRA keys to leave out: image, text or control; repeatable.",
+            "GROUP",
+            hidden=True,
+            repeatable=True,
+        ),
     ] = ()
     step_policy: Annotated[
         str | None,
