@@ -392,6 +392,11 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
         "E-CKP-04",
         "bitsandbytes",
     ),
+    "modelopt": (
+        lambda: quantizer(roles(weight=F32, weight_quantizer___amax=F32, weight_quantizer___scale=F32)),
+        "E-CKP-04",
+        "modelopt",
+    ),
     "quanto": (lambda: quantizer(roles(weight___data=I8, weight___scale=F32)), "E-CKP-04", "quanto"),
     "torchao": (lambda: quantizer(roles(_weight_qdata=I8, _weight_scale=F32)), "E-CKP-04", "torchao"),
     "nunchaku": (

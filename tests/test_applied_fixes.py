@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import ascendit
 from ascendit.cli import main as cli
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.option_text import command_line
+from ascendit.pipeline.job import prepare
+from ascendit.pipeline.options import LoadOptions
 
 DEMO = ("generate", "--demo", "a red circle", "--dry-run")
 CASES = """
@@ -118,6 +122,8 @@ inspect demo --layers --diff demo
 run demo hello
 info demo
 """.strip().splitlines()
+QUICK = CASES[::9]
+"""These run in every test run; the others, which are as fast but many, with the slow tests."""
 PROSE = ("correct the", "copy ", "download", "check ", "convert it", "pip install")
 """Fixes that are work outside a command line."""
 
@@ -204,7 +210,9 @@ def full(case: str) -> list[str]:
     return [command, *flags, *(["--dry-run"] if command in ("quantize", "repack", "run") else [])]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_the_fix_removes_the_error(case: str, run: Callable[[list[str]], AscenditError | None]) -> None:
     args = full(case)
     error = run(args)
@@ -217,3 +225,54 @@ def test_the_fix_removes_the_error(case: str, run: Callable[[list[str]], Ascendi
     again = run(call)
     if again is not None and not isinstance(again, EnvironmentProblem):
         raise AssertionError(f"{got} | {fix} | {shlex.join(call)} | {texts(again, call[0])}")
+
+
+# ---- in Python ----------------------------------------------------------------------------------
+
+CALLS: list[dict[str, Any]] = [
+    {"scheme": "w8a8"},
+    {"dtype": "bf16"},
+    {"vae_dtype": "fp16"},
+    {"device": "gpu"},
+    {"emulate": "yes"},
+    {"text_on": "gpu"},
+    {"max_memory": "much"},
+    {"nz": "perhaps"},
+    {"keep": 5},
+    {"num_frames": 16},
+    {"width": 65, "height": 64},
+    {"seed": -1},
+    {"num_inference_steps": 0},
+    {"solver": "eulr"},
+    {"guidance_scale": -1},
+    {"timesteps": [1000, 500], "num_inference_steps": 4},
+    {"torch_dtype": "bf16"},
+    {"steps": 3},
+    {"cfg": 3.5},
+    {"num_videos_per_prompt": 2},
+    {"step_policy": "0:w4a4"},
+]
+
+
+@pytest.mark.parametrize("arguments", CALLS, ids=lambda arguments: next(iter(arguments)))
+def test_the_fix_of_a_python_call_removes_the_error(arguments: dict[str, Any]) -> None:
+    with pytest.raises(AscenditError) as error:
+        prepared(arguments)
+    fix = error.value.fix
+    assert "--" not in fix
+    first = re.split(r"; |,? or ", fix)[0].partition(":")[0]
+    changed = {k: v for k, v in arguments.items() if k not in re.findall(r"\w+", first) or f"{k}=" in first}
+    for name, value in re.findall(r"(\w+)=(\[[^]]*\]|\"[^\"]*\"|[^\s,)]+)", first):
+        changed[name] = ast.literal_eval(value)
+    if "unknown argument" in error.value.got:
+        changed = {name: value for name, value in changed.items() if name not in arguments}
+    assert changed != arguments, fix
+    prepared(changed)
+
+
+def prepared(arguments: dict[str, Any]) -> object:
+    options = {name: value for name, value in arguments.items() if name in LoadOptions.model_fields}
+    fields = {name: value for name, value in arguments.items() if name not in options}
+    if unknown := {"torch_dtype"} & {*fields}:
+        return ascendit.load("demo", **{name: fields[name] for name in unknown})
+    return prepare(LoadOptions(model="demo", **options), "a red circle", **fields)

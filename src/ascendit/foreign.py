@@ -114,8 +114,8 @@ ADVICE = {
     " input_video src_video return_with_leftover_noise",
     "omit it: the solver sets its own sigmas; --timesteps 1000,750,500,250 sets the steps": "sigmas eta"
     " karras use_karras_sigmas simple beta_schedule denoise_schedule",
-    "omit it: one call makes one video; call it again with another --seed": "num_videos_per_prompt batch_size"
-    " num_outputs_per_prompt num_images_per_prompt batch n_iter samples repeat num_samples num_videos",
+    "omit it: one call of generate makes one video, of one seed": "num_videos_per_prompt batch_size"
+    " num_outputs_per_prompt num_images_per_prompt batch n_iter samples repeat num_samples",
     "--seed 42 instead of a generator": "generator rng",
     "omit it: the result is a Video; its frames are an array, video.frames": "output_type return_dict"
     " return_frames",
@@ -145,7 +145,7 @@ ADVICE = {
     "omit it: there is no server yet": "host port serve server_port base_url webui served_model_name",
     "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
     " from_flax subfolder",
-    "omit it: the name of the file selects the codec, as out.mp4, out.webm or out.gif": "codec crf"
+    "omit it: the name of the file selects the codec, as out.mp4, out.webm or out.gif": "codec"
     " bitrate video_codec pix_fmt video_format save_format",
 }
 """Advice -> names in other tools of options that ascendit does not have, or does not need."""

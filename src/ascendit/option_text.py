@@ -16,6 +16,7 @@ from contextlib import contextmanager
 KEYWORDS = {
     "--alpha": "alpha",
     "--base": "base",
+    "--crf": "crf",
     "--defaults": "defaults",
     "--device": "device",
     "--emulate": "emulate",
@@ -27,6 +28,7 @@ KEYWORDS = {
     "--keep": "keep",
     "--last-image": "last_image",
     "--lora": "loras",
+    "--lora-skip": "lora_skip",
     "--max-memory": "max_memory",
     "--negative": "negative_prompt",
     "--preset": "preset",
@@ -65,16 +67,18 @@ SEVERAL = {
 }
 """Flag with several numbers -> their keywords."""
 SETTABLE = frozenset(
-    "activation_rule attention boundary_ratio dtype fast_layernorm guidance_scale guidance_scale_2 height"
-    " max_sequence_length metadata model nz ops prompt schedule seconds timesteps vae_dtype width".split()
+    "activation_rule attention boundary_ratio dtype fast_layernorm guidance_scale guidance_scale_2"
+    " height max_sequence_length metadata model nz ops parts prompt schedule seconds timesteps"
+    " vae_dtype width".split()
 )
 """Keywords without a flag of the same value; `--set keyword=value` sets them."""
 COMMAND_LINE_ONLY = frozenset(
-    "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers --limit"
-    " --out --quality --quiet --report --seconds --seeds --self-check --verbose --version".split()
+    "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers"
+    " --limit --num-videos --out --prompts --quality --quiet --report --seconds --seeds --self-check"
+    " --sheet --verbose --version".split()
 )
 """Flags that Python has no keyword for; they stay in the text."""
-_LISTS = ("keep", "loras")
+_LISTS = ("keep", "lora_skip", "loras")
 _PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _FREE = frozenset("--base --image --keep --last-image --lora --negative".split())

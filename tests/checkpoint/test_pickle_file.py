@@ -220,9 +220,11 @@ def tensor(
     offset: bytes = b"K\0",
     shape: bytes = b"(K\x02K\x02t",
     strides: bytes = b"(K\x02K\x01t",
+    function: bytes = REBUILD,
+    last: bytes = b"",
 ) -> bytes:
     """A pickle {"a": tensor}, with changes."""
-    call = REBUILD + b"(" + storage + offset + shape + strides + b"\x89" + EMPTY + b"tR"
+    call = function + b"(" + storage + offset + shape + strides + b"\x89" + EMPTY + last + b"tR"
     return PROTOCOL + b"}X\x01\0\0\0a" + call + b"s."
 
 
@@ -332,6 +334,20 @@ def test_a_hostile_pickle_is_refused_and_never_run(
 def test_the_pickle_of_these_tests_is_valid(tmp_path: Path) -> None:
     file = archive(tmp_path / "x.pth", tensor())
     assert read_header(file)["a"].shape == torch.load(file, weights_only=True)["a"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("last", [b"\x88", b"K\x1d", b"ctorch_npu.npu._format\nFormat\nK\x1d\x85R"])
+def test_tensors_that_an_npu_saved(last: bytes, tmp_path: Path) -> None:
+    """`torch_npu.utils.storage` adds the format of the copy on the NPU: a flag, a number or a member."""
+    function = b"ctorch_npu.utils.storage\n_rebuild_npu_tensor\n"
+    storage = STORAGE.replace(b"X\x03\0\0\0cpu", b"X\x05\0\0\0npu:0")
+    plain, saved = (
+        read_header(archive(tmp_path / "x.pth", data))
+        for data in (tensor(), tensor(storage=storage, function=function, last=last))
+    )
+    assert {n: (x.shape, x.nbytes) for n, x in plain.items()} == {
+        n: (x.shape, x.nbytes) for n, x in saved.items()
+    }
 
 
 # ---- archives -----------------------------------------------------------------------------------

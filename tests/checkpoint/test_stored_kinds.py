@@ -102,7 +102,7 @@ def test_nan_in_fp8_is_kept_and_refused_by_check(tmp_path: Path) -> None:
     assert e.value.code == "E-QNT-01"
 
 
-def test_reports_name_the_kind_and_the_loss(tmp_path: Path) -> None:
+def test_reports_name_the_kind_and_the_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = INPUTS["all in one, scaled"]().write(tmp_path / "wan.safetensors")
     kinds = "all-in-one checkpoint, ComfyUI scaled fp8, read as BF16"
     report = inspect(source)
@@ -116,6 +116,9 @@ def test_reports_name_the_kind_and_the_loss(tmp_path: Path) -> None:
     for warnings in (done.as_dict()["warnings"], copied.as_dict()["warnings"]):
         assert any("precision of their file (ComfyUI scaled fp8), not of BF16" in x for x in warnings)
         assert any("which are not read from it" in x for x in warnings)
+    load_expert(read(source), None, bind("cpu"))
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "vae (1 tensor), which are not read from it" in warning
     assert copied.experts[0].rewritten == {"decoded to BF16": 10}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from ascendit.cli.prompts import Row, combinations, parse_seeds, read_prompts
 from ascendit.errors import UsageError
+from ascendit.option_text import command_line
 
 
 def test_lines_of_a_text_file(tmp_path: Path) -> None:
@@ -76,9 +77,9 @@ def test_seeds() -> None:
     ["", "-1", "3-1", "1,,2", "a", "1.5", "1,1", "0-3,2", "0-99999999999", str(2**63), "0-", "1;2"],
 )
 def test_seeds_that_are_refused(text: str) -> None:
-    with pytest.raises(UsageError) as e:
+    with command_line("generate"), pytest.raises(UsageError) as e:
         parse_seeds(text)
-    assert e.value.code == "E-USE-01"
+    assert e.value.code == "E-USE-01" and "--seed" in e.value.fix or "split" in e.value.fix
     if e.value.fix.startswith("--seed "):
         assert parse_seeds(e.value.fix.removeprefix("--seed "))
 

@@ -39,7 +39,11 @@ LINES = [
     ),
     (  # ComfyUI's names
         "generate --demo 'a cat' --cfg 5 --sampler_name dpmpp_2m --noise_seed 3 --denoise 1.0 --batch_size 2",
-        "ascendit generate 'a cat' --demo --guidance 5 --solver dpm++ --seed 3",
+        "ascendit generate 'a cat' --demo --guidance 5 --solver dpm++ --seed 3 --num-videos 2",
+    ),
+    (
+        "generate --demo --prompt_file p.txt --num_videos_per_prompt 2",
+        "ascendit generate --demo --prompts p.txt --num-videos 2",
     ),
     (  # vLLM-Omni
         "generate --model demo --prompt cat --boundary-ratio 0.9 --fps 8 --vae-use-tiling "

@@ -108,7 +108,7 @@ def test_experts_whose_recipes_differ(tmp_path):
         ({"step_policy": "0:w4a9"}, UsageError, "E-USE-01", "w4a9"),
         ({"step_policy": 5}, UsageError, "E-USE-01", "it has type int, not text"),
         ({"step_policy": "0:bf16"}, UsageError, "E-USE-01", "no layer is quantized"),
-        ({"scheme": "mxfp8", "activation_rule": 7}, UsageError, "E-USE-01", "activation_rule 7"),
+        ({"scheme": "mxfp8", "activation_rule": 7}, UsageError, "E-USE-01", "activation_rule=7"),
         ({"scheme": "mxfp8", "keep": "blocks.99.*"}, UsageError, "E-USE-05", "blocks.99"),
         ({"scheme": "mxfp8", "emulate": "sometimes"}, UsageError, "E-USE-01", "sometimes"),
         ({"scheme": "mxfp4", "activation_rule": "mxfp4=rceil"}, UsageError, "E-USE-01", "rceil"),

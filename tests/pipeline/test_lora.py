@@ -216,7 +216,7 @@ def test_a_skipped_group_of_keys(cascade: Path, files: dict[str, Path], tmp_path
     image = {f"diffusion_model.blocks.{i}.cross_attn.k_img.diff": torch.ones(64, 64) for i in range(2)}
     save_file(load_file(files["style"]) | image, tmp_path / "i2v.safetensors")
     lora = f"{tmp_path / 'i2v.safetensors'}:0.5"
-    assert "--lora-skip image" in refused("E-LRA-01", cascade, loras=lora).fix
+    assert 'lora_skip=["image"]' in refused("E-LRA-01", cascade, loras=lora).fix
     options: dict[str, Any] = {"loras": lora, "lora_skip": "image"}
     assert_same(contents(cascade, **options), contents(cascade, loras=f"{files['style']}:0.5"))
     prepared = prepare(LoadOptions(model=str(cascade), **options), PROMPT)
@@ -241,7 +241,9 @@ def test_stored_quantized_layers_are_refused(cascade: Path, files: dict[str, Pat
     ascendit.quantize(cascade, tmp_path / "int8", scheme="int8")
     error = refused("E-QNT-03", tmp_path / "int8", loras=texts(["low={style}:0.5"], files))
     assert f"{tmp_path / 'int8' / 'transformer_2'}, which is stored quantized (int8)" in error.got
-    assert f"--scheme int8 --lora transformer_2={files['style']}:0.5" in error.fix
+    assert f'scheme="int8" and loras=["transformer_2={files["style"]}:0.5"];' in error.fix
+    error = refused("E-QNT-03", tmp_path / "int8", loras=texts(CASES["everything"], files))
+    assert 'scheme="int8" and the same LoRA files;' in error.fix
     refused("E-QNT-01", tmp_path / "int8", scheme="bf16", loras=texts(["{style}"], files))
 
 
@@ -269,7 +271,7 @@ def test_a_file_for_a_missing_expert_and_a_skip_without_a_file(
     tiny_t2v_single: Path, files: dict[str, Path]
 ) -> None:
     assert "transformer_2" in refused("E-USE-01", tiny_t2v_single, loras=[f"low={files['style']}"]).got
-    assert "--lora FILE" in refused("E-USE-01", tiny_t2v_single, lora_skip="image").fix
+    assert 'loras=["FILE"]' in refused("E-USE-01", tiny_t2v_single, lora_skip="image").fix
     with pytest.raises(AscenditError, match="LoRA 7"):
         LoadOptions(model="demo", loras=[7])  # type: ignore[arg-type]
 

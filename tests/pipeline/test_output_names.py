@@ -99,4 +99,4 @@ def test_names_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names_of("a.mp4", two[:1], [1], WHEN) == ["a.mp4"]
     with pytest.raises(UsageError, match=r"'a\.avi'") as e:
         names_of("a.avi", two, [1, 2], WHEN)
-    assert e.value.fix == "-o a.mp4"
+    assert e.value.fix == 'save("a.mp4")'

@@ -258,7 +258,7 @@ def _check_free(dst: Path) -> None:
     kind = "link" if dst.is_symlink() else "folder" if dst.is_dir() else "file"
     raise UsageError(
         f"the output {dst} already exists: a {kind}",
-        needs="a name that does not exist: nothing is overwritten without --overwrite (overwrite=True)",
+        needs="a name that does not exist: nothing is overwritten without --overwrite",
         fix=f"{option_for(dst)}{_or_overwrite(dst)}",
         code="E-USE-03",
     )

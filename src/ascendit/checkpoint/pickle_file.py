@@ -1,25 +1,25 @@
-"""Read the header of a file of `torch.save` without PyTorch and without running code: its tensors, in detail.
+"""Read the header of a file of `torch.save` without PyTorch and without running code.
 
-Such a file is a zip archive of uncompressed members: `NAME/data.pkl`, a pickle of nested dicts in which a
-tensor is a call of a function of PyTorch, and `NAME/data/KEY`, the bytes of each storage. `pickle_program`
-evaluates the pickle as data. A tensor of the result is a `TensorInfo` of its bytes in the archive, so that
-`RowReader` streams it. Nothing is larger in memory than in the file.
+Such a file is a zip archive of uncompressed members: `NAME/data.pkl`, a pickle of nested dicts, and
+`NAME/data/KEY`, the bytes of each storage. `pickle_program` evaluates the pickle as data, with the functions
+of `pickle_tensors`. A tensor of the result is a `TensorInfo` of its bytes in the archive, so that `RowReader`
+streams it.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 import zipfile
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ascendit.checkpoint.pickle_program import Opaque, PickleDataError, UnknownGlobalError, evaluate
+from ascendit.checkpoint.pickle_program import ConvertibleError, PickleDataError, UnknownGlobalError, evaluate
+from ascendit.checkpoint.pickle_tensors import CALLS, PickledTensor, storages
 from ascendit.checkpoint.sources import FileState
-from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, TensorInfo
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 from ascendit.report import counted, shell_line
@@ -34,29 +34,9 @@ _MAX_PICKLE = 16 << 20
 """Bytes of `data.pkl`. A Wan model has 0.3 MB."""
 _MAX_LIST = 4 << 20
 """Bytes of the list of members. A Wan model has 0.1 MB."""
-_MAX_AXES = 8
 _MAX_DEPTH = 16
 """Limit of nested dicts with texts as keys."""
 
-_STORAGES = {
-    "Double": "F64",
-    "Float": "F32",
-    "Half": "F16",
-    "BFloat16": "BF16",
-    "ComplexFloat": "C64",
-    "Long": "I64",
-    "Int": "I32",
-    "Short": "I16",
-    "Char": "I8",
-    "Byte": "U8",
-    "Bool": "BOOL",
-}
-"""`torch.<key>Storage` -> safetensors dtype of its elements."""
-_DTYPES = {torch: dtype for dtype, torch in TORCH_DTYPES.items()}
-_OPAQUE = (
-    *("builtins.set", "builtins.frozenset", "builtins.complex", "builtins.bytearray", "_codecs.encode"),
-    *("collections.Counter", "torch.device", "torch.serialization._get_layout"),
-)
 _OTHER_TENSORS = {
     "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -80,35 +60,11 @@ class PickleFile:
     """Numbers, texts and None beside the tensors, such as an alpha."""
 
 
-@dataclass(frozen=True)
-class _Storage:
-    dtype: str | None
-    """None: untyped bytes."""
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor in the pickle, checked against its storage. `start`, `end`: bytes in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-    strides: tuple[int, ...] | None
-    """None: contiguous."""
-
-
 def is_archive(first: bytes) -> bool:
     """Whether a file with these first 8 bytes is a zip archive. A safetensors file begins with the same four
     if its header has 67,324,752 bytes, but the next four are then zero.
     """
     return first.startswith(ZIP) and any(first[4:8])
-
-
-class _ConvertibleError(PickleDataError):
-    """A problem that PyTorch has not: it reads the file."""
 
 
 def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> PickleFile:
@@ -124,12 +80,12 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
         if end - start > _MAX_PICKLE:
             raise PickleDataError(f"data.pkl of {end - start:,} bytes")
         file.seek(start)
-        top = evaluate(file.read(end - start), _CALLS, _storages(members))
+        top = evaluate(file.read(end - start), CALLS, storages(members))
         content = _choose(path, top)
-        named = {_name(name): value for name, value in content.items() if isinstance(value, _Tensor)}
+        named = {_name(name): value for name, value in content.items() if isinstance(value, PickledTensor)}
     except UnknownGlobalError as e:
         raise _unknown_global(path, str(e)) from e
-    except _ConvertibleError as e:
+    except ConvertibleError as e:
         raise _convertible(path, str(e)) from e
     except (ValueError, EOFError, zipfile.BadZipFile, struct.error, NotImplementedError) as e:
         raise _broken(path, str(e) or type(e).__name__) from e
@@ -149,7 +105,7 @@ def _name(name: object) -> str:
     return name
 
 
-def _info(path: Path, name: str, tensor: _Tensor, state: FileState | None) -> TensorInfo:
+def _info(path: Path, name: str, tensor: PickledTensor, state: FileState | None) -> TensorInfo:
     return TensorInfo(
         name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, strides=tensor.strides
     )
@@ -210,7 +166,7 @@ def _named(entry: zipfile.ZipInfo) -> str:
 def _data_offset(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """The offset of the bytes of a member, behind its local header."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        raise _ConvertibleError(f"{_named(entry)} is compressed")
+        raise ConvertibleError(f"{_named(entry)} is compressed")
     if entry.flag_bits & 0x1:
         raise PickleDataError(f"{_named(entry)} is encrypted")
     file.seek(entry.header_offset)
@@ -225,130 +181,7 @@ def _check_byte_order(file: BinaryIO, members: Mapping[str, tuple[int, int]]) ->
     start, end = members.get("byteorder", (0, 0))
     file.seek(start)
     if start and (order := file.read(min(end - start, 16))) != b"little":
-        raise _ConvertibleError(f"the byte order {order.decode('latin1')!r}, not 'little'")
-
-
-# ---- the values of the pickle -------------------------------------------------------------------
-
-
-def _storages(members: Mapping[str, tuple[int, int]]) -> Callable[[object], _Storage]:
-    """A function of the persistent id of a storage in the pickle."""
-
-    def storage(key: object) -> _Storage:
-        match key:
-            case ("storage", _Type() as kind, str(name), str(), int(count)):
-                start, end = members.get(f"data/{name}", (0, -1))
-                bits = 8 if kind.dtype is None else DTYPE_BITS[kind.dtype]
-                if end - start != count * bits // 8:
-                    raise PickleDataError(f"the storage {name!r:.40} is missing, or has another size")
-                return _Storage(kind.dtype, start, end - start)
-        raise PickleDataError("a reference that is no storage of a tensor")
-
-    return storage
-
-
-@dataclass(frozen=True)
-class _Type:
-    """A class of storages, or a dtype. `dtype`: of safetensors; None: untyped storage."""
-
-    dtype: str | None
-
-
-def _calls() -> dict[str, Any]:
-    calls: dict[str, Any] = {
-        "collections.OrderedDict": _empty_dict,
-        "torch.Size": _naturals,
-        "torch.Tensor": _Type(None),
-        "torch.nn.parameter.Parameter": _Type(None),
-        "torch.storage.UntypedStorage": _Type(None),
-        "torch._utils._rebuild_tensor": _typed,
-        "torch._utils._rebuild_tensor_v2": _typed,
-        "torch._utils._rebuild_tensor_v3": _untyped,
-        "torch._utils._rebuild_parameter": lambda tensor, *_: _is_tensor(tensor),
-        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: _is_tensor(tensor),
-        "torch._tensor._rebuild_from_type_v2": _with_attributes,
-    }
-    calls |= {f"torch.{name}Storage": _Type(dtype) for name, dtype in _STORAGES.items()}
-    calls |= {f"torch.{name}": _Type(dtype) for name, dtype in _DTYPES.items()}
-    calls |= dict.fromkeys(_OPAQUE, lambda *_: Opaque())
-    return calls
-
-
-def _empty_dict() -> dict[Any, Any]:
-    return {}
-
-
-def _is_tensor(value: object) -> _Tensor:
-    if not isinstance(value, _Tensor):
-        raise PickleDataError("a parameter that is no tensor")
-    return value
-
-
-def _with_attributes(function: object, kind: object, arguments: object, *_: object) -> _Tensor:
-    """A tensor or parameter with attributes of its own, which are ignored."""
-    if function not in (_typed, _untyped) or kind != _Type(None) or type(arguments) is not tuple:
-        raise PickleDataError("a tensor of a class of its own")
-    return function(*arguments[:9])
-
-
-def _typed(storage: object, offset: object, shape: object, strides: object, *options: object) -> _Tensor:
-    """`_rebuild_tensor_v2`. `options`: requires_grad, hooks, metadata."""
-    if not isinstance(storage, _Storage) or storage.dtype is None or any(options[2:]):
-        raise PickleDataError("a tensor with an unknown storage or metadata")
-    return _tensor(storage, storage.dtype, offset, shape, strides)
-
-
-def _untyped(storage: object, offset: object, shape: object, strides: object, *options: object) -> _Tensor:
-    """`_rebuild_tensor_v3`. `options`: requires_grad, hooks, dtype, metadata."""
-    dtype = options[2].dtype if len(options) > 2 and isinstance(options[2], _Type) else None
-    if not isinstance(storage, _Storage) or dtype is None or any(options[3:]):
-        raise PickleDataError("a tensor with an unknown storage, dtype or metadata")
-    return _tensor(storage, dtype, offset, shape, strides)
-
-
-def _tensor(storage: _Storage, dtype: str, offset: object, shape: object, strides: object) -> _Tensor:
-    """Check a tensor against its storage: its elements are inside, and each is there once."""
-    shape, strides = _naturals(shape), _naturals(strides)
-    (first,) = _naturals((offset,))
-    if len(shape) != len(strides):
-        raise PickleDataError("a tensor with another number of strides than of axes")
-    nbytes, count = DTYPE_BITS["U8" if dtype == "F4" else dtype] // 8, math.prod(shape)
-    last = (
-        first + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if count
-        else first - 1
-    )
-    if (last + 1) * nbytes > storage.nbytes:
-        raise PickleDataError(f"a tensor of shape {list(shape)}, larger than its storage")
-    if count * nbytes > storage.nbytes:
-        raise _ConvertibleError(f"a tensor of shape {list(shape)} that repeats elements of its storage")
-    start, end = (storage.start + index * nbytes for index in (first, last + 1))
-    strided = count > 0 and not _contiguous(shape, strides)
-    if dtype == "F4":
-        if not shape or strided:
-            raise PickleDataError("an FP4 tensor that is not contiguous")
-        shape = (*shape[:-1], 2 * shape[-1])
-    return _Tensor(dtype, shape, start, end, strides if strided else None)
-
-
-def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    size = 1
-    for n, stride in zip(shape[::-1], strides[::-1], strict=True):
-        if n != 1 and stride != size:
-            return False
-        size *= n
-    return True
-
-
-def _naturals(values: object) -> tuple[int, ...]:
-    correct = type(values) is tuple and len(values) <= _MAX_AXES
-    if not correct or not all(type(v) is int and 0 <= v < 2**48 for v in values):  # type: ignore[attr-defined]
-        raise PickleDataError("a tensor with an invalid shape, stride or offset")
-    return values  # type: ignore[return-value]
-
-
-_CALLS = _calls()
-"""The names that a pickle of tensors may have; only functions are called."""
+        raise ConvertibleError(f"the byte order {order.decode('latin1')!r}, not 'little'")
 
 
 # ---- the state dict -----------------------------------------------------------------------------
@@ -357,13 +190,13 @@ _CALLS = _calls()
 def _choose(path: Path, top: object) -> dict[Any, Any]:
     """The only dict in the pickle that has tensors; programs save it beside numbers and other dicts."""
     if not isinstance(top, dict):
-        kind = "one tensor" if isinstance(top, _Tensor) else f"one {type(top).__name__}"
+        kind = "one tensor" if isinstance(top, PickledTensor) else f"one {type(top).__name__}"
         raise _no_state_dict(path, kind)
     waiting = deque[tuple[tuple[str, ...], dict[Any, Any]]]([((), top)])
     visited, chosen = {id(top)}, dict[tuple[str, ...], dict[Any, Any]]()
     while waiting:
         keys, item = waiting.popleft()
-        if any(isinstance(value, _Tensor) for value in item.values()):
+        if any(isinstance(value, PickledTensor) for value in item.values()):
             chosen[keys] = item
         for name, value in item.items():
             if isinstance(value, dict) and isinstance(name, str) and id(value) not in visited:

@@ -26,6 +26,10 @@ class PickleDataError(ValueError):
     """The reason why a pickle cannot be read as data."""
 
 
+class ConvertibleError(PickleDataError):
+    """A problem that PyTorch has not: it reads the file."""
+
+
 class UnknownGlobalError(PickleDataError):
     """The pickle names a class or function that is not in the table: `module.name`."""
 

@@ -115,6 +115,11 @@ KINDS: dict[str, Kind] = {
         roles=r"absmax|quant_map|nested_absmax|nested_quant_map|bitsandbytes__\w+|SCB",
         methods=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
     ),
+    "modelopt": Kind(
+        label="modelopt (simulated quantization)",
+        marks="`weight_quantizer._amax`, `input_quantizer._amax`",
+        roles="_amax|_pre_quant_scale",
+    ),
     "quanto": Kind(
         label="quanto",
         marks="`<layer>.weight._data`, `<layer>.weight._scale`",

@@ -23,6 +23,13 @@ SPECIAL = {"output": "-o", "dst": "-o", "config": "--config", "size": "--size", 
 SPECIAL |= {"timesteps": "--timesteps", "guidance_scale": "--guidance"}
 SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 POSITIONAL = ("model", "prompt")
+MANY = {
+    **dict.fromkeys(
+        "num_videos_per_prompt num_images_per_prompt batch_size num_samples n_iter".split(), "--num-videos"
+    ),
+    **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
+}
+"""Name in another tool -> the flag of `generate`, which Python does not have."""
 COMMON = {"-q": False, "--quiet": False, "-v": False, "--verbose": False, "-h": False, "--help": False}
 
 
@@ -103,6 +110,8 @@ def _replace(line: Line, flag: str, value: str | None, name: str, options: Mappi
         return
     elif other in SETTINGS and "--set" in options:
         new = _setting(SETTINGS[other], value, options)
+    elif (many := MANY.get(other)) in options and value is not None:
+        new = [str(many), value]
     elif advice := ADVICE_FOR.get(other):
         line.notes.append(f"{flag}: {advice.removeprefix('omit it: ')}")
         return

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import native_on, no_matmul_for
 from ascendit.errors import UsageError
+from ascendit.foreign import value_for
+from ascendit.option_text import option
 from ascendit.quant.schemes import QUANTIZED
 
-DENOISER_DTYPES = ("float32", "bfloat16", "float16")
-"""Allowed dtypes of the denoiser."""
+DTYPES = {"dtype": ("float32", "bfloat16", "float16"), "vae_dtype": ("float32", "bfloat16")}
+"""Option -> the dtypes that it takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +103,11 @@ class Device:
         """Whether `attention=` can select between several dense attention kernels."""
         return self.operators == "npu"
 
-    def dtype_name(self, dtype: object) -> str | None:
-        """torch's name of the denoiser's dtype; None for the stored dtype.
+    def dtype_name(self, dtype: object, keyword: str = "dtype") -> str | None:
+        """torch's name of a dtype, by default the denoiser's; None for the stored dtype.
 
-        `dtype`: such a name, a torch.dtype, or None for this device's default. Raises UsageError (E-USE-01)
-        for a dtype not in `DENOISER_DTYPES`.
+        `dtype`: such a name, a torch.dtype, or None for this device's default. `keyword`: the option that
+        sets it. Raises UsageError (E-USE-01) for a dtype not in `DTYPES[keyword]`.
         """
         if dtype is None:
             name = self.backend.dtype
@@ -113,11 +115,11 @@ class Device:
             name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
         if name == "float64" and self.backend.has_float64:
             return name  # only for tests that need an oracle
-        if name is not None and name not in DENOISER_DTYPES:
+        if name is not None and name not in (choices := DTYPES[keyword]):
             raise UsageError(
-                f"dtype={name} on {self}",
-                needs=" or ".join(DENOISER_DTYPES),
-                fix="--set dtype=bfloat16",
+                f"{keyword}={name} on {self}",
+                needs=" or ".join(choices),
+                fix=option(keyword, value_for(keyword, name, choices) or "bfloat16"),
             )
         return name
 

@@ -29,7 +29,7 @@ from ascendit.ops.operators import Ops
 from ascendit.progress import Advance
 from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import scheme_after_reading
-from ascendit.weights.applied_recipe import AppliedRecipe
+from ascendit.weights.applied_recipe import AppliedRecipe, stored_warnings
 from ascendit.weights.recipe_steps import RecipeSteps
 from ascendit.weights.shards import LayerShards, columns_of, cut_steps, shard_of
 from ascendit.weights.tensor_steps import no_progress, run_steps, stored_steps, to_float32
@@ -59,6 +59,8 @@ def load_expert(
     """
     config = model_config(expert)
     warn_about_attention(expert.name, expert.attention.values(), expert.path)
+    for text in stored_warnings(expert, precision=applied is not None):
+        log.warning(text)
     with torch.device("meta"):
         model = WanTransformer(config, ops)
     with RowReader() as reader:

@@ -124,11 +124,11 @@ def _on_quantized(expert: Expert, schemes: set[str], loras: Sequence[LoraSource]
     """The error E-QNT-03 for LoRA files on weights that are stored quantized."""
     names = sorted(schemes - {"bf16"})
     how = f"--scheme {names[0]}" if len(names) == 1 else "the same --recipe"
-    flags = " ".join(f"--lora {shell_line([str(lora)])}" for lora in loras)
+    files = f"--lora {shell_line([str(loras[0])])}" if len(loras) == 1 else "the same LoRA files"
     return UsageError(
         f"a LoRA for {expert.path}, which is stored quantized ({', '.join(names) or 'smoothed'})",
         needs="float weights: a LoRA is added before quantizing, and quantizing twice compounds the error",
-        fix=f"pass the BF16 model with {how} {flags}; `ascendit quantize` takes the same flags",
+        fix=f"pass the BF16 model with {how} and {files}; `ascendit quantize` takes the same options",
         code="E-QNT-03",
     )
 

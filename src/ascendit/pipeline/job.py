@@ -130,7 +130,10 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)
     shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
-    dtype, vae_dtype = device.dtype_name(options.dtype), device.dtype_name(options.vae_dtype or "float32")
+    dtype, vae_dtype = (
+        device.dtype_name(options.dtype),
+        device.dtype_name(options.vae_dtype or "float32", "vae_dtype"),
+    )
     return PreparedModel(
         options=options,
         layout=layout,
@@ -254,9 +257,8 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
     while it loads, as `ascendit.quantize` does; `loras` are added to the float weights first. `on_progress`
-    is called with each Progress event. Raises
-    UsageError (E-USE-01) for an unknown keyword, the errors of `prepare_model` before any weight is read, and
-    those of `load.build`.
+    is called with each Progress event. Raises UsageError (E-USE-01) for an unknown keyword, the errors of
+    `prepare_model` before any weight is read, and those of `load.build`.
     """
     if unknown := {name: options[name] for name in options if name not in LoadOptions.model_fields}:
         allowed = {*LoadOptions.model_fields, "on_progress"} - {"model"}

@@ -281,7 +281,7 @@ def _check_crf(target: OutputTarget, crf: int | None) -> None:
     if not largest:
         name = "frames" if target.kind in ("png", "folder") else f"a {target.kind}"
         rule = "a file whose encoder has a rate factor: .mp4, .mov, .mkv or .webm"
-        raise UsageError(f"crf {crf!r} for {name}", needs=rule, fix="omit --crf (crf=)")
+        raise UsageError(f"crf {crf!r} for {name}", needs=rule, fix="omit --crf")
     if isinstance(crf, bool) or not isinstance(crf, int) or not 0 <= crf <= largest:
         rule = f"a whole number from 0 (best) to {largest} (smallest file)"
         raise UsageError(f"crf {crf!r}", needs=rule, fix=f"--crf {CRF}")

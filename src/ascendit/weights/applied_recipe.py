@@ -187,9 +187,9 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -
     return list(dict.fromkeys(texts))
 
 
-def stored_warnings(expert: Expert) -> list[str]:
-    """Warnings about the kind of file of a source: values that have lost precision, unused tensors."""
-    lost = [KINDS[kind].label for kind in expert.kinds if KINDS[kind].requantized]
+def stored_warnings(expert: Expert, *, precision: bool = True) -> list[str]:
+    """Warnings about the kind of file of a source: lost precision, if `precision`, and unused tensors."""
+    lost = [KINDS[kind].label for kind in expert.kinds if precision and KINDS[kind].requantized]
     text = f"the weights of {expert.name} have the precision of their file ({', '.join(lost)}), not of BF16"
     return [*([text] if lost else []), *(f"{expert.name}: {note}" for note in expert.notes)]
 
