@@ -53,8 +53,10 @@ def _stacked(row: Sequence[str], indent: str, width: int) -> Iterator[str]:
         yield from wrapped(f"{indent}  ", others, width)
 
 
-def wrapped(head: str, text: str, width: int) -> list[str]:
-    """`head` and `text` in lines of at most `width` columns, as far as the words allow."""
+def wrapped(head: str, text: str, width: int | None) -> list[str]:
+    """`head` and `text` in lines of at most `width` columns, as far as the blanks allow; None: one line."""
+    if width is None:
+        return [f"{head}{text}".rstrip()]
     indent = " " * len(head)
     options: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": "  "}
     texts = textwrap.wrap(text, max(width - len(head), 8), **options) or [""]

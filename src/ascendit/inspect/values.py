@@ -20,7 +20,7 @@ from ascendit.names import sort_names
 from ascendit.pages import charts
 from ascendit.pages.page import Cell, Figure, Section, Table
 from ascendit.progress import Meter, OnProgress
-from ascendit.report import columns, counted, group_by, selected
+from ascendit.report import columns, counted, group_by, selected, wrapped
 from ascendit.weights.decoded_rows import layer_rows
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class ValueDiff:
         lines = []
         worst = group_by(self.worst, lambda row: row.part)
         for part, rows in group_by(self.rows, lambda row: row.part).items():
-            lines += ["", f"{part}   {_summary_text(_summary(rows))}"]
+            lines += ["", *wrapped(f"{part}   ", _summary_text(_summary(rows)), width)]
             if shown := worst.get(part, [])[:MAX_ROWS]:
                 head = ("SQNR", "max difference", "values that differ", "worst first", "A -> B")
                 lines += columns([head, *(row.cells() for row in shown)], indent="  ", width=width)
