@@ -24,7 +24,9 @@ SPECIAL |= {"timesteps": "--timesteps", "guidance_scale": "--guidance"}
 SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 POSITIONAL = ("model", "prompt")
 MANY = {
-    **dict.fromkeys("num_videos_per_prompt num_images_per_prompt num_samples n_iter".split(), "--num-videos"),
+    **dict.fromkeys(
+        "num_videos_per_prompt num_outputs_per_prompt batch_size num_samples n_iter".split(), "--num-videos"
+    ),
     **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
 }
 """Name in another tool -> the flag of `generate`, which Python does not have."""
