@@ -31,6 +31,7 @@ KEYWORDS = {
     "--lora-skip": "lora_skip",
     "--max-memory": "max_memory",
     "--negative": "negative_prompt",
+    "--part": "parts",
     "--preset": "preset",
     "--recipe": "recipe",
     "--scale-rule": "scale_rule",
@@ -68,7 +69,7 @@ SEVERAL = {
 """Flag with several numbers -> their keywords."""
 SETTABLE = frozenset(
     "activation_rule attention boundary_ratio dtype fast_layernorm guidance_scale guidance_scale_2"
-    " height max_sequence_length metadata model nz ops parts prompt schedule seconds timesteps"
+    " height max_sequence_length metadata model nz ops prompt schedule seconds timesteps"
     " vae_dtype width".split()
 )
 """Keywords without a flag of the same value; `--set keyword=value` sets them."""
@@ -78,7 +79,7 @@ COMMAND_LINE_ONLY = frozenset(
     " --sheet --verbose --version".split()
 )
 """Flags that Python has no keyword for; they stay in the text."""
-_LISTS = ("keep", "lora_skip", "loras")
+_LISTS = ("keep", "lora_skip", "loras", "parts")
 _PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _FREE = frozenset("--base --image --keep --last-image --lora --negative".split())

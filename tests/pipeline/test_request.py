@@ -28,9 +28,8 @@ RATE_RULE = "frames per second from 1 to 240: a number as 24 or 23.976, or a fra
 
 
 def text_of(error: pytest.ExceptionInfo[UsageError]) -> tuple[str, str, str, str]:
-    e = error.value
     with command_line():
-        return e.got, e.needs, e.fix, e.code
+        return error.value.got, error.value.needs, error.value.fix, error.value.code
 
 
 # --- filling
@@ -259,8 +258,7 @@ def test_both_frames_in_the_message_are_legal_and_nearest(frames: int) -> None:
         resolve(CASCADE, "a", num_frames=frames)
     low, high = map(int, re.findall(r"num_frames=(\d+)", error.value.fix))
     assert low < frames < high == low + 4
-    assert resolve(CASCADE, "a", num_frames=low).num_frames == low
-    assert resolve(CASCADE, "a", num_frames=high).num_frames == high
+    assert [resolve(CASCADE, "a", num_frames=n).num_frames for n in (low, high)] == [low, high]
 
 
 @pytest.mark.parametrize(
@@ -294,9 +292,8 @@ def test_both_sizes_in_the_message_are_legal(width: int, height: int, defaults: 
         return
     with pytest.raises(RequestError) as error:
         resolve(defaults, "a", width=width, height=height)
-    sizes = re.findall(r"width=(\d+), height=(\d+)", error.value.fix)
-    assert sizes
-    for w, h in ((int(w), int(h)) for w, h in sizes):
+    for w, h in re.findall(r"width=(\d+), height=(\d+)", error.value.fix) or [(0, 0)]:
+        w, h = int(w), int(h)
         assert resolve(defaults, "a", width=w, height=h).width == w
         assert (abs(w - width) < m or w <= 2 * m) and (abs(h - height) < m or h <= 2 * m)
 

@@ -25,7 +25,9 @@ SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 POSITIONAL = ("model", "prompt")
 MANY = {
     **dict.fromkeys(
-        "num_videos_per_prompt num_images_per_prompt batch_size num_samples n_iter".split(), "--num-videos"
+        "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt batch_size num_samples"
+        " n_iter".split(),
+        "--num-videos",
     ),
     **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
 }
