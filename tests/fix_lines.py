@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+import shell
+
 from ascendit.option_text import _PROSE, COMMAND_LINE_ONLY, KEYWORDS, SEVERAL, SWITCHES, python_text
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|\$'[^']*'|(?:[^\s,;`()\"']|,(?=[^\s,;]))+"
@@ -74,7 +76,7 @@ def problems(fix: str) -> Iterator[str]:
 def command_problems(line: str) -> Iterator[str]:
     if not line.startswith("ascendit"):
         return
-    words = shlex.split(line)
+    words = shell.split(line) if "$'" in line else shlex.split(line)
     if words[-1:] == ["X1"] and words[0] == "ascendit":
         return  # variable arguments
     from ascendit.cli import main as cli

@@ -219,7 +219,7 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
         f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
         needs=(f"{_gib(requested[1])} more" if requested else "more memory")
         + (f"; {available} is free" if available else ""),
-        fix="use a smaller size or fewer frames; --text-on drop frees the text encoder after use",
+        fix="use a smaller --size or fewer --frames; --text-on drop frees the text encoder after use",
     )
 
 

@@ -91,6 +91,8 @@ _COMMAND = rf"(?<![\w`/.-])`?ascendit [a-z]+(?: (?:{_VALUE}))*`?"
 _NO_VALUE = rf"(?!-|`|(?:{'|'.join(_PROSE.split())})(?=[\s,;)]|$))"
 _FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>{_NO_VALUE}(?:{_VALUE})))?"
 _TEXT = re.compile(rf"(?P<command>{_COMMAND})|{_FLAG}")
+_REPEATED = re.compile(r"\b(\w+)=\[([^]]*)\], \1=\[")
+"""A flag that was repeated: its values become one list."""
 _OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")
 
 SET_ONLY = {
@@ -150,7 +152,10 @@ def python_text(text: str) -> str:
         adjacent = after_flag and between == " " and match["flag"]
         pieces += [", " if adjacent else between, _in_python(match) if match["flag"] else match[0]]
         end, after_flag = match.end(), match["flag"] is not None
-    return "".join([*pieces, text[end:]])
+    text = "".join([*pieces, text[end:]])
+    while (joined := _REPEATED.sub(r"\1=[\2, ", text)) != text:
+        text = joined
+    return text
 
 
 def _in_python(match: re.Match[str]) -> str:

@@ -88,7 +88,7 @@ def test_layers_and_diff_exclude_each_other(run, tmp_path):
     assert ended.err.splitlines() == [
         "error[E-USE-01]: --layers and --diff",
         "  needs  one of them",
-        "  try    omit one; --diff --json lists all",
+        "  try    omit --layers; --json lists the differences of all layers",
     ]
 
 

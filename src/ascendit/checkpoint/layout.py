@@ -28,7 +28,7 @@ from ascendit.checkpoint.part_names import recognise_part
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
 from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
 from ascendit.checkpoint.weight_files import Shards
-from ascendit.checkpoint.weight_sets import NUMBERED, WEIGHT_SUFFIXES, is_numbered_set, weights_in
+from ascendit.checkpoint.weight_sets import NUMBERED, WEIGHT_SUFFIXES, is_complete_set, weights_in
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 from ascendit.report import shell_line
@@ -350,7 +350,7 @@ def _export_part(folder: Path, name: str, files: Sequence[str], config: dict[str
     indexes = sorted(folder.glob("quant_model_weight*.safetensors.index.json"))
     if len(indexes) == 1 and set(files) <= _named_by(indexes[0]):
         return Part(name, folder, config=config, index=indexes[0])
-    if indexes or not (len(files) == 1 or is_numbered_set(files)):
+    if indexes or not is_complete_set(files):
         names = [*files, *(p.name for p in indexes)]
         raise CheckpointError(
             f"{folder} has the weights of several exports, or an incomplete export: {listed(names, 8)}",
@@ -392,12 +392,10 @@ def _by_weights(folder: Path, name: str) -> Recognised | None:
             return None
         return "wan" if naming == "wan" else "transformer", [Part(name, folder)]
     files = weights_in(folder)
-    if (folder / "config.json").exists() or not files:
+    if (folder / "config.json").exists() or not is_complete_set(files):
         return None
     if len(files) == 1:
         return "file", [Part(name, folder / files[0], files=(folder / files[0],))]
-    if not is_numbered_set(files):
-        return None
     naming = naming_of(Shards.from_files([folder / file for file in files]).tensors)
     return "wan" if naming == "wan" else "transformer", [Part(name, folder)]
 

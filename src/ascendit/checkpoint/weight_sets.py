@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
+from ascendit.report import counted
 
 PICKLED = (".bin", ".pth", ".pt", ".ckpt")
 """Endings of files of torch.save."""
@@ -60,8 +61,10 @@ def weight_set(folder: Path, stem: str) -> tuple[Path | None, tuple[Path, ...]]:
         (files,) = variants.values()
         if index := next((name for name in files if name.endswith(".json")), None):
             return folder / index, ()
-    if len(files) > 1:
-        check_numbered(folder, files)
+    if files and not is_complete_set(files):
+        raise _ambiguous(
+            folder, files, f"{counted(len(files), 'weight file')} without an index: {listed(files)}"
+        )
     return None, tuple(folder / name for name in files)
 
 
@@ -75,19 +78,15 @@ def _variants(stem: str, names: Iterable[str]) -> dict[str, list[str]]:
     return variants
 
 
-def is_numbered_set(names: Sequence[str]) -> bool:
-    """Whether `names` are all files of one numbered set."""
+def is_complete_set(names: Sequence[str]) -> bool:
+    """Whether `names` are one file, or all files of one numbered set."""
     matches = [match for name in names if (match := NUMBERED.fullmatch(name))]
+    if not matches:
+        return len(names) == 1
     sets = {(m["stem"], m["count"], m["variant"], m["suffix"]) for m in matches}
     numbers = sorted(int(m["number"]) for m in matches)
-    complete = bool(matches) and numbers == list(range(1, int(matches[0]["count"]) + 1))
+    complete = numbers == list(range(1, int(matches[0]["count"]) + 1))
     return len(matches) == len(names) and len(sets) == 1 and complete
-
-
-def check_numbered(folder: Path, names: Sequence[str]) -> None:
-    """Raise CheckpointError (E-CKP-03) unless `names` are all files of one numbered set."""
-    if not is_numbered_set(names):
-        raise _ambiguous(folder, names, f"{len(names)} weight files without an index: {listed(names)}")
 
 
 def _ambiguous(folder: Path, names: Sequence[str], problem: str) -> CheckpointError:

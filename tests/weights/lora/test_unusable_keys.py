@@ -154,7 +154,7 @@ def test_image_layers_on_a_model_without_image_input(tmp_path: Path, name: str) 
     error = refused(tmp_path, tensors)
     assert "2 of 2 keys" in error.got
     assert "has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model" in error.got
-    assert error.fix == "use a LoRA for this model, or add --lora-skip image"
+    assert error.fix == 'use a LoRA for this model, or add lora_skip=["image"]'
     source = LoraSource(tmp_path / "a.safetensors")
     assert len(Folds.open([source], "transformer", shapes(**IMAGE)).names) == 1
 
@@ -186,25 +186,25 @@ def test_only_the_named_group_is_skipped(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", PAIR | IMAGE_KEYS | TEXT_KEYS)
     with pytest.raises(CheckpointError) as e:
         Folds.open([source], "transformer", shapes())
-    assert e.value.fix.endswith("add --lora-skip image --lora-skip text")
+    assert e.value.fix.endswith('add lora_skip=["image", "text"]')
     with pytest.raises(CheckpointError) as e:
         Folds.open([source], "transformer", shapes(), skip=["image"])
     assert "2 of 10 keys cannot be used: lora_te1_encoder_q" in e.value.got
-    assert e.value.fix.endswith("add --lora-skip text")
+    assert e.value.fix.endswith('add lora_skip=["text"]')
     assert Folds.open([source], "transformer", shapes(), skip=["image", "text"]).names
     source = save(tmp_path / "b.safetensors", IMAGE_KEYS | {f"{Q}x.diff": DOWN})
     with pytest.raises(CheckpointError) as e:
         Folds.open([source], "transformer", shapes(), skip=["image"])
-    assert "1 of 7 keys" in e.value.got and "--lora-skip" not in e.value.fix
+    assert "1 of 7 keys" in e.value.got and "lora_skip" not in e.value.fix
 
 
 def test_groups_that_do_not_exist_or_have_no_key(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", PAIR)
-    with pytest.raises(UsageError, match="--lora-skip imgs") as e:
+    with pytest.raises(UsageError, match=r'lora_skip=\["imgs"\]') as e:
         Folds.open([source], "transformer", shapes(), skip=["imgs"])
     assert (e.value.code, e.value.needs) == ("E-USE-01", "a group of keys: image, text, control")
     folds = Folds.open([source], "transformer", shapes(), skip=["image"])
-    with pytest.raises(UsageError, match="--lora-skip image matches no key") as e:
+    with pytest.raises(UsageError, match=r'lora_skip=\["image"\] matches no key') as e:
         require_skipped(["image"], [folds])
     assert e.value.code == "E-USE-05"
 
