@@ -27,6 +27,7 @@ from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError, UsageError
+from ascendit.report import shell_line
 from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
 
 if TYPE_CHECKING:
@@ -68,12 +69,7 @@ def open_file(path: Path) -> LoraFile:
     E-CKP-02 for a damaged file, E-LRA-01 for a file without keys.
     """
     if not path.exists():
-        raise UsageError(
-            f"no LoRA file at {path}",
-            needs="FILE[:WEIGHT], transformer=FILE[:WEIGHT] or transformer_2=FILE[:WEIGHT]",
-            fix="correct the path",
-            code="E-USE-02",
-        )
+        raise _missing(str(path))
     if path.is_dir() or path.suffix != ".safetensors":
         raise _not_safetensors(path)
     infos = read_header(path)
@@ -88,6 +84,33 @@ def adapter_file(path: Path) -> Path:
     files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
     files = [file for file in files if file.name in _ADAPTER_NAMES] or files
     return files[0] if len(files) == 1 else path
+
+
+def _missing(text: str) -> UsageError:
+    """The error for a path without a file, as the name of a repository, a URL or an unknown expert."""
+    needs = "FILE[:WEIGHT], transformer=FILE[:WEIGHT] or transformer_2=FILE[:WEIGHT]"
+    fix = "correct the path"
+    hub, _, rest = text.partition(":")
+    name, equals, file = text.partition("=")
+    if hub in ("hf", "ms", "http", "https"):
+        needs = "a file on this machine; ascendit downloads models, but no LoRA files"
+        fix = f"{_download(hub, rest)}, and pass the path of the file"
+    elif equals and name.isidentifier():
+        example = shell_line([f"low={file}"])
+        fix = f"correct the path, or write high= or low= instead of {name}=, as --lora {example}"
+    return UsageError(f"no LoRA file at {text}", needs=needs, fix=fix, code="E-USE-02")
+
+
+def _download(hub: str, rest: str) -> str:
+    """The shell command that downloads `hub:rest`, `org/name[@revision][/file]` or the rest of a URL."""
+    if hub.startswith("http"):
+        return shell_line(["curl", "-LO", f"{hub}://{rest.lstrip('/')}"])  # a path has lost one slash
+    org, _, others = rest.partition("/")
+    repo, _, file = others.partition("/")
+    repo, _, revision = repo.partition("@")
+    version = ["--revision", revision] if revision else []
+    program = "hf" if hub == "hf" else "modelscope"
+    return shell_line([program, "download", f"{org}/{repo}", *filter(None, [file]), *version])
 
 
 def _not_safetensors(path: Path) -> UsageError:
