@@ -13,6 +13,7 @@ from ascendit.checkpoint.tensor_info import DTYPE_BITS, common_dtype
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError
+from ascendit.option_text import option
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.report import shell_line
@@ -66,17 +67,17 @@ class Online:
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         if lora_skip and not loras:
             raise UsageError(
-                f"lora_skip {' '.join(lora_skip)} without a LoRA",
-                needs="a LoRA file: lora_skip leaves out some of its keys",
-                fix="add --lora FILE, or omit lora_skip",
+                f"{option('lora_skip', ' '.join(lora_skip))} without a LoRA",
+                needs="a LoRA file: --lora-skip leaves out some of its keys",
+                fix="add --lora FILE, or omit --lora-skip",
             )
         files = (tuple(loras), tuple(lora_skip))
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
-                    f"keep {' '.join(keep)} without a scheme",
+                    f"{option('keep', ' '.join(keep))} without a scheme",
                     needs="a scheme or a recipe: without one, every layer is loaded as stored",
-                    fix="add --scheme mxfp8, or omit keep",
+                    fix="add --scheme mxfp8, or omit --keep",
                 )
             return None if scheme is None and not loras else cls(None, (), force, *files, scheme is None)
         return cls(load_recipe(recipe or "default", scheme), keep, force, *files)
