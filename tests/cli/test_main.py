@@ -148,7 +148,7 @@ def test_the_help_lists_first_sentences_without_importing_commands(environ):
         "print('pydantic' in sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
-    assert done.stderr == "['ascendit.cli.output', 'ascendit.cli.main']\nFalse\n"
+    assert done.stderr == "['ascendit.cli.completing', 'ascendit.cli.output', 'ascendit.cli.main']\nFalse\n"
     assert all(f"  {name}  " in done.stdout and text in done.stdout for name, text in cli.COMMANDS.items())
 
 
@@ -246,11 +246,17 @@ def test_help_has_three_forms(run):
         ("ascendit generate --demo --solver e", ["euler"]),
         ("ascendit repack --for s", ["sglang"]),
         ("ascendit inspect d", ["demo"]),
+        ("ascendit generate --so", ["--solver"]),
+        ("ascendit generate --lora-skip i", ["image"]),
+        ("ascendit generate --set solver=e", ["solver=euler"]),
+        ("ascendit generate --set wi", ["width=", "width=16"]),
+        ("ascendit quantize --set text_on", []),
         ("ascendit generate hf:Wan-AI/Wan2.2-TI", ["hf:Wan-AI/Wan2.2-TI2V-5B-Diffusers"]),
     ],
 )
 @pytest.mark.parametrize("action", ["complete_bash", "bash_complete"])
-def test_bash_completes_commands_flags_and_values(monkeypatch, capsys, words, completed, action):
+def test_bash_completes_commands_flags_and_values(monkeypatch, tmp_path, capsys, words, completed, action):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("_ASCENDIT_COMPLETE", action)
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperGroup
 
+from ascendit.cli.completing import COMPLETERS, Command, joined_words, with_files
 from ascendit.cli.output import Output, report_internal_error, traceback_text
 from ascendit.environment import accept_click_completion, disable_device_plugins
 from ascendit.errors import (
@@ -78,13 +79,14 @@ def values_of(flag: str) -> list[str]:
     return list(values[flag]()) if flag in values else []
 
 
-def completion(name: str) -> Callable[[str], list[str]] | None:
+def completion(name: str) -> Callable[..., list[str]] | None:
     """The function that completes the value of a flag or of MODEL; None: a file, or any text."""
-    if name not in COMPLETED:
-        return None
+    if name in COMPLETERS or name not in COMPLETED:
+        return COMPLETERS.get(name)
 
     def complete(incomplete: str) -> list[str]:
-        return [value for value in values_of(name) if value.startswith(incomplete)]
+        values = [value for value in values_of(name) if value.startswith(incomplete)]
+        return with_files(values, incomplete) if name == "MODEL" else values
 
     return complete
 
@@ -143,7 +145,9 @@ class Group(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=HELP)
-        single.command(cmd_name)(getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name))
+        single.command(cmd_name, cls=Command)(
+            getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name)
+        )
         return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -189,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
     accept_click_completion()
     try:
-        code = _run(argv)
+        with joined_words():
+            code = _run(argv)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as e:
         # after a BrokenPipeError, typer's main wraps stdout and ends the process

@@ -1,0 +1,115 @@
+"""What a shell completes beside the fixed values of a flag: hidden flags, `KEY=VALUE`, model files.
+
+bash splits a word at `:` and `=`. Here its pieces become one word again; answers omit all but the last.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
+
+
+class Command(TyperCommand):
+    """A command whose hidden flags are completed too."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The flags that begin with `incomplete`."""
+        hidden = [param for param in self.params if getattr(param, "hidden", False)]
+        for param in hidden:
+            param.hidden = False  # type: ignore[attr-defined]
+        try:
+            return super().shell_complete(ctx, incomplete)
+        finally:
+            for param in hidden:
+                param.hidden = True  # type: ignore[attr-defined]
+
+
+def _groups(incomplete: str) -> list[str]:
+    from ascendit.weights.lora.keys import SKIPPED
+
+    return [group for group in SKIPPED if group.startswith(incomplete)]
+
+
+def _settings(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The settings of a command: `solver=euler`; for a key of any value, `width=` and an example.
+
+    bash adds no space after the key of several answers.
+    """
+    from ascendit.cli.generate_options import KEYS
+    from ascendit.pipeline.request import GenerateRequest
+    from ascendit.validation import TYPE_LABELS, non_optional
+
+    texts = []
+    for key in KEYS if ctx.info_name == "generate" else GenerateRequest.model_fields:
+        kind = non_optional(KEYS[key])
+        values = get_args(kind) if get_origin(kind) is Literal else ("true", "false") if kind is bool else ()
+        example = TYPE_LABELS.get(kind, ("", "VALUE"))[1].replace(" ", "-")
+        texts += [f"{key}={value}" for value in values or ("", example)]
+    return [text for text in texts if text.startswith(incomplete)]
+
+
+COMPLETERS: dict[str, Callable[..., list[str]]] = {"--lora-skip": _groups, "--set": _settings}
+"""Flag -> the function that completes its value."""
+
+
+def with_files(names: list[str], incomplete: str) -> list[str]:
+    """`names` of models with the folders and weight files that begin alike.
+
+    Empty if there are no names: the shell itself completes paths then.
+    """
+    folder, start = os.path.split(incomplete)
+    try:
+        entries = [*os.scandir(os.path.expanduser(folder) or ".")] if names else []
+    except OSError:
+        entries = []
+    paths = [
+        os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
+        for entry in entries
+        if entry.name.startswith(start) and re.fullmatch(r"\w[\w.+@-]*", entry.name)
+        if entry.is_dir() or entry.name.endswith(WEIGHT_SUFFIXES)
+    ]
+    return names + sorted(paths)
+
+
+@contextmanager
+def joined_words() -> Iterator[None]:
+    """During a completion of bash: join the words, and print of each answer what replaces the last piece."""
+    typed = _join_words() if os.environ.get("_ASCENDIT_COMPLETE") == "complete_bash" else ""
+    if not typed:
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        for line in text.getvalue().splitlines():
+            starts = (start for start in (typed, typed.partition("=")[2]) if start and line.startswith(start))
+            print(line.removeprefix(next(starts, "")))
+
+
+def _join_words() -> str:
+    """Join the pieces in `COMP_WORDS`; returns the last word without the piece that bash replaces."""
+    pieces, last = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
+    words, typed, after_break = [pieces[0]], "", False
+    for piece in pieces[1 : last + 1]:
+        is_break = bool(re.fullmatch("[:=]+", piece))
+        if is_break or after_break:
+            words[-1] += piece
+            typed = words[-1] if is_break else words[-1].removesuffix(piece)
+        else:
+            words.append(piece)
+            typed = ""
+        after_break = is_break
+    if len(words) <= last < len(pieces):
+        os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+    return typed
