@@ -8,6 +8,7 @@ the variable of each. Flags override them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,28 @@ def accept_click_completion() -> None:
     shell, _, action = os.environ.get("_ASCENDIT_COMPLETE", "").partition("_")
     if action in ("source", "complete"):
         os.environ["_ASCENDIT_COMPLETE"] = f"{action}_{shell}"
+
+
+def join_bash_words() -> str:
+    """During a completion of bash, join the pieces of `COMP_WORDS` that it has split at `:` and `=`.
+
+    Returns the last word without the piece that bash replaces; empty if nothing was joined.
+    """
+    pieces, last = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
+    if os.environ.get("_ASCENDIT_COMPLETE") != "complete_bash" or last >= len(pieces):
+        return ""
+    joined, typed, after_break = [pieces[0]], "", False
+    for piece in pieces[1 : last + 1]:
+        is_break = bool(re.fullmatch("[:=]+", piece))
+        if is_break or after_break:
+            joined[-1] += piece
+            typed = joined[-1] if is_break else joined[-1].removesuffix(piece)
+        else:
+            joined.append(piece)
+            typed = ""
+        after_break = is_break
+    os.environ |= {"COMP_WORDS": "\n".join(joined), "COMP_CWORD": str(len(joined) - 1)}
+    return typed
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

@@ -1,6 +1,6 @@
-"""What a shell completes beside the fixed values of a flag: hidden flags, `KEY=VALUE`, model files.
+"""Shell completion of hidden flags, `KEY=VALUE` settings, groups of LoRA keys and models' files.
 
-bash splits a word at `:` and `=`. Here its pieces become one word again; answers omit all but the last.
+bash splits a word at `:` and `=`. Here its pieces are joined; answers omit all but the last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
+from ascendit.environment import join_bash_words
 
 
 class Command(TyperCommand):
@@ -81,9 +82,9 @@ def with_files(names: list[str], incomplete: str) -> list[str]:
 
 
 @contextmanager
-def joined_words() -> Iterator[None]:
-    """During a completion of bash: join the words, and print of each answer what replaces the last piece."""
-    typed = _join_words() if os.environ.get("_ASCENDIT_COMPLETE") == "complete_bash" else ""
+def joined_pieces() -> Iterator[None]:
+    """During a completion of bash: join the pieces, and omit all but the last from each answer."""
+    typed = join_bash_words()
     if not typed:
         yield
         return
@@ -95,21 +96,3 @@ def joined_words() -> Iterator[None]:
         for line in text.getvalue().splitlines():
             starts = (start for start in (typed, typed.partition("=")[2]) if start and line.startswith(start))
             print(line.removeprefix(next(starts, "")))
-
-
-def _join_words() -> str:
-    """Join the pieces in `COMP_WORDS`; returns the last word without the piece that bash replaces."""
-    pieces, last = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
-    words, typed, after_break = [pieces[0]], "", False
-    for piece in pieces[1 : last + 1]:
-        is_break = bool(re.fullmatch("[:=]+", piece))
-        if is_break or after_break:
-            words[-1] += piece
-            typed = words[-1] if is_break else words[-1].removesuffix(piece)
-        else:
-            words.append(piece)
-            typed = ""
-        after_break = is_break
-    if len(words) <= last < len(pieces):
-        os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
-    return typed

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args
 import typer
 from typer.core import TyperGroup
 
-from ascendit.cli.completing import COMPLETERS, Command, joined_words, with_files
+from ascendit.cli.completing import COMPLETERS, Command, joined_pieces, with_files
 from ascendit.cli.output import Output, report_internal_error, traceback_text
 from ascendit.environment import accept_click_completion, disable_device_plugins
 from ascendit.errors import (
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
     accept_click_completion()
     try:
-        with joined_words():
+        with joined_pieces():
             code = _run(argv)
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as e:

@@ -90,22 +90,22 @@ def _missing(text: str) -> UsageError:
     """The error for a path without a file, as the name of a repository, a URL or an unknown expert."""
     needs = "FILE[:WEIGHT], transformer=FILE[:WEIGHT] or transformer_2=FILE[:WEIGHT]"
     fix = "correct the path"
-    hub, _, rest = text.partition(":")
+    hub, _, address = text.partition(":")
     name, equals, file = text.partition("=")
     if hub in ("hf", "ms", "http", "https"):
         needs = "a file on this machine; ascendit downloads models, but no LoRA files"
-        fix = f"{_download(hub, rest)}, and pass the path of the file"
+        fix = f"{_download(hub, address)}, and pass the path of the file"
     elif equals and name.isidentifier():
         example = shell_line([f"low={file}"])
         fix = f"correct the path, or write high= or low= instead of {name}=, as --lora {example}"
     return UsageError(f"no LoRA file at {text}", needs=needs, fix=fix, code="E-USE-02")
 
 
-def _download(hub: str, rest: str) -> str:
-    """The shell command that downloads `hub:rest`, `org/name[@revision][/file]` or the rest of a URL."""
+def _download(hub: str, address: str) -> str:
+    """The shell command that downloads `hub:address`, `org/name[@revision][/file]` or the end of a URL."""
     if hub.startswith("http"):
-        return shell_line(["curl", "-LO", f"{hub}://{rest.lstrip('/')}"])  # a path has lost one slash
-    org, _, others = rest.partition("/")
+        return shell_line(["curl", "-LO", f"{hub}://{address.lstrip('/')}"])  # a path has lost one slash
+    org, _, others = address.partition("/")
     repo, _, file = others.partition("/")
     repo, _, revision = repo.partition("@")
     version = ["--revision", revision] if revision else []
