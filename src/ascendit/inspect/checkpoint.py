@@ -72,7 +72,7 @@ def _part_report(checked: CheckedPart) -> PartReport:
 
 
 def _named(part: Part, shards: Shards) -> dict[str, TensorInfo]:
-    """The tensors of a part by the names of one version of its library, so that those of two files compare."""
+    """The tensors of a part by the names of one version of its library."""
     tied = shards.tensors.keys() & EMBEDDINGS
     renamed = {name: EMBEDDINGS[0] for name in tied} if part.name == "text_encoder" and len(tied) == 1 else {}
     prefix = VISION_PREFIX if part.name == "image_encoder" else ""
