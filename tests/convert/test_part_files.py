@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS
+from wan_files import clip_state
 
 import ascendit
 from ascendit.checkpoint.layout import recognise
@@ -103,6 +104,21 @@ def test_files_that_do_not_fit(
     assert e.value.code == code and not (tmp_path / "out").exists()
     with pytest.raises(AscenditError, match=message):
         ascendit.load(cascade, parts=names)
+
+
+def test_an_image_encoder(tiny_folder: Any, tmp_path: Path) -> None:
+    """In the names of Wan's own code, in which q, k and v are one tensor."""
+    base = tiny_folder("i2v_21")
+    state = load_file(base / "image_encoder" / "model.safetensors")
+    other = {name.removeprefix("vision_model."): x * 1.25 for name, x in state.items()}
+    save_file(clip_state(other), tmp_path / "clip.safetensors")
+    report = repack(tmp_path / "clip.safetensors", tmp_path / "out", base=base)
+    assert [part["name"] for part in report.parts] == ["image_encoder"] and not report.experts
+    tensors = written(tmp_path / "out", "image_encoder")
+    assert {n.removeprefix("vision_model."): x.tolist() for n, x in tensors.items()} == {
+        n: x.tolist() for n, x in other.items()
+    }
+    assert split_name("image_encoder=a.pth") == ("image_encoder", "a.pth")
 
 
 def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ PART_NAMES = {
     "low": "transformer_2",
     "text_encoder": "text_encoder",
     "vae": "vae",
+    "image_encoder": "image_encoder",
 }
 """Allowed before `=` -> component."""
 _NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)_?noise", re.IGNORECASE)
@@ -57,7 +58,7 @@ def read_part_files(files: Sequence[str | Path], num_experts: int = 1) -> Layout
         several = len(unnamed) > 1 or num_experts > 1
         _add(parts, replace(part, name=_expert_of(part.path)) if several else part)
     root = next(iter(parts.values())).path
-    ordered = dict.fromkeys(name for name in PART_NAMES.values() if name in parts)
+    ordered = dict.fromkeys(name for name in (*PART_NAMES.values(), *parts) if name in parts)
     return Layout("file", root, root.stem, {}, {name: parts[name] for name in ordered})
 
 
