@@ -6,6 +6,7 @@ The oracle is the folder whose weights the files have: the output has the same t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,31 @@ def test_an_image_encoder(tiny_folder: Any, tmp_path: Path) -> None:
         n: x.tolist() for n, x in other.items()
     }
     assert split_name("image_encoder=a.pth") == ("image_encoder", "a.pth")
+
+
+def test_the_other_expert_of_a_base_from_a_hub(
+    cascade: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is downloaded, unless all transformers are among the files."""
+    downloads: list[bool] = []
+
+    def fetch(name: str, *, experts: bool = True) -> Path:
+        downloads.append(experts)
+        if experts:
+            shutil.copy(cascade / "transformer" / WEIGHTS, folder / "transformer" / WEIGHTS)
+        return folder
+
+    folder = Path(shutil.copytree(cascade, tmp_path / "hub"))
+    (folder / "transformer" / WEIGHTS).unlink()
+    monkeypatch.setattr("ascendit.checkpoint.hub.fetch", fetch)
+    repack(list(files.values()), tmp_path / "both", base="hf:org/name", dry_run=True)
+    assert downloads == [False]
+    repack(f"low={files['transformer_2']}", tmp_path / "one", base="hf:org/name", dry_run=True)
+    assert downloads == [False, False, True]
+    (folder / "transformer" / WEIGHTS).unlink()
+    with pytest.raises(AscenditError, match="no diffusion_pytorch_model.safetensors") as e:
+        repack(f"low={files['transformer_2']}", tmp_path / "one", base=folder)
+    assert e.value.code == "E-CKP-02" and not (tmp_path / "one").exists()
 
 
 def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_path: Path) -> None:

@@ -221,13 +221,14 @@ def _versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed("torch")}
 
 
-def read_base(base: Path | str, source: Layout | None = None) -> Layout:
-    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model.
+def read_base(base: Path | str, source: Layout | None = None, *, experts: bool = False) -> Layout:
+    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model. `experts`: also
+    download the transformers of the base.
 
     Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
     experts differs, and the errors of `model_folder` and `recognise`.
     """
-    layout = recognise(model_folder(base, experts=False))
+    layout = recognise(model_folder(base, experts=experts))
     if layout.kind != "diffusers":
         raise UsageError(
             f"--base {base} is {KIND_LABELS[layout.kind]}",

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ascendit.checkpoint.component import EXPERTS, read_json
+from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
@@ -155,6 +155,7 @@ class RepackPlan:
             require_inside(pipeline)
             written = source.parts if source.kind == "file" else EXPERTS
             others = OtherFiles.of(pipeline, copy=copy, licences_only=True, written=written)
+            _check_linked(pipeline.parts[n] for n in others.components if source.kind == "file")
             others.record()
         return cls(
             source=source,
@@ -233,8 +234,18 @@ def _read_sources(
         return read_part_files(sources), None
     base_layout = provenance.read_base(base)
     source = read_part_files(sources, len(base_layout.experts))
+    if any(name not in source.parts for name in EXPERTS if name in base_layout.parts):
+        base_layout = provenance.read_base(base, experts=True)
     with_part_files(base_layout, source)
     return source, base_layout
+
+
+def _check_linked(parts: Iterable[Part]) -> None:
+    """Check the weights of components that stay as they are beside files. Raises the first problem."""
+    for part in (part for part in parts if part.has_weights):
+        shards = check_part(part)
+        if part.name in EXPERTS:
+            read_expert(part, shards)
 
 
 def _part_outputs(source: Layout, pipeline: Layout | None, base: Path | str | None) -> list[PartOutput]:
