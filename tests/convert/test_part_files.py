@@ -22,8 +22,9 @@ import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_files import read_part_files, split_name
 from ascendit.convert.repack import repack
-from ascendit.errors import AscenditError
+from ascendit.errors import AscenditError, UsageError
 from ascendit.names import to_wan
+from ascendit.progress import Progress
 
 SHAPE: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
@@ -145,6 +146,27 @@ def test_the_other_expert_of_a_base_from_a_hub(
     with pytest.raises(AscenditError, match="no diffusion_pytorch_model.safetensors") as e:
         repack(f"low={files['transformer_2']}", tmp_path / "one", base=folder)
     assert e.value.code == "E-CKP-02" and not (tmp_path / "one").exists()
+
+
+def test_a_stopped_run_resumes_with_its_parts(cascade: Path, tmp_path: Path) -> None:
+    def stop(event: Progress) -> None:
+        if event.stage == "vae":
+            raise KeyboardInterrupt
+
+    encoder = cascade / "text_encoder" / "model.safetensors"
+    sources = [f"vae={cascade / 'vae' / WEIGHTS}", f"text_encoder={encoder}"]
+    with pytest.raises(KeyboardInterrupt):
+        repack(sources, tmp_path / "out", base=cascade, on_progress=stop)
+    partial = tmp_path / ".out.partial" / "out" / "text_encoder" / "model.safetensors"
+    first = partial.stat().st_ino
+    with pytest.raises(UsageError, match="another source"):
+        repack(sources[1:], tmp_path / "out", base=cascade, resume=True)
+    repack(sources, tmp_path / "out", base=cascade, resume=True)
+    assert (tmp_path / "out" / "text_encoder" / "model.safetensors").stat().st_ino == first
+    for name, file in (("vae", cascade / "vae" / WEIGHTS), ("text_encoder", encoder)):
+        tensors, expected = written(tmp_path / "out", name), load_file(file)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[n], x) for n, x in expected.items())
 
 
 def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def repack(
     with Staging(
         dst,
         sources=plan.roots,
-        fingerprint=fingerprint(plan.outputs, (check, copy), plan.other_sources),
+        fingerprint=fingerprint(plan.outputs, (check, copy, plan.parts), plan.other_sources),
         resume=resume,
         needs_bytes=plan.nbytes,
         overwrite=overwrite,
