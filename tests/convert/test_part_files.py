@@ -20,7 +20,9 @@ from wan_files import clip_state
 
 import ascendit
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.part_files import read_part_files, split_name
+from ascendit.checkpoint.part_files import read_part_files, split_name, with_part_files
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
 from ascendit.errors import AscenditError, UsageError
 from ascendit.names import to_wan
@@ -167,6 +169,21 @@ def test_a_stopped_run_resumes_with_its_parts(cascade: Path, tmp_path: Path) -> 
         tensors, expected = written(tmp_path / "out", name), load_file(file)
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[n], x) for n, x in expected.items())
+
+
+def test_a_file_in_place_of_quantized_weights(cascade: Path, tmp_path: Path) -> None:
+    """The config of the replaced expert describes its layers, not those of the file."""
+    folder = tmp_path / "int8"
+    quantize(cascade, folder, scheme="int8")
+    assert "quantization_config" in recognise(folder).experts[0].config
+
+    def schemes(*parts: str) -> list[set[str]]:
+        files = read_part_files(parts, 2)
+        experts = [read_expert(part) for part in with_part_files(recognise(folder), files).experts]
+        return [{layer.scheme for layer in expert.layers.values()} for expert in experts]
+
+    assert schemes(f"high={cascade / 'transformer' / WEIGHTS}") == [set(), {"int8"}]
+    assert schemes(f"low={folder / 'transformer' / WEIGHTS}") == [{"int8"}] * 2
 
 
 def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_path: Path) -> None:
