@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.component import Part, read_json
-from ascendit.checkpoint.gguf_file import SUFFIX, Value, general_metadata
+from ascendit.checkpoint.gguf_file import Value, general_metadata
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import CheckedPart
@@ -81,8 +81,8 @@ def _named(part: Part, shards: Shards) -> dict[str, TensorInfo]:
 
 def _metadata(shards: Shards | None) -> dict[str, Value]:
     """The metadata of a GGUF file; empty for other files."""
-    files = shards.files if shards else ()
-    return general_metadata(files[0]) if files and files[0].suffix == SUFFIX else {}
+    info = next(iter(shards.tensors.values()), None) if shards else None
+    return general_metadata(info.file) if info is not None and info.container == "gguf" else {}
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
