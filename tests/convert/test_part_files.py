@@ -171,6 +171,19 @@ def test_a_stopped_run_resumes_with_its_parts(cascade: Path, tmp_path: Path) -> 
         assert all(torch.equal(tensors[n], x) for n, x in expected.items())
 
 
+def test_the_record_of_parts_alone(cascade: Path, tmp_path: Path) -> None:
+    """It has the bytes of the parts, nothing about layers, and no local path."""
+    report = repack(f"vae={cascade / 'vae' / WEIGHTS}", tmp_path / "out", base=cascade, copy=True)
+    nbytes = sum(x.nbytes for x in load_file(cascade / "vae" / WEIGHTS).values())
+    assert report.as_dict()["bytes"] == nbytes
+    (size,) = (line for line in report.lines() if line.startswith("Size"))
+    assert "bits/weight" not in size and " 0 B" not in size
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Linear layers" not in card and "Bits per weight" not in card
+    command = json.loads((tmp_path / "out" / "ascendit.json").read_text())["command"]
+    assert command == f"ascendit repack {WEIGHTS} -o out --base {cascade.name} --copy"
+
+
 def test_a_file_in_place_of_quantized_weights(cascade: Path, tmp_path: Path) -> None:
     """The config of the replaced expert describes its layers, not those of the file."""
     folder = tmp_path / "int8"

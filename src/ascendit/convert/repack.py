@@ -111,7 +111,8 @@ def repack(
             plan.others.write(staging.path, staging.journal)
         if check:
             report = _check(report, plan, staging.path, on_progress)
-        flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
+        named = provenance.source_argument(plan.base) if plan.base else None
+        flags = [("--base", named), ("--to", to), ("--for", engine), ("--check", check), ("--copy", copy)]
         command = provenance.command_line("repack", plan.source, dst, flags)
         record = _record(plan, report, command, files)
         provenance.write_record_and_card(staging.path, record, dst.name, hash=check)
