@@ -250,6 +250,7 @@ def _infos(
                 end=first + nbytes,
                 state=state,
                 encoding=encoding,
+                container="gguf",
             )
         )
     return sorted(infos, key=lambda info: (info.start, info.end))

@@ -12,9 +12,12 @@ from ascendit.checkpoint.gguf_file import MAGIC, SUFFIX, read_gguf
 from ascendit.checkpoint.pickle_file import is_archive, older_format, read_pickle_file
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
+from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_FORMATS = {SUFFIX: "GGUF", **dict.fromkeys(PICKLED, "torch.save, or of safetensors")}
+"""Ending of a name -> the formats that a file with it has."""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -117,7 +120,7 @@ def _naturals(values: object) -> TypeGuard[list[int]]:
 def _broken(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {problem}",
-        needs="a complete safetensors file",
+        needs=f"a complete file of {_FORMATS.get(path.suffix, 'safetensors')}",
         fix="download the file again and compare its size and sha256 with the source",
         code="E-CKP-02",
     )

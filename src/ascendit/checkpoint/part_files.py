@@ -16,6 +16,7 @@ from pathlib import Path
 from ascendit.checkpoint.component import EXPERTS, Part
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, Layout, recognise
+from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.errors import UsageError
 
 PART_NAMES = {
@@ -25,6 +26,7 @@ PART_NAMES = {
     "low": "transformer_2",
     "text_encoder": "text_encoder",
     "vae": "vae",
+    "image_encoder": "image_encoder",
 }
 """Allowed before `=` -> component."""
 _NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)_?noise", re.IGNORECASE)
@@ -57,7 +59,7 @@ def read_part_files(files: Sequence[str | Path], num_experts: int = 1) -> Layout
         several = len(unnamed) > 1 or num_experts > 1
         _add(parts, replace(part, name=_expert_of(part.path)) if several else part)
     root = next(iter(parts.values())).path
-    ordered = dict.fromkeys(name for name in PART_NAMES.values() if name in parts)
+    ordered = dict.fromkeys(name for name in (*PART_NAMES.values(), *parts) if name in parts)
     return Layout("file", root, root.stem, {}, {name: parts[name] for name in ordered})
 
 
@@ -105,10 +107,11 @@ def _add(parts: dict[str, Part], part: Part) -> None:
 
 
 def with_part_files(layout: Layout, files: Layout) -> Layout:
-    """The pipeline `layout` with the components of `files` in place of its own; it keeps its configs.
+    """The pipeline `layout` with the components of `files` in place of its own.
 
-    Raises CheckpointError (E-CKP-01) for a layout that is not a pipeline, UsageError (E-USE-01) for a
-    component that it does not have, and for one transformer file and a pipeline with two experts.
+    A component keeps its config, without `quantization_config`, which describes the replaced weights. Raises
+    CheckpointError (E-CKP-01) for a layout that is not a pipeline, UsageError (E-USE-01) for a component that
+    it does not have.
     """
     layout.require_pipeline()
     if absent := [name for name in files.parts if name not in layout.parts]:
@@ -118,9 +121,13 @@ def with_part_files(layout: Layout, files: Layout) -> Layout:
             fix="pass another model, or omit the file",
         )
     parts = {
-        name: replace(part, path=files.parts[name].path, files=files.parts[name].files)
-        if name in files.parts
-        else part
+        name: _replaced(part, files.parts[name]) if name in files.parts else part
         for name, part in layout.parts.items()
     }
     return replace(layout, parts=parts)
+
+
+def _replaced(part: Part, file: Part) -> Part:
+    config = {key: value for key, value in part.config.items() if key != CONFIG_KEY}
+    config |= {key: value for key, value in file.config.items() if key == CONFIG_KEY}
+    return replace(part, path=file.path, files=file.files, index=file.index, config=config)

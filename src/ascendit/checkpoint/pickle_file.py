@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +107,15 @@ def _name(name: object) -> str:
 
 def _info(path: Path, name: str, tensor: PickledTensor, state: FileState | None) -> TensorInfo:
     return TensorInfo(
-        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, strides=tensor.strides
+        name,
+        tensor.dtype,
+        tensor.shape,
+        path,
+        tensor.start,
+        tensor.end,
+        state,
+        strides=tensor.strides,
+        container="pickle",
     )
 
 
@@ -224,24 +232,31 @@ def _several(path: Path, chosen: Mapping[tuple[str, ...], dict[Any, Any]]) -> Ch
     )
 
 
-def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> str:
+def convert_command(
+    pickled: Path, file: Path, keys: tuple[str, ...] = (), without: Sequence[str] = ()
+) -> str:
     """A command that writes the tensors of a pickle to a safetensors file, without running code.
 
-    `keys`: path of the dict with the tensors; default: `state_dict`, or the top.
+    `keys`: path of the dict with the tensors; default: `state_dict`, or the first one that has some.
+    `without`: first components of the names of tensors that are omitted.
     """
+    search = (
+        "f = lambda d: d if any(map(torch.is_tensor, d.values())) else "
+        "next(filter(None, (f(v) for v in d.values() if isinstance(v, dict))), {}); "
+        "d = f(d.get('state_dict', d)); "
+    )
+    wanted = "torch.is_tensor(v)" + (" and k.split('.')[0] not in sys.argv[3:]" if without else "")
     code = (
         "import sys, torch; from safetensors.torch import save_file; "
         "d = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-        + (f"d = d{''.join(f'[{key!r}]' for key in keys)}; " if keys else "d = d.get('state_dict', d); ")
-        + "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
+        + (f"d = d{''.join(f'[{key!r}]' for key in keys)}; " if keys else search)
+        + f"save_file({{k: v.clone().contiguous() for k, v in d.items() if {wanted}}}, sys.argv[2])"
     )
     move = ""
-    if pickled == file:  # torch.load reads the name of the file, not its first bytes
-        move, pickled = (
-            shell_line(["mv", str(file), str(file.with_suffix(".pth"))]) + " && ",
-            file.with_suffix(".pth"),
-        )
-    return move + shell_line(["python", "-c", code, str(pickled), str(file)])
+    if pickled.suffix == file.suffix:  # torch.load reads the name of the file, not its first bytes
+        renamed = pickled.with_suffix(".pth")
+        move, pickled = shell_line(["mv", str(pickled), str(renamed)]) + " && ", renamed
+    return move + shell_line(["python", "-c", code, str(pickled), str(file), *without])
 
 
 # ---- errors -------------------------------------------------------------------------------------
