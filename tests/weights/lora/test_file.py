@@ -60,6 +60,12 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     assert isinstance(error(path, "E-CKP-02"), CheckpointError)
 
 
+def test_a_pickle_with_the_name_of_a_safetensors_file(tmp_path: Path) -> None:
+    torch.save(PAIR, tmp_path / "a.safetensors")
+    folds = Folds.open([LoraSource(tmp_path / "a.safetensors")], "transformer", shapes())
+    assert folds.names == {"blocks.0.attn1.to_q.weight"}
+
+
 def test_no_tensors(tmp_path: Path) -> None:
     assert "has no tensors" in error(save(tmp_path / "a.safetensors", {}).path, "E-LRA-01").got
 
