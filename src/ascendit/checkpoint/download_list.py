@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ascendit.checkpoint.component import EXPERTS, STEM, read_json, stays_inside
 from ascendit.checkpoint.layout import INDEX_FILE
-from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
+from ascendit.checkpoint.weight_sets import PICKLED, WEIGHT_SUFFIXES
 from ascendit.errors import UsageError
 from ascendit.names import listed
 from ascendit.report import shell_line
@@ -30,9 +30,11 @@ _SUFFIXES = (".json", ".model", ".txt")
 _STEMS = (STEM, "model", "quant_model_weight*")
 """Names of weight files, without `.safetensors`."""
 _USELESS = (
-    "msgpack h5 ckpt onnx bin pt pth pkl gguf ot tflite xml png jpg jpeg gif webp svg mp4 mov webm zip tar gz"
+    *PICKLED,
+    *".gguf .pkl .msgpack .h5 .onnx .ot .tflite".split(),
+    *".xml .png .jpg .jpeg .gif .webp .svg .mp4 .mov .webm .zip .tar .gz".split(),
 )
-SKIPPED = tuple(f"*.{e}" for ending in _USELESS.split() for e in (ending, ending.upper()))
+SKIPPED = tuple(f"*{e}" for ending in _USELESS for e in (ending, ending.upper()))
 """Never downloaded, even if an index lists them: weights in other formats, of which most repositories also
 have safetensors, pictures, videos."""
 NESTED = "*/*/*"

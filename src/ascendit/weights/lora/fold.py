@@ -29,6 +29,7 @@ from ascendit.report import group_by
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
     FACTORS,
+    SUFFIXES,
     Delta,
     LoraFile,
     Problem,
@@ -109,7 +110,7 @@ def parse_lora(text: str) -> LoraSource:
         if colon:
             weight, path = float(number), file
     except ValueError:
-        if file.endswith(".safetensors"):
+        if file.endswith(SUFFIXES):
             got = f"LoRA weight {number!r} in {text!r}"
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
@@ -380,7 +381,7 @@ class DeltaReader:
             self.problem(next(iter(keys.values())), f"{problem} of {target}", _OTHER_MODEL)
             return None
         # A modulation table may lack the first axis of size 1: use the rows of the model.
-        return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
+        return {"diff": _reshaped(infos["diff"], shape)} if kind == "diff" else infos
 
     def _scale(
         self, kind: str, infos: dict[str, TensorInfo], target: str, group: dict[str, LoraKey]
@@ -393,9 +394,10 @@ class DeltaReader:
             return 1.0
         own = None
         if "alpha" in group:
-            info = self.file.infos[group["alpha"].name]
+            info = self.file.infos.get(group["alpha"].name)
+            rounding = ROUNDING.get(info.dtype, 1e-6) if info else 1e-6
             root = "rslora" in group and bool(self._scalar(group["rslora"], may_be_zero=True))
-            own = OwnAlpha(self._scalar(group["alpha"]), ROUNDING.get(info.dtype, 1e-6), root)
+            own = OwnAlpha(self._scalar(group["alpha"]), rounding, root)
         key = next(key for role, key in group.items() if role in infos)
         layer = target.removesuffix(".weight")
         names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
@@ -406,15 +408,20 @@ class DeltaReader:
         return strength.scale
 
     def _scalar(self, key: LoraKey, *, may_be_zero: bool = False) -> float:
-        """The value of a tensor with one element."""
-        info = self.file.infos[key.name]
-        value = math.nan
-        if math.prod(info.shape) == 1 and info.dtype in (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero):
-            with RowReader() as reader:
-                value = float(reader.read_tensor(info).item())
+        """The value of a tensor with one element, or of a number beside the tensors."""
+        if info := self.file.infos.get(key.name):
+            value, text = math.nan, f"{info.dtype} {list(info.shape)}"
+            dtypes = (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero)
+            if math.prod(info.shape) == 1 and info.dtype in dtypes:
+                with RowReader() as reader:
+                    value = float(reader.read_tensor(info).item())
+        else:
+            number = self.file.values[key.name]
+            text = f"{number!r:.60}"
+            value = float(number) if isinstance(number, int | float) and abs(number) < 1e300 else math.nan
         if math.isfinite(value) and (value or may_be_zero):
             return value
-        self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
+        self.problem(key, f"{text} is not a valid scale")
         return 1.0
 
     def _add_bias(self, weight: str, key: LoraKey, scale: float) -> None:
@@ -425,3 +432,10 @@ class DeltaReader:
             self.problem(key, f"{info.dtype} {list(info.shape)} does not match {bias}", _OTHER_MODEL)
         else:
             self.deltas.append(Delta("diff", bias, {"diff": info}, scale))
+
+
+def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """A tensor with another number of leading axes of size 1."""
+    extra = len(shape) - len(info.shape)
+    strides = info.strides and ((1,) * extra + info.strides)[max(-extra, 0) :]
+    return replace(info, shape=shape, strides=strides)

@@ -8,6 +8,7 @@
 | header `lora_adapter_metadata`, PEFT's configuration as JSON, maybe with `transformer.` | Diffusers |
 | header `lora_config`, the same | finetrainers |
 | `adapter_config.json` in the folder | PEFT, diffusion-pipe |
+| numbers, texts and dicts in a pickle | programs with `torch.save`, in any of the ways above |
 
 Several of them may be present if they agree. Without any, alpha is the rank: scale 1. The scale is
 alpha / rank, or alpha / sqrt(rank) with rsLoRA.
@@ -282,7 +283,7 @@ def _range(values: Collection[float]) -> str:
 
 
 def read_settings(file: LoraFile) -> Settings:
-    """Read the header of a LoRA file, and the configuration of PEFT in its folder.
+    """Read the header of a LoRA file or its values, and the configuration of PEFT in its folder.
 
     Raises CheckpointError: E-LRA-01 for settings that are invalid or not supported, E-CKP-06 for an
     `adapter_config.json` that is not a JSON object.
@@ -292,6 +293,10 @@ def read_settings(file: LoraFile) -> Settings:
     for name, value in header.items():
         if name in CONFIG_KEYS or (value.lstrip().startswith("{") and '"lora_alpha"' in value):
             items += _parse(file.path, f"header {name}", _json_object(file.path, name, value))
+    items += _parse(file.path, "pickle", file.settings)
+    for name, value in file.settings.items():
+        if name in CONFIG_KEYS or (isinstance(value, dict) and "lora_alpha" in value):
+            items += _parse(file.path, f"pickle {name}", _json_object(file.path, name, value))
     config = file.path.parent / ADAPTER_CONFIG
     if config.is_file() and (fields := read_json(config)).keys() & {"peft_type", "lora_alpha"}:
         items += _parse(file.path, ADAPTER_CONFIG, fields)
