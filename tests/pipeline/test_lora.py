@@ -300,6 +300,9 @@ def test_a_warning_about_a_file_for_one_noise_level(
     assert report.warnings == (text,)
     report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[f"high={file}"], dry_run=True)
     assert report.warnings == ()
+    file = file.rename(tmp_path / "style_high.safetensors")
+    report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[file], dry_run=True)
+    assert report.warnings == (text.replace("Wan22_HighNoise", "style_high"),)
 
 
 # ---- records -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ascendit.checkpoint.component import EXPERTS, STEM, read_json, stays_inside
+from ascendit.checkpoint.component import EXPERTS, STEM, WAN_FOLDERS, read_json, stays_inside
 from ascendit.checkpoint.layout import INDEX_FILE
 from ascendit.checkpoint.weight_sets import PICKLED, WEIGHT_SUFFIXES
 from ascendit.errors import UsageError
@@ -23,7 +23,7 @@ TOP_FILES = (
     *("quant_model_*.json", f"{STEM}.safetensors.index.json"),
 )
 """Read or copied by ascendit. A pattern that begins with a letter matches files at the top only."""
-_ORIGINAL = ("transformer", "transformer_2", "*high_noise_model", "*low_noise_model")
+_ORIGINAL = (*EXPERTS, *(f"*{folder}" for folder in WAN_FOLDERS.values()))
 """Folders of transformers in a repository without `model_index.json`."""
 _SUFFIXES = (".json", ".model", ".txt")
 """Configs, and the vocabularies of tokenizers."""
@@ -54,7 +54,7 @@ def weight_files(folder: Path, *, experts: bool = True) -> list[str]:
 
     Raises CheckpointError (E-CKP-06) for an index that is not a JSON object.
     """
-    parts = [part for part in _parts(folder) if experts or part not in (*EXPERTS, *_ORIGINAL)]
+    parts = [part for part in _parts(folder) if experts or part not in _ORIGINAL]
     if experts and not (folder / INDEX_FILE).is_file():
         parts.append("")
     patterns: list[str] = []

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import UsageError
@@ -58,10 +58,6 @@ log = logging.getLogger("ascendit")
 
 # ---- the files and their experts ----------------------------------------------------------------
 
-EXPERT_NAMES = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
-    zip(("high", "low"), EXPERTS, strict=True)
-)
-"""Allowed before `=` -> expert; `high` and `low` are its noise levels."""
 _SYNTAX = (
     "FILE[:WEIGHT], or transformer=FILE[:WEIGHT] (also high=) and transformer_2=FILE[:WEIGHT] (also low=)"
 )
@@ -89,11 +85,15 @@ class LoraSource:
     def __str__(self) -> str:
         """The text that `parse_lora` reads."""
         path = str(self.path)
-        if path.partition("=")[0] in EXPERT_NAMES:  # the name of a file, not an expert
+        if _expert_of(path.partition("=")[0]):  # the name of a file, not an expert
             path = f"./{path}"
         text = f"{self.expert}={path}" if self.expert else path
         plain = self.weight == 1 and ":" not in text
         return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
+
+
+def _expert_of(name: str) -> str | None:
+    return EXPERT_ALIASES.get(name.strip().lower())
 
 
 def parse_lora(text: str) -> LoraSource:
@@ -102,7 +102,7 @@ def parse_lora(text: str) -> LoraSource:
     Raises UsageError (E-USE-01).
     """
     head, equals, tail = text.partition("=")
-    expert = EXPERT_NAMES.get(head.strip()) if equals else None
+    expert = _expert_of(head) if equals else None
     path = tail if expert else text
     file, colon, number = path.rpartition(":")
     weight = 1.0
