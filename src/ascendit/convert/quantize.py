@@ -60,7 +60,14 @@ from ascendit.weights.applied_recipe import (
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, lora_sources, require_skipped
+from ascendit.weights.lora.fold import (
+    Folds,
+    LoraSource,
+    check_groups,
+    lora_report,
+    lora_sources,
+    require_skipped,
+)
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
@@ -116,6 +123,7 @@ def quantize(
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
     files, skip = lora_sources(loras), (lora_skip,) if isinstance(lora_skip, str) else tuple(lora_skip)
+    check_groups(skip, files)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
         ("--recipe", _recipe_name(recipe)),

@@ -112,7 +112,7 @@ def open_folds(
     loras: Sequence[LoraSource],
     *,
     experts: Collection[str] = EXPERTS,
-    skip: Collection[str] = (),
+    skip: Sequence[str] = (),
 ) -> Folds | None:
     """Match the LoRA files with the tensors of `expert`; None if there are no files.
 

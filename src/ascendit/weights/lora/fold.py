@@ -166,7 +166,7 @@ class Folds:
         shapes: Shapes,
         *,
         experts: Collection[str] = EXPERTS,
-        skip: Collection[str] = (),
+        skip: Sequence[str] = (),
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
@@ -176,7 +176,7 @@ class Folds:
         another file type, an unknown group, or a file for an expert that the model does not have, E-USE-02
         for a missing file. The caller checks with `require_skipped` that each group has a key.
         """
-        check_groups(skip)
+        check_groups(skip, sources)
         targets = Targets(shapes)
         readers = [_read(source, expert, targets, experts, skip) for source in sources]
         deltas = [delta for reader in readers if reader for delta in reader.deltas]
@@ -237,13 +237,19 @@ def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> li
     ]
 
 
-def check_groups(skip: Collection[str]) -> None:
-    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`."""
+def check_groups(skip: Sequence[str], loras: Sequence[LoraSource]) -> None:
+    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`, and for one without a LoRA."""
     if unknown := [group for group in skip if group not in SKIPPED]:
         raise UsageError(
             f"--lora-skip {unknown[0]}",
             needs=f"a group of keys: {', '.join(SKIPPED)}",
             fix=f"use --lora-skip {next(iter(SKIPPED))}, or omit it",
+        )
+    if skip and not loras:
+        raise UsageError(
+            f"--lora-skip {skip[0]} without a LoRA",
+            needs="a LoRA file: --lora-skip leaves out some of its keys",
+            fix="add --lora FILE, or omit --lora-skip",
         )
 
 
