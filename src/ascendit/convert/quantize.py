@@ -123,7 +123,6 @@ def quantize(
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
     files, skip = lora_sources(loras), (lora_skip,) if isinstance(lora_skip, str) else tuple(lora_skip)
-    check_groups(skip, files)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
         ("--recipe", _recipe_name(recipe)),
@@ -213,6 +212,7 @@ class QuantizeJob:
     def __post_init__(self) -> None:
         if self.calibrate is not None and self.smoothing:
             raise _two_smoothings()
+        check_groups(self.lora_skip, self.loras)
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
