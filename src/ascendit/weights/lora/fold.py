@@ -248,7 +248,7 @@ def check_groups(skip: Sequence[str], loras: Sequence[LoraSource]) -> None:
     if skip and not loras:
         raise UsageError(
             f"--lora-skip {skip[0]} without a LoRA",
-            needs="a LoRA file: --lora-skip leaves out some of its keys",
+            needs="a LoRA file with keys to leave out",
             fix="add --lora FILE, or omit --lora-skip",
         )
 
