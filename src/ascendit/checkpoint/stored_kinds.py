@@ -20,7 +20,7 @@ from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_RO
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
-from ascendit.mx.ggml import TYPES
+from ascendit.mx.stored_floats import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
 from ascendit.report import counted, group_by, shell_line
 
