@@ -149,6 +149,8 @@ def test_an_engine_that_reads_float_folders_gets_the_same_files(
     [
         ({"loras": []}, "E-QNT-01", "quantizes no layer"),
         ({"lora_skip": "image"}, "E-USE-05", "matches no key"),
+        ({"lora_skip": "image", "loras": []}, "E-USE-01", 'lora_skip=["image"] without a LoRA'),
+        ({"lora_skip": "nope", "loras": []}, "E-USE-01", "a group of keys: image, text, control"),
         ({"engine": "mindie"}, "E-ENG-01", "only quantized models"),
         ({"keep": ["blocks.0.*"]}, "E-USE-01", "keep with scheme bf16"),
         ({"report": True}, "E-USE-01", "report with scheme bf16"),

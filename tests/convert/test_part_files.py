@@ -19,6 +19,7 @@ from tiny import WEIGHTS
 from wan_files import clip_state
 
 import ascendit
+from ascendit.checkpoint.component import noise_of
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_files import read_part_files, split_name, with_part_files
 from ascendit.checkpoint.transformer import read_expert
@@ -211,12 +212,25 @@ def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_p
         ("a.gguf", (None, "a.gguf")),
         ("high=a.gguf", ("transformer", "a.gguf")),
         ("low=a=b.gguf", ("transformer_2", "a=b.gguf")),
+        ("HIGH=a.gguf", ("transformer", "a.gguf")),
         ("vae=/x/y.pth", ("vae", "/x/y.pth")),
         ("x=y.gguf", (None, "x=y.gguf")),
     ],
 )
 def test_the_name_before_a_file(text: str, expected: tuple[str | None, str]) -> None:
     assert split_name(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "noise"),
+    [
+        *(("wan_low_noise", "low"), ("t2v-high-noise-Q4", "high"), ("Wan22_HighNoise", "high")),
+        *(("style_high", "high"), ("Low.v2", "low"), ("wan22LOWNOISE_x", "low")),
+        *(("slow_motion", None), ("highlight", None), ("high_and_low", None), ("", None)),
+    ],
+)
+def test_the_noise_level_in_a_name(stem: str, noise: str | None) -> None:
+    assert noise_of(stem) == noise
 
 
 @pytest.mark.parametrize(

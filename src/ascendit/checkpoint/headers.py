@@ -78,6 +78,18 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The values beside the tensors of a file of `torch.save`, see `PickleFile`; empty for other formats.
+
+    Raises CheckpointError (E-CKP-02) for a file that can no longer be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return read_pickle_file(path, file, None).values if is_archive(file.peek(8)[:8]) else {}
+    except OSError as e:
+        raise _broken(path, str(e.strerror)) from e
+
+
 def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     """Read the header object at the start of a file of `size` bytes."""
     if len(prefix := file.read(8)) < 8:

@@ -8,34 +8,29 @@ the one with `high` in its name, and the low-noise expert the one with `low`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ascendit.checkpoint.component import EXPERTS, Part
+from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS, Part, noise_of
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, Layout, recognise
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.errors import UsageError
 
 PART_NAMES = {
-    "transformer": "transformer",
-    "high": "transformer",
-    "transformer_2": "transformer_2",
-    "low": "transformer_2",
+    **EXPERT_ALIASES,
     "text_encoder": "text_encoder",
     "vae": "vae",
     "image_encoder": "image_encoder",
 }
-"""Allowed before `=` -> component."""
-_NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)_?noise", re.IGNORECASE)
+"""Allowed before `=`, in any case -> component."""
 
 
 def split_name(text: str | Path) -> tuple[str | None, str]:
     """(component or None, path) of `[NAME=]FILE`; FILE may contain `=`."""
     name, equals, path = str(text).partition("=")
-    part = PART_NAMES.get(name) if equals else None
+    part = PART_NAMES.get(name.strip().lower()) if equals else None
     return (part, path) if part else (None, str(text))
 
 
@@ -86,14 +81,13 @@ def _part_of(path: str, name: str | None) -> Part:
 
 def _expert_of(path: Path) -> str:
     """The expert in the name of a file. Raises UsageError (E-USE-01) if it names none, or both."""
-    named = {(a or b).lower() for a, b in _NOISE.findall(path.stem)}
-    if len(named) != 1:
+    if (noise := noise_of(path.stem)) is None:
         raise UsageError(
             f"{path} is one of two transformers, and its name does not say whether for high or low noise",
             needs="the expert of each transformer file",
             fix=f"pass it as transformer={path} (high noise) or transformer_2={path} (low noise)",
         )
-    return PART_NAMES[named.pop()]
+    return EXPERT_ALIASES[noise]
 
 
 def _add(parts: dict[str, Part], part: Part) -> None:

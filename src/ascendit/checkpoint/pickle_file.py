@@ -57,7 +57,7 @@ class PickleFile:
     tensors: dict[str, TensorInfo]
     """In the order of their bytes. Tied tensors have the same bytes."""
     values: dict[str, Any]
-    """Numbers, texts and None beside the tensors, such as an alpha."""
+    """Numbers, texts, None and dicts beside the tensors and around their dict, such as an alpha."""
 
 
 def is_archive(first: bytes) -> bool:
@@ -81,7 +81,7 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
             raise PickleDataError(f"data.pkl of {end - start:,} bytes")
         file.seek(start)
         top = evaluate(file.read(end - start), CALLS, storages(members))
-        content = _choose(path, top)
+        content, values = _choose(path, top)
         named = {_name(name): value for name, value in content.items() if isinstance(value, PickledTensor)}
     except UnknownGlobalError as e:
         raise _unknown_global(path, str(e)) from e
@@ -91,9 +91,6 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
         raise _broken(path, str(e) or type(e).__name__) from e
     infos = [_info(path, name, tensor, state) for name, tensor in named.items()]
     infos.sort(key=lambda info: (info.start, info.end))
-    values = {
-        n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, str | int | float | None)
-    }
     return PickleFile({info.name: info for info in infos}, values)
 
 
@@ -195,8 +192,8 @@ def _check_byte_order(file: BinaryIO, members: Mapping[str, tuple[int, int]]) ->
 # ---- the state dict -----------------------------------------------------------------------------
 
 
-def _choose(path: Path, top: object) -> dict[Any, Any]:
-    """The only dict in the pickle that has tensors; programs save it beside numbers and other dicts."""
+def _choose(path: Path, top: object) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The only dict in the pickle that has tensors, and the values beside them and around it."""
     if not isinstance(top, dict):
         kind = "one tensor" if isinstance(top, PickledTensor) else f"one {type(top).__name__}"
         raise _no_state_dict(path, kind)
@@ -216,7 +213,18 @@ def _choose(path: Path, top: object) -> dict[Any, Any]:
         raise _no_state_dict(path, "dicts without tensors")
     if len(chosen) > 1:
         raise _several(path, chosen)
-    return next(iter(chosen.values()))
+    ((keys, item),) = chosen.items()
+    values, outer = _values(top), top
+    for key in keys:
+        del values[key]
+        outer = outer[key]
+        values |= _values(outer)
+    return item, values
+
+
+def _values(item: dict[Any, Any]) -> dict[str, Any]:
+    kinds = (str, int, float, dict, type(None))
+    return {name: value for name, value in item.items() if isinstance(name, str) and isinstance(value, kinds)}
 
 
 def _several(path: Path, chosen: Mapping[tuple[str, ...], dict[Any, Any]]) -> CheckpointError:

@@ -19,7 +19,7 @@ from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_RO
 from ascendit.checkpoint.pickle_file import convert_command
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.mx.ggml import TYPES
+from ascendit.mx.stored_floats import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
 from ascendit.report import counted, group_by, shell_line
 

@@ -60,7 +60,14 @@ from ascendit.weights.applied_recipe import (
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, lora_sources, require_skipped
+from ascendit.weights.lora.fold import (
+    Folds,
+    LoraSource,
+    check_groups,
+    lora_report,
+    lora_sources,
+    require_skipped,
+)
 from ascendit.weights.lora.strength import ADAPTER_CONFIG
 from ascendit.weights.recipe_steps import RecipeSteps
 
@@ -206,6 +213,7 @@ class QuantizeJob:
     def __post_init__(self) -> None:
         if self.calibrate is not None and self.smoothing:
             raise _two_smoothings()
+        check_groups(self.lora_skip, self.loras)
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
