@@ -227,13 +227,16 @@ def _several(path: Path, chosen: Mapping[tuple[str, ...], dict[Any, Any]]) -> Ch
 def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> str:
     """A command that writes the tensors of a pickle to a safetensors file, without running code.
 
-    `keys`: path of the dict with the tensors; default: `state_dict`, or the top.
+    `keys`: path of the dict with the tensors; default: the only one that has some, else the command fails.
     """
     code = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "d = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-        + (f"d = d{''.join(f'[{key!r}]' for key in keys)}; " if keys else "d = d.get('state_dict', d); ")
-        + "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])"
+        "import sys, torch; from safetensors.torch import save_file; t = torch.is_tensor; "
+        "f = lambda d, *k: [(k, d)] * any(map(t, d.values())) "
+        "+ [x for n, v in d.items() if isinstance(v, dict) for x in f(v, *k, n)]; "
+        "d = f(torch.load(sys.argv[1], weights_only=True, map_location='cpu')); "
+        "d = [x for x in d if (*sys.argv[3:],) in ((), x[0])]; "
+        "len(d) == 1 or sys.exit(f'{len(d)} dicts have tensors: {[k for k, _ in d]}; add the keys of one'); "
+        "save_file({k: v.clone().contiguous() for k, v in d[0][1].items() if t(v)}, sys.argv[2])"
     )
     move = ""
     if pickled == file:  # torch.load reads the name of the file, not its first bytes
@@ -241,7 +244,7 @@ def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> st
             shell_line(["mv", str(file), str(file.with_suffix(".pth"))]) + " && ",
             file.with_suffix(".pth"),
         )
-    return move + shell_line(["python", "-c", code, str(pickled), str(file)])
+    return move + shell_line(["python", "-c", code, str(pickled), str(file), *keys])
 
 
 # ---- errors -------------------------------------------------------------------------------------
