@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "seven bytes": (b"\x01" * 7, "too short for a header"),
     "header beyond the file": (raw({}, length=5000), "truncated: header of 5000 bytes"),
     "impossible header length": (raw({}, length=2**60), "not a safetensors file"),
-    "web page": (b"<html>not found</html>", "not a safetensors file"),
+    "web page": (b"<html>not found</html>", "a web page, not weights"),
     "garbage": (raw(b"{garbage"), "header is not JSON"),
     "not utf-8": (raw(b"\xff\xff"), "header is not JSON"),
     "nested too deep": (raw(b"[" * 100_000), "header is not JSON"),
@@ -161,6 +161,26 @@ def test_the_error_of_a_broken_header(tmp_path: Path, name: str) -> None:
     content, message = BROKEN[name]
     (tmp_path / "a.safetensors").write_bytes(content)
     assert message in refused(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "gguf", "pth"])
+def test_what_a_failed_download_leaves_is_named(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "a b" / f"x.{ending}"
+    path.parent.mkdir()
+    for content, kind, fix in (
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "a pointer of Git LFS",
+            f"git -C '{path.parent}' lfs pull",
+        ),
+        (b"<!DOCTYPE html>\n<html>", "a web page", "hf download"),
+        (b"\n <html lang='en'>", "a web page", "hf download"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as e:
+            read_header(path)
+        assert e.value.code == "E-CKP-02" and e.value.got == f"{path} is {kind}, not weights"
+        assert fix in e.value.fix
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -13,8 +14,12 @@ from ascendit.checkpoint.pickle_file import is_archive, older_format, read_pickl
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from ascendit.errors import CheckpointError
+from ascendit.report import shell_line
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+POINTER = (rb"version https://git-lfs", "a pointer of Git LFS")
+WEB_PAGE = (rb"(?i)\s*<(?:!doctype )?html", "a web page")
+"""Start of a file, and the kind of file: what a failed download leaves."""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -31,6 +36,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
+            if error := _placeholder(path, f.peek(64)):
+                raise error
             if path.suffix == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
                 return read_gguf(path, f, size, state).tensors
             if is_archive(f.peek(8)[:8]):
@@ -112,6 +119,21 @@ def _entry(path: Path, name: str, entry: object, offset: int, state: FileState) 
 
 def _naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _placeholder(path: Path, start: bytes) -> CheckpointError | None:
+    """The error E-CKP-02 for a file that a download left in place of the weights; else None."""
+    again = "download the file itself, for example with `hf download`, and compare its sha256"
+    pull = shell_line(["git", "-C", str(path.parent), "lfs", "pull"])
+    for (pattern, kind), fix in ((POINTER, pull), (WEB_PAGE, again)):
+        if re.match(pattern, start):
+            return CheckpointError(
+                f"{path} is {kind}, not weights",
+                needs="the file itself: safetensors, GGUF or an archive of torch.save",
+                fix=fix,
+                code="E-CKP-02",
+            )
+    return None
 
 
 def _broken(path: Path, problem: str) -> CheckpointError:
