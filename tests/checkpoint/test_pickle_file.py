@@ -210,13 +210,14 @@ def test_the_command_finds_the_only_dict_with_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.arange(3.0)[:, None]
-    for value, options in (
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"model": {"a": x, "n": 1}}, {"_use_new_zipfile_serialization": False}),
         ({"generator": {"state_dict": {"a": x.expand(3, 4)}}, "epoch": 1}, {}),
         ({"a": torch._neg_view(x)}, {}),
         ({"model": {"epoch": 1}}, {"_use_new_zipfile_serialization": False}),
         ({"model": {"a": x}, "ema": {"a": x}}, {"_use_new_zipfile_serialization": False}),
-    ):
+    ]
+    for value, options in cases:
         (tmp_path / "x.safetensors").unlink(missing_ok=True)
         error = refused(saved(tmp_path / "x.pth", value, **options), "E-CKP-02")
         command = shlex.split(error.fix.removeprefix("convert it: "))

@@ -163,26 +163,6 @@ def test_the_error_of_a_broken_header(tmp_path: Path, name: str) -> None:
     assert message in refused(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "gguf", "pth"])
-def test_what_a_failed_download_leaves_is_named(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / "a b" / f"x.{ending}"
-    path.parent.mkdir()
-    for content, kind, fix in (
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
-            "a pointer of Git LFS",
-            f"git -C '{path.parent}' lfs pull",
-        ),
-        (b"<!DOCTYPE html>\n<html>", "a web page", "hf download"),
-        (b"\n <html lang='en'>", "a web page", "hf download"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError) as e:
-            read_header(path)
-        assert e.value.code == "E-CKP-02" and e.value.got == f"{path} is {kind}, not weights"
-        assert fix in e.value.fix
-
-
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     assert "missing" in refused(tmp_path / "none.safetensors")
     assert "a folder" in refused(tmp_path)
