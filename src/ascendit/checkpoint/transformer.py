@@ -83,7 +83,7 @@ class Expert:
     """`quantization_config` of config.json, as stored."""
     origin: Origin
     kinds: tuple[str, ...] = ()
-    """The kinds of its file, keys of `stored_kinds.KINDS`."""
+    """The kinds of its file, keys of `kind_table.KINDS`."""
     notes: tuple[str, ...] = ()
     """Tensors of the file that are not used."""
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
+from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.errors import UsageError
