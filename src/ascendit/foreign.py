@@ -245,11 +245,6 @@ def normal(name: str) -> str:
     return name.lstrip("-").lower().replace("-", "_")
 
 
-def keyword_for(name: str) -> str | None:
-    """The keyword of ascendit for a name of another tool, or None."""
-    return KEYWORD_OF.get(normal(name))
-
-
 def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str | None:
     """The value of ascendit for one of another tool or of another case, or None.
 
