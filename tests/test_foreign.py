@@ -42,11 +42,14 @@ quant_type=W4A4_MXFP4_DUALSCALE scheme=mxfp4_dualscale | disable_names=a.* keep=
 attention_backend=fusion attention=fusion | resize_mode=letterbox fit=pad | t5_cpu=True text_on=cpu
 text_encoder_cpu_offload=true text_on=cpu | model_path=demo model=demo | ckpt_dir=demo model=demo
 positive_prompt=cat prompt=cat
+vae_path=v.pth parts=vae=v.pth | text_encoder=u.gguf parts=text_encoder=u.gguf
+high_noise_model=h parts=transformer=h | low_noise_model=l parts=transformer_2=l
+clip_path=c parts=c | lora_scale=0.5 loras=FILE:0.5 | lora_multiplier=0.5 loras=FILE:0.5
 """
 PAIRS = [tuple(pair.split()) for line in SETTINGS.strip().splitlines() for pair in line.split(" | ")]
 MEANINGLESS = """
 task offload_model convert_model_dtype ulysses_size ring_size dit_fsdp t5_fsdp use_prompt_extend num_gpus
-sp_degree tp_size cfg_parallel_size output_type return_dict num_videos_per_prompt batch_size generator
+sp_degree tp_size cfg_parallel_size output_type return_dict tokenizer generator
 denoise clip_skip prompt_embeds sigmas enable_teacache cache_dit vae_tiling trust_remote_code cache_dir
 revision token safety_checker enforce_eager use_safetensors lowvram group_size local_files_only
 model_type host dit_cpu_offload vae_cpu_offload
@@ -67,6 +70,20 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
         LoadOptions(model="demo", **layer)
 
 
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("num_videos_per_prompt=4", "--num-videos 4"),
+        ("batch_size=4", "--num-videos 4"),
+        ("prompt_file=a b.txt", "--prompts 'a b.txt'"),
+    ],
+)
+def test_the_number_of_videos_is_a_flag_of_the_command(setting: str, fix: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_settings([setting])
+    assert error.value._fix == fix and list(fix_lines.problems(fix)) == []
+
+
 @pytest.mark.parametrize("name", MEANINGLESS)
 def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
     fix = foreign.hint(name, None, KEYS)
@@ -79,7 +96,7 @@ def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
 
 def test_the_tables_are_consistent() -> None:
     others = [name for names in foreign.RENAMED.values() for name in names.split()]
-    others += [*foreign.SETTINGS, *foreign.ADVICE_FOR]
+    others += [*foreign.SETTINGS, *{**foreign.ADVICE_FOR, **foreign.PATTERN_OF}]
     assert sorted(others) == sorted({*others}) and len(others) > 300
     assert not {*others} & {*KEYS} - {"scheduler"}
     assert all(name == foreign.normal(name) for name in others)
@@ -127,6 +144,10 @@ def test_values_are_those_of_the_options() -> None:
         ("load", {"quantization": "W8A8_MXFP8"}, 'scheme="mxfp8"'),
         ("load", {"num_inference_steps": 8}, "pipe.generate(prompt, num_inference_steps=8)"),
         ("load", {"trust_remote_code": True}, "omit trust_remote_code: "),
+        ("load", {"vae_path": "v.pth"}, 'parts=["vae=v.pth"]'),
+        ("load", {"lora_scale": 0.5}, 'loras=["FILE:0.5"]'),
+        ("generate", {"vae": object()}, "ascendit.load(model, parts="),
+        ("quantize", {"vae_path": "v.pth"}, "omit vae_path: "),
         ("load", {"shceme": "int8"}, "scheme instead of shceme"),
         ("quantize", {"lora": "a.safetensors"}, "loras"),
         ("quantize", {"for_": "sglang"}, ""),
