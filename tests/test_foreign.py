@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 import fix_lines
 import pytest
@@ -10,12 +11,13 @@ import pytest
 import ascendit
 from ascendit import foreign
 from ascendit.cli.generate_options import KEYS, parse_settings
-from ascendit.cli.main import COMMANDS, completion, values_of
+from ascendit.cli.main import COMMANDS, COMPLETED, completion, values_of
 from ascendit.errors import UsageError
 from ascendit.option_text import option, python_text
+from ascendit.pipeline.fit import Fit
 from ascendit.pipeline.job import prepare_model
 from ascendit.pipeline.options import LoadOptions
-from ascendit.pipeline.request import GenerateRequest, check_names
+from ascendit.pipeline.request import SAVE, GenerateRequest, check_names
 from ascendit.quant.schemes import SCHEMES
 
 # Other name and value -> the setting of ascendit; written from the documentation of each tool.
@@ -136,6 +138,8 @@ def test_values_are_those_of_the_options() -> None:
         ("generate", {"sampler_name": "dpmpp_2m"}, 'solver="dpm++"'),
         ("generate", {"scheme": "w8a8"}, 'ascendit.load(model, scheme="int8")'),
         ("generate", {"overwrite": True}, "video.save(path, overwrite=True)"),
+        ("generate", {"crf": 20}, "video.save(path, crf=20)"),
+        ("load", {"crf": 20}, "video.save(path, crf=20)"),
         ("generate", {"num_frame": 17}, "num_frames instead of num_frame"),
         ("generate", {"nothing_like_it": 1}, "omit nothing_like_it"),
         ("load", {"torch_dtype": "bf16"}, 'dtype="bfloat16"'),
@@ -177,6 +181,10 @@ def test_a_wrong_keyword_is_a_usage_error_with_a_hint(call: str, arguments: dict
     assert python_text(error.value.fix) == error.value.fix and "--" not in error.value.fix
 
 
+def test_the_hints_name_every_keyword_of_save() -> None:
+    assert {*SAVE["save"]} == {*inspect.signature(ascendit.Video.save).parameters} - {"self", "path"}
+
+
 def test_a_value_of_another_tool_is_translated_in_python() -> None:
     for name, value, fix in (("scheme", "W8A8", 'scheme="int8"'), ("dtype", "bf16", 'dtype="bfloat16"')):
         with pytest.raises(UsageError) as error:
@@ -199,6 +207,10 @@ def test_completed_values_are_accepted() -> None:
     for flag in ("--scheme", "--preset", "--solver", "--fit", "--emulate", "--text-on", "--defaults"):
         for value in values_of(flag):
             assert list(fix_lines.value_problems(flag, value)) == []
+    assert values_of("--device") == ["cpu", "cuda", "npu", "twin:a2", "twin:a3", "twin:a5"]
+    assert values_of("--fit") == [*get_args(Fit)] and values_of("--to") == ["diffusers", "wan"]
+    assert values_of("--emulate") == ["decode-on-use", "decode-once"]
+    assert all(values_of(flag) for flag in COMPLETED)
     complete = completion("--scheme")
     assert complete is not None and complete("mx") == ["mxfp8", "mxfp4", "mxfp4_dualscale"]
     assert completion("--negative") is None and "demo" in values_of("MODEL")
