@@ -47,7 +47,8 @@ def flags() -> dict[str, list[Any]]:
 
 
 def shell_commands(text: str) -> list[str]:
-    return [END.split(match[0])[0].strip(" .,") for match in SHELL.finditer(text)]
+    lines = (match[0] for match in SHELL.finditer(text))
+    return [line if "$'" in line else END.split(line)[0].strip(" .,") for line in lines]
 
 
 def problems(fix: str) -> Iterator[str]:

@@ -426,19 +426,19 @@ A2: list[Case] = [
         "dual quant",
         lambda: npu.npu_dynamic_dual_level_mx_quant(rand(2, 512)),
         "DualLevelMxQuant failed",
-        "--emulate",
+        "run with emulate",
     ),
     (
         "fp8 quant",
         lambda: npu.npu_dynamic_quant(rand(2, 64), dst_type=E4M3),
         "npu_dynamic_quant fp8 on a2",
-        "--emulate",
+        "run with emulate",
     ),
     (
         "dual matmul",
         lambda: npu.npu_dual_level_quant_matmul(*[torch.ones(2, 32, dtype=torch.int8)] * 6),
         "This interface is supported only on the Ascend950 platform and after.",
-        "--emulate",
+        "run with emulate",
     ),
     (
         "customize_dtype",
@@ -452,7 +452,7 @@ A2: list[Case] = [
         "fused norm",
         lambda: npu.npu_rms_norm_dynamic_mx_quant(rand(2, 64), rand(64)),
         "aclnnRmsNormDynamicMxQuant failed",
-        "--emulate",
+        "run with emulate",
     ),
 ]
 
