@@ -83,7 +83,8 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
 def test_the_number_of_videos_is_a_flag_of_the_command(setting: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_settings([setting])
-    assert error.value._fix == fix and list(fix_lines.problems(fix)) == []
+    assert error.value._fix == f"{fix} instead of {setting.partition('=')[0]}"
+    assert list(fix_lines.problems(fix)) == []
 
 
 @pytest.mark.parametrize("name", MEANINGLESS)

@@ -325,7 +325,8 @@ def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> U
     elif key in SPLIT and value is not None:
         fix = f"--{key} {value}"
     elif many is not None:
-        fix = many if value is None else f"{many} {shell_line([str(value)])}"
+        text = "" if value is None else f" {shell_line([str(value)])}"
+        fix = f"{many}{text} instead of {name}"
     else:
         fix = hint(name, value, allowed) or "ascendit generate --help; all keys are in docs/cli.md"
     near = get_close_matches(key or name, KEYS, n=SHOWN_KEYS, cutoff=0 if key else 1)
