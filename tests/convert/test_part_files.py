@@ -29,7 +29,7 @@ from ascendit.errors import AscenditError, UsageError
 from ascendit.names import to_wan
 from ascendit.progress import Progress
 
-SHAPE: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+SHAPE: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 1, "num_inference_steps": 2, "seed": 3}
 
 
 @pytest.fixture(scope="module")
