@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.tensor_info import TensorInfo
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import Shapes, to_wan
 from ascendit.report import group_by
 from ascendit.weights.lora.fields import ALPHA_KEYS, plain
@@ -216,7 +216,11 @@ class Folds:
             total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
-            result[begin - start : end - start] = total.view(block.shape)
+            total = total.view(block.shape)
+            result[begin - start : end - start] = total
+            rounded = result[begin - start : end - start].to(torch.float64)
+            if bool((torch.isfinite(block.to(torch.float64)) & ~torch.isfinite(rounded)).any()):
+                raise _too_large(name, self._deltas[name], rows.dtype)
         return result
 
     def _open(self, name: str) -> list[Rows]:
@@ -225,6 +229,18 @@ class Folds:
             self._opened = {}
             self._opened = {name: [delta.open() for delta in self._deltas[name]]}
         return self._opened[name]
+
+
+def _too_large(name: str, deltas: Iterable[Delta], dtype: torch.dtype) -> CheckpointError:
+    files = dict.fromkeys(str(info.file) for delta in deltas for info in delta.tensors.values())
+    scales = ", ".join(f"{delta.scale:g}" for delta in deltas)
+    return CheckpointError(
+        f"{', '.join(files)}: the sum with {name} is too large for {str(dtype).removeprefix('torch.')} "
+        f"(weight x alpha / rank: {scales})",
+        needs="finite sums",
+        fix="use a smaller weight (FILE:WEIGHT), or another checkpoint of its training",
+        code="E-LRA-01",
+    )
 
 
 def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> list[dict[str, Any]]:
