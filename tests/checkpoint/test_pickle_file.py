@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ascendit.checkpoint import pickle_file, pickle_program
-from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.headers import read_header, read_values
 from ascendit.checkpoint.pickle_file import read_pickle_file
 from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.tensor_info import Encoding
@@ -138,6 +138,9 @@ def test_numbers_and_texts_beside_the_tensors_are_kept(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.pth", {"a": torch.ones(1), "alpha": 4.0, "rank": 8, "note": "x", "list": [1]})
     with open(file, "rb") as f:
         assert read_pickle_file(file, f, None).values == {"alpha": 4.0, "rank": 8, "note": "x"}
+    inner = {"a": torch.ones(1), "alpha": 4.0}
+    file = saved(tmp_path / "y.pth", {"x": {"model": inner, "epoch": 1}, "config": {"r": 8}, "alpha": 2})
+    assert read_values(file) == {"epoch": 1, "config": {"r": 8}, "alpha": 4.0}
 
 
 # ---- pickles that are no state dict -------------------------------------------------------------
