@@ -60,6 +60,7 @@ from ascendit.weights.applied_recipe import (
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
+from ascendit.weights.lora.fields import ADAPTER_CONFIG
 from ascendit.weights.lora.fold import (
     Folds,
     LoraSource,
@@ -68,7 +69,6 @@ from ascendit.weights.lora.fold import (
     lora_sources,
     require_skipped,
 )
-from ascendit.weights.lora.strength import ADAPTER_CONFIG
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]

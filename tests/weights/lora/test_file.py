@@ -11,8 +11,8 @@ import torch
 from convert.loras import save, shapes
 
 from ascendit.errors import AscenditError, CheckpointError
+from ascendit.weights.lora.fields import Patterns
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
-from ascendit.weights.lora.strength import Patterns
 
 KEY = "transformer.blocks.0.attn1.to_q"
 PAIR = {f"{KEY}.lora_A.weight": torch.ones(2, 24), f"{KEY}.lora_B.weight": torch.ones(24, 2)}
@@ -74,7 +74,7 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, suffix: str) -> None:
 
 
 def test_numbers_that_are_no_alpha(tmp_path: Path) -> None:
-    for i, value in enumerate((0.0, "x", 10**400, float("nan"), None)):
+    for i, value in enumerate((True, "x", 10**400, float("nan"), None)):
         torch.save({**PAIR, f"{KEY}.alpha": value}, tmp_path / f"{i}.pt")
         assert "is not a valid scale" in error(tmp_path / f"{i}.pt", "E-LRA-01").got
     torch.save({**PAIR, "blocks.0.attn1.to_k.alpha": 4}, tmp_path / "a.pt")
@@ -115,7 +115,14 @@ SETTINGS = {
     "not JSON": ("{", "not JSON"),
     "nested too deep": ("[" * 100_000, "not JSON"),
     "dora": ({"transformer.use_dora": True}, "DoRA is not supported"),
-    "lokr": ({"transformer.peft_type": "LOKR"}, "PEFT's LOKR is not supported"),
+    "ia3": ({"transformer.peft_type": "IA3"}, "PEFT's IA3 is not supported"),
+    "lokr with several ranks": (
+        {"peft_type": "LOKR", "rank_pattern": {"to_q": 8}},
+        "LoKr with several ranks is not supported",
+    ),
+    "not an object": ("3", "lora_adapter_metadata = 3 is not an object"),
+    "a text": ('"r = 4"', "not JSON"),
+    "rslora is unclear": ({"lora_alpha": 1, "use_rslora": "maybe"}, "use_rslora = 'maybe'"),
     "alpha is a text": ({"transformer.lora_alpha": "eight"}, "lora_alpha = 'eight'"),
     "alpha is nan": ('{"transformer.lora_alpha": NaN}', "lora_alpha = nan"),
     "alpha is zero": ({"transformer.lora_alpha": 0}, "lora_alpha = 0"),
@@ -165,9 +172,7 @@ def test_settings_in_adapter_config(tmp_path: Path) -> None:
         Folds.open([source], "transformer", shapes())
 
 
-@pytest.mark.parametrize(
-    "settings", ["{}", "[]", "3", '{"text_encoder.lora_alpha": 7}', '{"transformer.r": 2}']
-)
+@pytest.mark.parametrize("settings", ["{}", "[]", '{"text_encoder.lora_alpha": 7}', '{"transformer.r": 2}'])
 def test_settings_without_effect(tmp_path: Path, settings: str) -> None:
     source = save(tmp_path / "a.safetensors", PAIR, {"lora_adapter_metadata": settings})
     folds = Folds.open([source], "transformer", shapes())

@@ -1,12 +1,13 @@
 """Fold LoRA files into float weights, a few rows at a time, before they are quantized.
 
 `Folds.open` reads the headers of all files and determines the changed tensors of an expert; `fold` adds the
-changes in the order of the files, and rounds once. A key that cannot be used is an error. The factors of a
-tensor are in memory only while it is folded. `Folds.notes` is one line per file with its keys and its scale.
+changes in the order of the files. A key that cannot be used is an error. The factors of a tensor are in
+memory only while it is folded. `Folds.notes` is one line per file with its keys and its scale.
 
 Sums are in float64, so that a weight gets the same bits for every block size and number of threads. In
 float32 the order of a sum depends on the threads, and up to one element in a hundred differs in its last bit.
-In float64, sums of products of 16-bit factors are practically exact.
+In float64, sums of products of 16-bit factors are practically exact. PyTorch rounds a sum to BF16 or FP16
+through float32, so that one very close to the middle of two values may not become the nearest one.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Self
 from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.tensor_info import TensorInfo
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import Shapes, to_wan
 from ascendit.report import group_by
+from ascendit.weights.lora.fields import ALPHA_KEYS, plain
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
     FACTORS,
@@ -42,11 +44,13 @@ from ascendit.weights.lora.file import (
     shape_problem,
     unusable_keys,
 )
-from ascendit.weights.lora.keys import SKIPPED, LoraKey, Targets, refusal
+from ascendit.weights.lora.keys import SKIPPED, WRAPPERS, LoraKey, Targets, refusal
 from ascendit.weights.lora.strength import (
     ROUNDING,
     AppliedLora,
     OwnAlpha,
+    Setting,
+    Settings,
     Strength,
     read_settings,
 )
@@ -193,10 +197,10 @@ class Folds:
     def fold(self, name: str, rows: torch.Tensor, start: int, columns: slice | None = None) -> torch.Tensor:
         """Add all files to `rows` [n, ...] of the tensor `name`, which begin at row `start`.
 
-        `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded once
-        to the dtype of `rows`. The bits of an element do not depend on rows and columns. Returns a new
-        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError (E-LRA-01) for values
-        that are not finite.
+        `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded
+        by PyTorch, through float32, to the dtype of `rows`. The bits of an element do not depend on rows and
+        columns. Returns a new tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError
+        (E-LRA-01) for values of a file that are not finite, and for a sum that is too large for the dtype.
         """
         if name not in self.names or not len(rows):
             return rows
@@ -213,7 +217,11 @@ class Folds:
             total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
-            result[begin - start : end - start] = total.view(block.shape)
+            total = total.view(block.shape)
+            result[begin - start : end - start] = total
+            rounded = result[begin - start : end - start].to(torch.float64)
+            if bool((torch.isfinite(block.to(torch.float64)) & ~torch.isfinite(rounded)).any()):
+                raise _too_large(name, self._deltas[name], rows.dtype)
         return result
 
     def _open(self, name: str) -> list[Rows]:
@@ -222,6 +230,18 @@ class Folds:
             self._opened = {}
             self._opened = {name: [delta.open() for delta in self._deltas[name]]}
         return self._opened[name]
+
+
+def _too_large(name: str, deltas: Iterable[Delta], dtype: torch.dtype) -> CheckpointError:
+    files = dict.fromkeys(str(info.file) for delta in deltas for info in delta.tensors.values())
+    scales = ", ".join(f"{delta.scale:g}" for delta in deltas)
+    return CheckpointError(
+        f"{', '.join(files)}: the sum with {name} is too large for {str(dtype).removeprefix('torch.')} "
+        f"(weight x alpha / rank: {scales})",
+        needs="finite sums",
+        fix="use a smaller weight (FILE:WEIGHT), or another checkpoint of its training",
+        code="E-LRA-01",
+    )
 
 
 def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> list[dict[str, Any]]:
@@ -285,6 +305,8 @@ def _read(
     names_experts = any(key.one_expert for key in file.keys)
     for key in file.keys:
         named = key.expert if names_experts else None
+        if reader.read_file_alpha(key):
+            continue
         if key.group in skip:
             reader.skipped[key.group] += named in (None, expert)
         elif named is not None and named not in experts:
@@ -325,11 +347,24 @@ class DeltaReader:
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
         self.strengths: list[Strength] = []
+        self.num_file_alphas = 0
+
+    def read_file_alpha(self, key: LoraKey) -> bool:
+        """Read a tensor such as `lora_alpha`, the alpha of all layers; False for another key."""
+        wrapper = f"{key.path}." if key.role == "alpha" else ""
+        if wrapper not in WRAPPERS and (key.role is not None or plain(key.path) not in ALPHA_KEYS):
+            return False
+        alpha = self._scalar(key, may_be_zero=True)
+        setting = Setting(f"tensor {key.name}", WRAPPERS.get(wrapper) or key.expert, alpha=alpha)
+        self.settings = Settings((*self.settings.items, setting))
+        self.num_file_alphas += 1
+        return True
 
     def applied(self) -> AppliedLora:
         """A summary of the file."""
         skipped = {group: n for group, n in self.skipped.items() if n}
-        return AppliedLora(self.file.path.name, self.weight, len(self.keys), skipped, tuple(self.strengths))
+        num_keys = len(self.keys) + self.num_file_alphas
+        return AppliedLora(self.file.path.name, self.weight, num_keys, skipped, tuple(self.strengths))
 
     def problem(self, key: LoraKey, reason: str, fix: str = Problem.fix, group: str = "") -> None:
         """Record that `key` cannot be used."""
@@ -394,38 +429,44 @@ class DeltaReader:
     ) -> float:
         """The scale without the weight of the file.
 
-        Differences and a LoKr of two complete factors have no rank, and so no scale.
+        Differences have no rank, and so no scale. Nor does a LoKr of two complete factors, unless PEFT's
+        configuration names both.
         """
-        if (rank := rank_of(kind, infos)) is None:
+        rank = rank_of(kind, infos)
+        if rank is None and kind == "lokr":
+            rank = self.settings.divisor
+        if rank is None:
             return 1.0
         own = None
         if "alpha" in group:
             info = self.file.infos.get(group["alpha"].name)
-            rounding = ROUNDING.get(info.dtype, 1e-6) if info else 1e-6
-            root = "rslora" in group and bool(self._scalar(group["rslora"], may_be_zero=True))
-            own = OwnAlpha(self._scalar(group["alpha"]), rounding, root)
+            value = self._scalar(group["alpha"], may_be_zero=True)  # 0 is the rank, as in kohya's scripts
+            own = OwnAlpha(value, ROUNDING.get(info.dtype, 1e-6) if info else 1e-6)
+        flag = bool(self._scalar(group["rslora"], is_switch=True)) if "rslora" in group else None
         key = next(key for role, key in group.items() if role in infos)
         layer = target.removesuffix(".weight")
         names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
-        strength = self.settings.of(key, names, self.expert, rank, own, has_rank=kind != "lokr")
+        strength = self.settings.of(key, names, self.expert, rank, own, flag=flag, has_rank=kind != "lokr")
         if strength.problem:
             self.problem(key, strength.problem, strength.fix)
         self.strengths.append(strength)
         return strength.scale
 
-    def _scalar(self, key: LoraKey, *, may_be_zero: bool = False) -> float:
+    def _scalar(self, key: LoraKey, *, may_be_zero: bool = False, is_switch: bool = False) -> float:
         """The value of a tensor with one element, or of a number beside the tensors."""
         if info := self.file.infos.get(key.name):
             value, text = math.nan, f"{info.dtype} {list(info.shape)}"
-            dtypes = (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero)
+            dtypes = (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * is_switch)
             if math.prod(info.shape) == 1 and info.dtype in dtypes:
                 with RowReader() as reader:
                     value = float(reader.read_tensor(info).item())
+                text += f" with the value {value:g}"
         else:
             number = self.file.values[key.name]
             text = f"{number!r:.60}"
-            value = float(number) if isinstance(number, int | float) and abs(number) < 1e300 else math.nan
-        if math.isfinite(value) and (value or may_be_zero):
+            is_number = isinstance(number, int | float) and (is_switch or not isinstance(number, bool))
+            value = float(number) if is_number and abs(number) < 1e300 else math.nan
+        if math.isfinite(value) and (value or may_be_zero or is_switch):
             return value
         self.problem(key, f"{text} is not a valid scale")
         return 1.0
