@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
@@ -96,6 +97,7 @@ class Pipeline:
         picture = size_source(self.defaults, fields, pixels or {})
         return resolve(self.defaults, prompt, picture=picture, **fields)
 
+    @checked_call
     def generate(
         self,
         prompt: str,
