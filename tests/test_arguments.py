@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,7 @@ def test_a_wrong_keyword(function: str, arguments: dict[str, Any], fix: str) -> 
         (lambda: PIPE.generate(), EXAMPLES["generate"]),
         (lambda: PIPE.generate("a", "blur"), 'negative_prompt="blur"'),
         (lambda: PIPE.generate(text="a"), 'pipe.generate("a")'),
+        (lambda: PIPE("a"), 'pipe.generate("a")'),
         (lambda: VIDEO.save(), 'video.save("out.mp4")'),
         (lambda: VIDEO.save(None), 'video.save("out.mp4")'),
         (lambda: VIDEO.save("a.mp4", 24), "pipe.generate(prompt, fps=24)"),
@@ -113,3 +115,33 @@ def test_a_call_that_python_would_refuse(call: Any, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         call()
     assert error.value.code == "E-USE-01" and error.value.fix == fix
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fix"),
+    [
+        (PIPE, "to", 'ascendit.load(model, device="cuda") or device="npu"'),
+        (PIPE, "enable_model_cpu_offload", "omit enable_model_cpu_offload: weights stay on the device; "),
+        (PIPE, "enable_group_offload", "omit enable_group_offload: weights stay on the device; "),
+        (PIPE, "load_lora_weights", 'ascendit.load(model, loras=["FILE"])'),
+        (PIPE, "save", 'video.save("out.mp4")'),
+        (PIPE, "genrate", "generate instead of genrate"),
+        (ascendit, "from_pretrained", "ascendit.load(model)"),
+        (ascendit, "WanPipeline", "ascendit.load(model)"),
+        (ascendit, "generate", "ascendit.load(model).generate(prompt)"),
+        (ascendit, "laod", "load instead of laod"),
+    ],
+)
+def test_an_attribute_of_another_tool(owner: Any, name: str, fix: str) -> None:
+    assert not hasattr(owner, name)
+    with pytest.raises(UsageError) as error:
+        getattr(owner, name)
+    assert error.value.fix == fix or (fix.endswith(" ") and error.value.fix.startswith(fix))
+
+
+def test_other_attributes_are_refused_as_python_does() -> None:
+    for name in ("nothing_like_it", "__deepcopy__"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'") as error:
+            getattr(PIPE, name)
+        assert not isinstance(error.value, UsageError)
+    assert isinstance(pickle.loads(pickle.dumps(PIPE)), Pipeline)

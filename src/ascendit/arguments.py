@@ -20,6 +20,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from ascendit.errors import UsageError
 from ascendit.foreign import (
     ADVICE_FOR,
+    COMMAND_OF,
     KEYWORD_OF,
     MANY,
     PATTERN_OF,
@@ -284,3 +285,60 @@ def _missing(function: str, missing: Sequence[str], options: Mapping[str, Any]) 
     if len(missing) == 1 and values and values[0] is not None:
         fix = f"{fix.partition('(')[0]}({values[0]})"
     raise UsageError(f"{function} without {' and '.join(missing)}", needs=" and ".join(missing), fix=fix)
+
+
+# ---- attributes ---------------------------------------------------------------------------------
+
+_ATTRIBUTES = {
+    "ascendit.load(model)": "from_pretrained from_single_file WanPipeline WanImageToVideoPipeline pipeline"
+    " WanVideoPipeline WanVideoToVideoPipeline DiffusionPipeline AutoPipelineForText2Video load_model"
+    " AutoPipelineForImage2Video load_pipeline VideoGenerator Omni WanT2V WanI2V WanTI2V",
+    'ascendit.load(model, device="cuda") or device="npu"': "to",
+    'ascendit.load(model, device="npu")': "npu",
+    'ascendit.load(model, device="cuda")': "cuda",
+    'ascendit.load(model, device="cpu")': "cpu",
+    'ascendit.load(model, dtype="float16")': "half",
+    'ascendit.load(model, dtype="bfloat16")': "bfloat16",
+    'ascendit.load(model, dtype="float32")': "float",
+    'ascendit.load(model, loras=["FILE"])': "load_lora_weights load_lora set_adapters fuse_lora unfuse_lora"
+    " load_loras add_lora set_lora unload_lora_weights load_lora_adapter set_lora_adapter",
+    'ascendit.load(model, attention="fusion")': "enable_xformers_memory_efficient_attention"
+    " set_attention_backend set_attn_processor enable_attention_slicing enable_flash_attention",
+    "ascendit.repack(src, dst)": "save_pretrained",
+    'pipe.generate(prompt, solver="unipc")': "scheduler",
+    "pipe.generate(prompt, on_progress=print)": "set_progress_bar_config progress_bar",
+    'video.save("out.mp4")': "save export_to_video export_to_gif save_video cache_video",
+    "ascendit.load(model).generate(prompt)": "generate generate_video text_to_video image_to_video",
+    "pipe.text": "text_encoder tokenizer",
+    "pipe.transformer": "unet dit",
+    "pipe.clip": "image_encoder",
+}
+_ATTRIBUTE_OF = {name: fix for fix, names in _ATTRIBUTES.items() for name in names.split()}
+"""Attribute in other tools -> the fix."""
+
+
+class UnknownAttribute(UsageError, AttributeError):
+    """An attribute of another tool (E-USE-01)."""
+
+
+def attribute_error(owner: str, name: str, names: Collection[str]) -> AttributeError:
+    """The error for an attribute that `owner` does not have; UnknownAttribute if there is a fix.
+
+    `owner`: as Python names it, `module 'ascendit'`. `names`: the attributes that exist.
+    """
+    text = f"{owner} has no attribute {name!r}"
+    if name.startswith("_"):
+        return AttributeError(text)
+    advice = ADVICE_FOR.get("offload" if "offload" in name else name.lower())
+    fix = _ATTRIBUTE_OF.get(name) or (advice and advice.replace("omit it", f"omit {name}"))
+    command = COMMAND_OF.get(name, "")
+    if fix is None and owner.startswith("module"):
+        fix = EXAMPLES.get(command)
+    elif fix is None and command == "generate":
+        fix = EXAMPLES[command]
+    public = sorted(other for other in names if not other.startswith("_"))
+    if fix is None and (close := _typing_error(name, public)):
+        fix = f"{close} instead of {name}"
+    if fix is None:
+        return AttributeError(text)
+    return UnknownAttribute(text, needs=f"one of {', '.join(public)}", fix=fix)
