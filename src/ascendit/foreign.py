@@ -7,18 +7,11 @@ Names are compared in lower case, with `_` for `-`.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from difflib import get_close_matches
-from functools import wraps
-from typing import ParamSpec, TypeVar
 
-from ascendit.errors import UsageError
 from ascendit.option_text import option, option_name
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # ---- names of options ---------------------------------------------------------------------------
 
@@ -306,15 +299,6 @@ def _text(keyword: str, value: object) -> str | None:
 
 # ---- hints --------------------------------------------------------------------------------------
 
-CALLS = {
-    "load": "ascendit.load(model, {})",
-    "generate": "pipe.generate(prompt, {})",
-    "save": "video.save(path, {})",
-    "quantize": "ascendit.quantize(src, dst, {})",
-    "repack": "ascendit.repack(src, dst, {})",
-}
-"""Function -> a call of it with one more argument."""
-
 
 def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str | None:
     """The fix for an option that does not exist, as the command line writes it; None without one.
@@ -327,43 +311,3 @@ def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str 
         return option_name(keyword) if text is None else option(keyword, text)
     advice = ADVICE_FOR.get(other)
     return advice and advice.replace("omit it", f"omit {name}")
-
-
-def unknown_arguments(
-    function: str,
-    unknown: Mapping[str, object],
-    allowed: Collection[str],
-    others: Mapping[str, Collection[str]] | None = None,
-) -> UsageError:
-    """The error E-USE-01 for keyword arguments that a function of the Python interface does not have.
-
-    `others`: key of `CALLS` -> the keywords of this function.
-    """
-    name, value = next(iter(unknown.items()))
-    value = value if isinstance(value, (str, int, float)) else None
-    fix = hint(name, value, allowed)
-    if fix is None or normal(name) in ADVICE_FOR:
-        keyword, text = translated(name, value)
-        for other, keywords in (others or {}).items():
-            if keyword in keywords and other != function:
-                argument = f"{keyword}=..." if text is None else option(keyword, text)
-                fix = CALLS[other].format(argument)
-                break
-    if fix is None:
-        close = get_close_matches(normal(name), allowed, n=1)
-        fix = f"{option_name(close[0])} instead of {name}" if close else f"omit {name}"
-    needs = f"one of {', '.join(sorted(allowed))}"
-    return UsageError(f"unknown argument: {', '.join(unknown)}", needs=needs, fix=fix)
-
-
-def checked_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a public function: a keyword argument that it does not have raises UsageError (E-USE-01)."""
-    names = inspect.signature(function).parameters
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if unknown := {name: value for name, value in kwargs.items() if name not in names}:
-            raise unknown_arguments(function.__name__, unknown, tuple(names)[1:])
-        return function(*args, **kwargs)
-
-    return call
