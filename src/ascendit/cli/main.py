@@ -94,6 +94,17 @@ def completion(name: str) -> Callable[[str], list[str]] | None:
     return complete
 
 
+def value_of_flag(ctx: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+    """The value of a flag. Raises UsageError (E-USE-01) if it is another flag of the command."""
+    flags = {name for other in ctx.command.params for name in other.opts}
+    for text in map(str, value if isinstance(value, list | tuple) else [value]):
+        if text in flags:
+            name, example = max(param.opts, key=len), getattr(param, "metavar", None) or "VALUE"
+            fix = f"{name} {example} {text}, or omit {name}"
+            raise UsageError(f"{name} without a value before {text}", needs=f"{name} {example}", fix=fix)
+    return value
+
+
 def flag(shown: str, help: str) -> Any:
     """Make a flag for `Annotated`.
 
@@ -101,7 +112,8 @@ def flag(shown: str, help: str) -> Any:
     """
     names = shown.replace(",", "").split()
     metavar = None if names[-1].startswith("-") else names.pop()
-    return typer.Option(*names, metavar=metavar, help=help, autocompletion=completion(names[-1]))
+    settings: dict[str, Any] = {"autocompletion": completion(names[-1]), "callback": value_of_flag}
+    return typer.Option(*names, metavar=metavar, help=help, **settings)
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL, autocompletion=completion("MODEL"))]

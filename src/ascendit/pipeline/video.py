@@ -32,6 +32,7 @@ from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, CRF, WRITERS, Encoding, import_library
 from ascendit.report import human_bytes, json_text, shell_line
+from ascendit.validation import bad_value
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
@@ -168,6 +169,9 @@ class Video:
         output; EnvironmentProblem: E-ENV-01 if the library is missing, E-ENV-02 if the folder is not
         writable, E-ENV-04 if the disk is full. After a failure, including Ctrl-C, no partial file remains.
         """
+        for name, switch in (("metadata", metadata), ("overwrite", overwrite)):
+            if not isinstance(switch, bool):
+                raise bad_value(name, switch, bool)
         record = self.describe() if metadata else None
         text = json_text(record) + "\n"
         # Lone surrogates, from a prompt that is not valid text, become JSON escapes.
