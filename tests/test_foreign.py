@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 import fix_lines
 import pytest
@@ -10,12 +11,13 @@ import pytest
 import ascendit
 from ascendit import foreign
 from ascendit.cli.generate_options import KEYS, parse_settings
-from ascendit.cli.main import COMMANDS, completion, values_of
+from ascendit.cli.main import COMMANDS, COMPLETED, completion, values_of
 from ascendit.errors import UsageError
 from ascendit.option_text import option, python_text
+from ascendit.pipeline.fit import Fit
 from ascendit.pipeline.job import prepare_model
 from ascendit.pipeline.options import LoadOptions
-from ascendit.pipeline.request import GenerateRequest, check_names
+from ascendit.pipeline.request import SAVE, GenerateRequest, check_names
 from ascendit.quant.schemes import SCHEMES
 
 # Other name and value -> the setting of ascendit; written from the documentation of each tool.
@@ -42,11 +44,14 @@ quant_type=W4A4_MXFP4_DUALSCALE scheme=mxfp4_dualscale | disable_names=a.* keep=
 attention_backend=fusion attention=fusion | resize_mode=letterbox fit=pad | t5_cpu=True text_on=cpu
 text_encoder_cpu_offload=true text_on=cpu | model_path=demo model=demo | ckpt_dir=demo model=demo
 positive_prompt=cat prompt=cat
+vae_path=v.pth parts=vae=v.pth | text_encoder=u.gguf parts=text_encoder=u.gguf
+high_noise_model=h parts=transformer=h | low_noise_model=l parts=transformer_2=l
+clip_path=c parts=c | lora_scale=0.5 loras=FILE:0.5 | lora_multiplier=0.5 loras=FILE:0.5
 """
 PAIRS = [tuple(pair.split()) for line in SETTINGS.strip().splitlines() for pair in line.split(" | ")]
 MEANINGLESS = """
 task offload_model convert_model_dtype ulysses_size ring_size dit_fsdp t5_fsdp use_prompt_extend num_gpus
-sp_degree tp_size cfg_parallel_size output_type return_dict num_videos_per_prompt batch_size generator
+sp_degree tp_size cfg_parallel_size output_type return_dict tokenizer generator
 denoise clip_skip prompt_embeds sigmas enable_teacache cache_dit vae_tiling trust_remote_code cache_dir
 revision token safety_checker enforce_eager use_safetensors lowvram group_size local_files_only
 model_type host dit_cpu_offload vae_cpu_offload
@@ -67,6 +72,20 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
         LoadOptions(model="demo", **layer)
 
 
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("num_videos_per_prompt=4", "--num-videos 4"),
+        ("batch_size=4", "--num-videos 4"),
+        ("prompt_file=a b.txt", "--prompts 'a b.txt'"),
+    ],
+)
+def test_the_number_of_videos_is_a_flag_of_the_command(setting: str, fix: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_settings([setting])
+    assert error.value._fix == fix and list(fix_lines.problems(fix)) == []
+
+
 @pytest.mark.parametrize("name", MEANINGLESS)
 def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
     fix = foreign.hint(name, None, KEYS)
@@ -79,7 +98,7 @@ def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
 
 def test_the_tables_are_consistent() -> None:
     others = [name for names in foreign.RENAMED.values() for name in names.split()]
-    others += [*foreign.SETTINGS, *foreign.ADVICE_FOR]
+    others += [*foreign.SETTINGS, *{**foreign.ADVICE_FOR, **foreign.PATTERN_OF}]
     assert sorted(others) == sorted({*others}) and len(others) > 300
     assert not {*others} & {*KEYS} - {"scheduler"}
     assert all(name == foreign.normal(name) for name in others)
@@ -119,6 +138,8 @@ def test_values_are_those_of_the_options() -> None:
         ("generate", {"sampler_name": "dpmpp_2m"}, 'solver="dpm++"'),
         ("generate", {"scheme": "w8a8"}, 'ascendit.load(model, scheme="int8")'),
         ("generate", {"overwrite": True}, "video.save(path, overwrite=True)"),
+        ("generate", {"crf": 20}, "video.save(path, crf=20)"),
+        ("load", {"crf": 20}, "video.save(path, crf=20)"),
         ("generate", {"num_frame": 17}, "num_frames instead of num_frame"),
         ("generate", {"nothing_like_it": 1}, "omit nothing_like_it"),
         ("load", {"torch_dtype": "bf16"}, 'dtype="bfloat16"'),
@@ -127,6 +148,10 @@ def test_values_are_those_of_the_options() -> None:
         ("load", {"quantization": "W8A8_MXFP8"}, 'scheme="mxfp8"'),
         ("load", {"num_inference_steps": 8}, "pipe.generate(prompt, num_inference_steps=8)"),
         ("load", {"trust_remote_code": True}, "omit trust_remote_code: "),
+        ("load", {"vae_path": "v.pth"}, 'parts=["vae=v.pth"]'),
+        ("load", {"lora_scale": 0.5}, 'loras=["FILE:0.5"]'),
+        ("generate", {"vae": object()}, "ascendit.load(model, parts="),
+        ("quantize", {"vae_path": "v.pth"}, "omit vae_path: "),
         ("load", {"shceme": "int8"}, "scheme instead of shceme"),
         ("quantize", {"lora": "a.safetensors"}, "loras"),
         ("quantize", {"for_": "sglang"}, ""),
@@ -156,6 +181,10 @@ def test_a_wrong_keyword_is_a_usage_error_with_a_hint(call: str, arguments: dict
     assert python_text(error.value.fix) == error.value.fix and "--" not in error.value.fix
 
 
+def test_the_hints_name_every_keyword_of_save() -> None:
+    assert {*SAVE["save"]} == {*inspect.signature(ascendit.Video.save).parameters} - {"self", "path"}
+
+
 def test_a_value_of_another_tool_is_translated_in_python() -> None:
     for name, value, fix in (("scheme", "W8A8", 'scheme="int8"'), ("dtype", "bf16", 'dtype="bfloat16"')):
         with pytest.raises(UsageError) as error:
@@ -178,6 +207,10 @@ def test_completed_values_are_accepted() -> None:
     for flag in ("--scheme", "--preset", "--solver", "--fit", "--emulate", "--text-on", "--defaults"):
         for value in values_of(flag):
             assert list(fix_lines.value_problems(flag, value)) == []
+    assert values_of("--device") == ["cpu", "cuda", "npu", "twin:a2", "twin:a3", "twin:a5"]
+    assert values_of("--fit") == [*get_args(Fit)] and values_of("--to") == ["diffusers", "wan"]
+    assert values_of("--emulate") == ["decode-on-use", "decode-once"]
+    assert all(values_of(flag) for flag in COMPLETED)
     complete = completion("--scheme")
     assert complete is not None and complete("mx") == ["mxfp8", "mxfp4", "mxfp4_dualscale"]
     assert completion("--negative") is None and "demo" in values_of("MODEL")

@@ -8,6 +8,7 @@ Names are compared in lower case, with `_` for `-`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import wraps
@@ -54,7 +55,7 @@ RENAMED = {
     " filename_prefix save_path out_dir o output_video_path save_directory",
     "config": "config_json config_file config_path",
     "keep": "disable_names exclude ignore ignored_layers modules_to_not_convert fallback disable_level skip",
-    "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights lora_scale adapters"
+    "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights adapters"
     " lora_file lora_weights_path",
     "calibrate": "calib_file calib_dataset calib_data anti_dataset",
     "engine": "for target framework runtime",
@@ -88,6 +89,36 @@ SETTINGS = {
 }
 """Switch of another tool -> the setting of ascendit with its effect."""
 
+PATTERNS = {
+    "parts": {
+        "vae={FILE}": "vae vae_path vae_name vae_file",
+        "text_encoder={FILE}": "text_encoder text_encoder_path t5 t5_path t5_file t5_checkpoint umt5_path",
+        "transformer={FILE}": "transformer_path high_noise_model high_noise_ckpt high_noise_model_path"
+        " transformer dit_high_noise",
+        "transformer_2={FILE}": "transformer_2 transformer_2_path low_noise_model low_noise_ckpt"
+        " low_noise_model_path dit_low_noise",
+        "{FILE}": "clip_path clip_name dit_path image_encoder image_encoder_path",
+    },
+    "loras": {"FILE:{WEIGHT}": "lora_scale lora_scales lora_strength lora_multiplier"},
+}
+"""Keyword of ascendit -> how a value of another tool is a part of its own -> names in other tools."""
+PATTERN_OF = {
+    name: (keyword, pattern)
+    for keyword, patterns in PATTERNS.items()
+    for pattern, names in patterns.items()
+    for name in names.split()
+}
+
+_VIDEOS = (
+    "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt num_samples batch_size batch n_iter"
+    " samples repeat"
+)
+MANY = {
+    **dict.fromkeys(_VIDEOS.split(), "--num-videos"),
+    **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
+}
+"""Name in another tool -> the flag of `generate`, which Python does not have."""
+
 ADVICE = {
     "omit it: the folder of the model says its task": "task model_cls pipeline_class pipeline_class_name"
     " model_type workload_type model_class architecture pipeline",
@@ -114,8 +145,7 @@ ADVICE = {
     " input_video src_video return_with_leftover_noise",
     "omit it: the solver sets its own sigmas; --timesteps 1000,750,500,250 sets the steps": "sigmas eta"
     " karras use_karras_sigmas simple beta_schedule denoise_schedule",
-    "omit it: one call of generate makes one video, of one seed": "num_videos_per_prompt batch_size"
-    " num_outputs_per_prompt num_images_per_prompt batch n_iter samples repeat num_samples",
+    "omit it: one call of generate makes one video, of one seed": _VIDEOS,
     "--seed 42 instead of a generator": "generator rng",
     "omit it: the result is a Video; its frames are an array, video.frames": "output_type return_dict"
     " return_frames",
@@ -128,9 +158,8 @@ ADVICE = {
     "omit it: code of a checkpoint is never run": "trust_remote_code",
     "omit it: decoding is exact, in one piece": "vae_slicing vae_tiling enable_vae_slicing enable_vae_tiling"
     " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap",
-    "omit it: parts of the model are in the folder of MODEL": "vae vae_path t5_path text_encoder_path"
-    " clip_path transformer_path clip_name vae_name text_encoder tokenizer scheduler_config high_noise_model"
-    " low_noise_model dit_path high_noise_ckpt transformer_2 component_paths",
+    "omit it: parts of the model are in the folder of MODEL": "tokenizer scheduler_config component_paths "
+    + " ".join(PATTERNS["parts"].values()),
     "omit it: each video is checked, and there is no content filter": "safety_checker enable_safety_checker"
     " requires_safety_checker",
     "omit it: files are downloaded to the cache of the hub; set HF_HOME to move it": "cache_dir local_dir"
@@ -245,11 +274,6 @@ def normal(name: str) -> str:
     return name.lstrip("-").lower().replace("-", "_")
 
 
-def keyword_for(name: str) -> str | None:
-    """The keyword of ascendit for a name of another tool, or None."""
-    return KEYWORD_OF.get(normal(name))
-
-
 def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str | None:
     """The value of ascendit for one of another tool or of another case, or None.
 
@@ -261,6 +285,23 @@ def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str
             return ours
     lower = {choice.lower(): choice for choice in choices}
     return lower.get(text) or next((lower[x] for x in get_close_matches(text, lower, n=1)), None)
+
+
+def translated(name: str, value: object = None) -> tuple[str, str | None]:
+    """(keyword of ascendit, its value or None) for an option of another tool; unknown names are unchanged."""
+    other = normal(name)
+    if other in PATTERN_OF:
+        keyword, pattern = PATTERN_OF[other]
+        return keyword, re.sub(r"\{(\w+)\}", lambda match: match[1] if value is None else str(value), pattern)
+    if other in SETTINGS:
+        keyword, _, text = SETTINGS[other].partition("=")
+        return keyword, text
+    keyword = KEYWORD_OF.get(other, other)
+    return keyword, _text(keyword, value)
+
+
+def _text(keyword: str, value: object) -> str | None:
+    return None if value is None else value_for(keyword, value) or str(value).removeprefix("torch.")
 
 
 # ---- hints --------------------------------------------------------------------------------------
@@ -281,13 +322,9 @@ def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str 
     `allowed`: the keywords that exist. `value`: the value of the option, if it has one.
     """
     other = normal(name)
-    if (keyword := other if other in allowed else KEYWORD_OF.get(other)) in allowed:
-        assert keyword is not None
-        if value is None:
-            return option_name(keyword)
-        return option(keyword, value_for(keyword, value) or str(value).removeprefix("torch."))
-    if (setting := SETTINGS.get(other)) and setting.partition("=")[0] in allowed:
-        return option(*setting.split("=", 1))
+    keyword, text = (other, _text(other, value)) if other in allowed else translated(name, value)
+    if keyword in allowed:
+        return option_name(keyword) if text is None else option(keyword, text)
     advice = ADVICE_FOR.get(other)
     return advice and advice.replace("omit it", f"omit {name}")
 
@@ -306,12 +343,10 @@ def unknown_arguments(
     value = value if isinstance(value, (str, int, float)) else None
     fix = hint(name, value, allowed)
     if fix is None or normal(name) in ADVICE_FOR:
-        keyword = KEYWORD_OF.get(normal(name), normal(name))
+        keyword, text = translated(name, value)
         for other, keywords in (others or {}).items():
             if keyword in keywords and other != function:
-                argument = (
-                    f"{keyword}=..." if value is None else option(keyword, value_for(keyword, value) or value)
-                )
+                argument = f"{keyword}=..." if text is None else option(keyword, text)
                 fix = CALLS[other].format(argument)
                 break
     if fix is None:

@@ -45,6 +45,18 @@ LINES = [
         "generate --demo --prompt_file p.txt --num_videos_per_prompt 2",
         "ascendit generate --demo --prompts p.txt --num-videos 2",
     ),
+    (  # parts in single files, as LightX2V and ComfyUI name them
+        "generate --demo cat --vae_path v.pth --text_encoder=u.gguf --high_noise_model h.gguf "
+        "--low_noise_ckpt l.gguf --clip_name c.safetensors --lora_path a.safetensors --lora_scale 0.5",
+        "ascendit generate cat --demo --part vae=v.pth --part text_encoder=u.gguf --part transformer=h.gguf "
+        "--part transformer_2=l.gguf --part c.safetensors --lora a.safetensors:0.5",
+    ),
+    ("generate --demo cat --lora-strength 0.5", "ascendit generate cat --demo --lora FILE:0.5"),
+    (
+        "repack w.gguf --text_encoder_path u.gguf -o out --base demo",
+        "ascendit repack w.gguf text_encoder=u.gguf -o out --base demo",
+    ),
+    ("quantize demo -o out --scheme mxfp8 --vae_path v.pth", "ascendit quantize demo -o out --scheme mxfp8"),
     (  # vLLM-Omni
         "generate --model demo --prompt cat --boundary-ratio 0.9 --fps 8 --vae-use-tiling "
         "--cfg-parallel-size 2",

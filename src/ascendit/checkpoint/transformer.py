@@ -139,7 +139,6 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     config, problem = _config(part, tensors, layers)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
-    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)

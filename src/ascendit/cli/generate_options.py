@@ -19,7 +19,7 @@ from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
-from ascendit.foreign import KEYWORD_OF, hint, normal, value_for
+from ascendit.foreign import KEYWORD_OF, MANY, hint, normal, value_for
 from ascendit.geometry import FrameRate, frame_rate
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
@@ -315,8 +315,8 @@ def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> U
     name, allowed = unknown[0], [*KEYS]
     value = layer[name] if isinstance(layer[name], str | int | float) else None
     other = normal(name)
-    key = KEYWORD_OF.get(other)
-    if key is None and hint(name, None, allowed) is None:
+    key, many = KEYWORD_OF.get(other), MANY.get(other)
+    if key is None and many is None and hint(name, None, allowed) is None:
         key = next(iter(get_close_matches(other, KEYS, n=1)), None)
     if key in KEYS:
         text = value_for(key, value) or value
@@ -324,6 +324,8 @@ def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> U
         fix = f"{setting} instead of {name}" if value is not None else f"{key} instead of {name}"
     elif key in SPLIT and value is not None:
         fix = f"--{key} {value}"
+    elif many is not None:
+        fix = many if value is None else f"{many} {shell_line([str(value)])}"
     else:
         fix = hint(name, value, allowed) or "ascendit generate --help; all keys are in docs/cli.md"
     near = get_close_matches(key or name, KEYS, n=SHOWN_KEYS, cutoff=0 if key else 1)

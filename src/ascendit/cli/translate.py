@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from ascendit.foreign import ADVICE_FOR, COMMAND_OF, KEYWORD_OF, NO_VALUE, SETTINGS, normal, value_for
+from ascendit.foreign import (
+    ADVICE_FOR,
+    COMMAND_OF,
+    MANY,
+    NO_VALUE,
+    PATTERN_OF,
+    SETTINGS,
+    normal,
+    translated,
+    value_for,
+)
 from ascendit.option_text import FLAGS, SET_ONLY, SETTABLE, SWITCHES
 from ascendit.report import shell_line
 
@@ -23,15 +33,6 @@ SPECIAL = {"output": "-o", "dst": "-o", "config": "--config", "size": "--size", 
 SPECIAL |= {"timesteps": "--timesteps", "guidance_scale": "--guidance"}
 SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 POSITIONAL = ("model", "prompt")
-MANY = {
-    **dict.fromkeys(
-        "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt batch_size num_samples"
-        " n_iter".split(),
-        "--num-videos",
-    ),
-    **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
-}
-"""Name in another tool -> the flag of `generate`, which Python does not have."""
 COMMON = {"-q": False, "--quiet": False, "-v": False, "--verbose": False, "-h": False, "--help": False}
 
 
@@ -52,7 +53,7 @@ class Line:
         size = [str(x) for x in (self.size.get("width", "W"), self.size.get("height", "H"))]
         named = [self.positional[name] for name in POSITIONAL if name in self.positional]
         arguments = [*named, *self.arguments] if "model" in self.positional else [*self.arguments, *named]
-        return [*arguments, *self.flags, *(["--size", "x".join(size)] if self.size else [])]
+        return [*arguments, *_with_weights(self.flags), *(["--size", "x".join(size)] if self.size else [])]
 
 
 def translate(args: Sequence[str], name: str, options: Mapping[str, bool]) -> Line:
@@ -99,7 +100,7 @@ def _replace(line: Line, flag: str, value: str | None, name: str, options: Mappi
     """Add the translation of one flag that the command does not have, with a note."""
     other, written = normal(flag), " ".join(filter(None, (flag, value)))
     same = f"--{other.replace('_', '-')}"
-    keyword = KEYWORD_OF.get(other, other)
+    keyword, text = translated(other, value)
     if same in options and (options[same] or value is None):
         new = [same, *([] if value is None else [value])]
     elif keyword in POSITIONAL and value is not None:
@@ -114,6 +115,11 @@ def _replace(line: Line, flag: str, value: str | None, name: str, options: Mappi
         new = _setting(SETTINGS[other], value, options)
     elif (many := MANY.get(other)) in options and value is not None:
         new = [str(many), value]
+    elif other in PATTERN_OF and value and (new := _file_or_weight(keyword, str(text), name, options)):
+        if name == "repack":
+            line.arguments += new
+            line.notes.append(f"{flag} is the argument {shell_line(new)}")
+            return
     elif advice := ADVICE_FOR.get(other):
         line.notes.append(f"{flag}: {advice.removeprefix('omit it: ')}")
         return
@@ -128,6 +134,24 @@ def _replace(line: Line, flag: str, value: str | None, name: str, options: Mappi
             return
     line.flags += new
     line.notes.append(f"{written} is {shell_line(new)} here" if new else f"{flag} is not needed")
+
+
+def _file_or_weight(keyword: str, text: str, name: str, options: Collection[str]) -> list[str]:
+    """The argument for a component's file or a LoRA's weight; empty if the command `name` has none for it."""
+    if FLAGS[keyword] in options:
+        return [FLAGS[keyword], text]
+    return [text] if keyword == "parts" and name == "repack" else []
+
+
+def _with_weights(flags: list[str]) -> list[str]:
+    """`flags` with the weight of `--lora FILE:0.5` at the other `--lora`, if there are others."""
+    loras = [n for n, flag in enumerate(flags) if flag == "--lora"]
+    weights = [n for n in loras if flags[n + 1].startswith("FILE:")]
+    if not weights or len(weights) == len(loras):
+        return flags
+    weight = flags[weights[-1] + 1].removeprefix("FILE")
+    texts = [f"{text}{weight}" if n and flags[n - 1] == "--lora" else text for n, text in enumerate(flags)]
+    return [text for n, text in enumerate(texts) if not {n, n - 1} & {*weights}]
 
 
 def _setting(setting: str, value: str | None, options: Mapping[str, bool]) -> list[str]:

@@ -221,7 +221,7 @@ def resolve(
     return request
 
 
-SAVE = {"save": ("metadata", "overwrite")}
+SAVE = {"save": ("metadata", "overwrite", "crf")}
 """The keywords of `Video.save`, for the hints of other functions."""
 
 
