@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def texts(node: ast.expr) -> Iterator[str]:
 def fixes() -> list[tuple[str, str]]:
     every = []
     for path in sorted(SRC.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if re.search(r"\bfix ?=", text) else ():
             value = None
             if isinstance(node, ast.keyword) and node.arg == "fix":
                 value = node.value

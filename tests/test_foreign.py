@@ -75,19 +75,19 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [
-        ("num_videos_per_prompt=4", "--num-videos 4"),
-        ("batch_size=4", "--num-videos 4"),
-        ("prompt_file=a b.txt", "--prompts 'a b.txt'"),
-        ("num_videos=3", "--num-videos 3"),
-        ("sheet=a.png", "--sheet a.png"),
+        ("num_videos_per_prompt=4", "--num-videos 4 instead of num_videos_per_prompt"),
+        ("batch_size=4", "--num-videos 4 instead of batch_size"),
+        ("prompt_file=a b.txt", "--prompts 'a b.txt' instead of prompt_file"),
+        ("num_videos=3", "--num-videos 3 instead of num_videos"),
+        ("sheet=a.png", "--sheet a.png instead of sheet"),
         ("seed=1,2", "--seed 1,2"),
         ("seed=0-7", "--seed 0-7"),
-        ("seeds=1,2", "--seed 1,2"),
-        ("size=64x64", "--size 64x64"),
-        ("guidance=4,3", "--guidance 4,3"),
-        ("output=a b.mp4", "-o 'a b.mp4'"),
-        ("save_path=a.mp4", "-o a.mp4"),
-        ("overwrite=true", "--overwrite"),
+        ("seeds=1,2", "--seed 1,2 instead of seeds"),
+        ("size=64x64", "--size 64x64 instead of size"),
+        ("guidance=4,3", "--guidance 4,3 instead of guidance"),
+        ("output=a b.mp4", "-o 'a b.mp4' instead of output"),
+        ("save_path=a.mp4", "-o a.mp4 instead of save_path"),
+        ("overwrite=true", "--overwrite instead of overwrite"),
         ("overwrite=false", "omit overwrite"),
         ("t5_cpu=false", "omit t5_cpu"),
         ("video_quality=8", "omit video_quality: --crf 18 sets the quality of a file, and lower is better"),
@@ -99,7 +99,8 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
 def test_a_flag_that_is_no_key_is_named(setting: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_settings([setting])
-    assert error.value._fix == fix and list(fix_lines.problems(fix)) == []
+    assert error.value._fix == fix
+    assert list(fix_lines.problems(fix)) == []
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ascendit.convert.repack import repack
 from ascendit.errors import AscenditError
 from ascendit.names import to_wan
 
-SHAPE: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+SHAPE: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 1, "num_inference_steps": 2, "seed": 3}
 
 
 @pytest.fixture(scope="module")

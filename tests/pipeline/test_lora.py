@@ -121,8 +121,9 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 # ---- loading equals a folder with the LoRA -------------------------------------------------------
 
 
+QUICK = [(scheme, "everything") for scheme in ("bf16", "int8", "mxfp4")]
 GRID = [
-    pytest.param(scheme, case, marks=[] if case == "everything" else pytest.mark.slow)
+    pytest.param(scheme, case, marks=[] if (scheme, case) in QUICK else pytest.mark.slow)
     for scheme in ("bf16", *QUANTIZED)
     for case in CASES
 ]

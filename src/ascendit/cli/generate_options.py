@@ -348,16 +348,20 @@ def _key_fix(name: str, value: Any, source: str) -> str | None:
     key = KEYWORD_OF.get(other, other)
     flag = SWITCHES.get(key) or FLAG_ONLY.get(key) or FLAG_FOR.get(other)
     if flag in SWITCHES.values():
-        return f"omit {name}" if value is not None and str(value).lower() not in ON else flag
+        return (
+            f"omit {name}"
+            if value is not None and str(value).lower() not in ON
+            else f"{flag} instead of {name}"
+        )
     if flag is not None:
-        return flag if value is None else f"{flag} {shell_line([str(value)])}"
+        return f"{flag}{'' if value is None else f' {shell_line([str(value)])}'} instead of {name}"
     own = _key_of(name)
     if own is None or own not in KEYS:
         return hint(name, value, [*KEYS]) or (
             f"omit {name}: {COMMAND_ADVICE[other]}" if other in COMMAND_ADVICE else None
         )
     if own == "guidance_scale" and "," in str(value):
-        return f"--guidance {value}"
+        return f"--guidance {value} instead of {name}"
     text = value if value is None else value_for(own, value) or value
     try:
         check_values(typed_layer({} if text is None else {own: text}, source=source))

@@ -27,6 +27,7 @@ from ascendit.errors import (
     out_of_memory,
 )
 from ascendit.option_text import command_line
+from ascendit.report import REPORT_SUFFIXES
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -39,7 +40,6 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
-REPORT_SUFFIXES = (".html", ".json")
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
