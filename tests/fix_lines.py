@@ -113,6 +113,8 @@ def value_problems(flag: str, value: str) -> Iterator[str]:
         return
     else:
         key = KEYWORDS[flag]
+    if flag == "--seed" and re.fullmatch(r"\d+-\d+", value):
+        return
     from ascendit.cli.generate_options import KEYS, typed_layer
     from ascendit.errors import AscenditError
     from ascendit.pipeline.options import LoadOptions

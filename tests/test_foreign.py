@@ -9,7 +9,7 @@ import pytest
 
 import ascendit
 from ascendit import foreign
-from ascendit.cli.generate_options import KEYS, parse_settings
+from ascendit.cli.generate_options import FLAG_ONLY, KEYS, SWITCHES, parse_settings, typed_layer
 from ascendit.cli.main import COMMANDS, COMPLETED, completion, values_of
 from ascendit.errors import UsageError
 from ascendit.option_text import option, python_text
@@ -74,16 +74,57 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
 @pytest.mark.parametrize(
     ("setting", "fix"),
     [
-        ("num_videos_per_prompt=4", "--num-videos 4"),
-        ("batch_size=4", "--num-videos 4"),
-        ("prompt_file=a b.txt", "--prompts 'a b.txt'"),
+        ("num_videos_per_prompt=4", "--num-videos 4 instead of num_videos_per_prompt"),
+        ("batch_size=4", "--num-videos 4 instead of batch_size"),
+        ("prompt_file=a b.txt", "--prompts 'a b.txt' instead of prompt_file"),
+        ("num_videos=3", "--num-videos 3 instead of num_videos"),
+        ("sheet=a.png", "--sheet a.png instead of sheet"),
+        ("seed=1,2", "--seed 1,2"),
+        ("seed=0-7", "--seed 0-7"),
+        ("seeds=1,2", "--seed 1,2 instead of seeds"),
+        ("size=64x64", "--size 64x64 instead of size"),
+        ("guidance=4,3", "--guidance 4,3 instead of guidance"),
+        ("output=a b.mp4", "-o 'a b.mp4' instead of output"),
+        ("save_path=a.mp4", "-o a.mp4 instead of save_path"),
+        ("overwrite=true", "--overwrite instead of overwrite"),
+        ("overwrite=false", "omit overwrite"),
+        ("t5_cpu=false", "omit t5_cpu"),
+        ("video_quality=8", "omit video_quality: --crf 18 sets the quality of a file, and lower is better"),
+        ("n_prompt=a b", "--set 'negative_prompt=a b' instead of n_prompt"),
+        ("sampler=normal", "solver instead of sampler"),
+        ("qwertz=1", "ascendit generate --help"),
     ],
 )
-def test_the_number_of_videos_is_a_flag_of_the_command(setting: str, fix: str) -> None:
+def test_a_flag_that_is_no_key_is_named(setting: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_settings([setting])
-    assert error.value._fix == f"{fix} instead of {setting.partition('=')[0]}"
+    assert error.value._fix == fix
     assert list(fix_lines.problems(fix)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ("--config a.toml", 'guidance_scale = 3 instead of cfg, solver = "euler" instead of sampler'),
+        ("line 1 of p.jsonl", '"guidance_scale": 3 instead of cfg, "solver": "euler" instead of sampler'),
+        ("--set", "--set guidance_scale=3 instead of cfg, --set solver=euler instead of sampler"),
+    ],
+)
+def test_each_unknown_key_gets_a_fix_as_its_source_writes_it(source: str, fix: str) -> None:
+    with pytest.raises(UsageError) as error:
+        typed_layer({"cfg": 3, "sampler": "euler"}, source=source)
+    assert error.value._fix == fix
+
+
+def test_the_flags_that_are_no_keys_exist() -> None:
+    options = {flag for param in fix_lines.command("generate").params for flag in param.opts}
+    assert {*FLAG_ONLY.values(), *SWITCHES.values()} <= options
+    assert not {*FLAG_ONLY, *SWITCHES} & {*KEYS}
+    every = fix_lines.flags()
+    assert {*foreign.FLAG_FOR.values()} <= {*every}
+    names = {flag.removeprefix("--").replace("-", "_") for flag in every}
+    known = {*foreign.KEYWORD_OF, *foreign.SETTINGS, *foreign.PATTERN_OF}
+    assert not {*foreign.COMMAND_ADVICE} & (known | {*foreign.ADVICE_FOR}) and not {*foreign.FLAG_FOR} & names
 
 
 @pytest.mark.parametrize("name", MEANINGLESS)

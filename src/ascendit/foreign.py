@@ -22,13 +22,14 @@ RENAMED = {
     "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale guidance_scale_1",
     "guidance_scale_2": "cfg_scale_2 guidance_2 sample_guide_scale_low guidance_scale_low",
     "solver": "sampler sampler_name sample_solver scheduler scheduler_name noise_scheduler sampling_method",
-    "negative_prompt": "negative n_prompt neg_prompt negative_text sample_neg_prompt uncond_prompt",
+    "negative_prompt": "negative n_prompt neg_prompt negative_text sample_neg_prompt uncond_prompt"
+    " negative_prompts",
     "seed": "base_seed noise_seed random_seed manual_seed rng_seed",
-    "boundary_ratio": "boundary",
-    "fps": "frame_rate framerate sample_fps video_fps target_fps",
+    "boundary_ratio": "boundary moe_boundary",
+    "fps": "frame_rate framerate sample_fps video_fps target_fps frames_per_second",
     "max_sequence_length": "max_seq_len max_seq_length text_len t5_max_length",
     "image": "image_path input_image start_image first_frame input_reference img src_image init_image"
-    " first_image",
+    " first_image first_frame_image i",
     "last_image": "end_image last_frame last_image_path tail_image final_frame last_frame_path",
     "timesteps": "denoising_step_list sample_timesteps own_timesteps",
     "size": "resolution video_size image_size",
@@ -36,7 +37,7 @@ RENAMED = {
     "height": "target_height h",
     "seconds": "duration video_duration",
     "model": "ckpt_dir model_path model_dir model_id pretrained_model_name_or_path checkpoint ckpt model_name"
-    " pretrained_model_path model_class_path repo_id unet_name diffusion_model checkpoint_path",
+    " pretrained_model_path model_class_path repo_id unet_name diffusion_model checkpoint_path m",
     "prompt": "text positive positive_prompt p",
     "device": "device_type backend torch_device device_name device_map",
     "dtype": "torch_dtype weight_dtype precision dit_precision transformer_dtype param_dtype compute_dtype"
@@ -49,7 +50,7 @@ RENAMED = {
     "config": "config_json config_file config_path",
     "keep": "disable_names exclude ignore ignored_layers modules_to_not_convert fallback disable_level skip",
     "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights adapters"
-    " lora_file lora_weights_path",
+    " lora_file lora_weights_path lora_weight",
     "calibrate": "calib_file calib_dataset calib_data anti_dataset",
     "engine": "for target framework runtime",
     "base": "base_model original_model",
@@ -60,7 +61,7 @@ RENAMED = {
     "max_memory": "vram_limit memory_limit gpu_memory_limit",
     "emulate": "emulation",
     "preset": "distill step_distill",
-    "overwrite": "force_overwrite exist_ok yes",
+    "overwrite": "force_overwrite exist_ok yes y f",
     "dry_run": "plan print_config",
     "resume": "resume_from",
     "on_progress": "callback_on_step_end callback callback_steps progress_callback",
@@ -79,15 +80,21 @@ SETTINGS = {
     "unload_text_encoder": "text_on=drop",
     "no_metadata": "metadata=false",
     "disable_metadata": "metadata=false",
+    "fp8_e4m3fn_unet": "scheme=fp8",
+    "bf16_unet": "dtype=bfloat16",
+    "fp16_unet": "dtype=float16",
+    "fp32_unet": "dtype=float32",
 }
 """Switch of another tool -> the setting of ascendit with its effect."""
+ON = ("", "true", "1", "yes", "on")
+"""Values of a switch that is set, in lower case."""
 
 PATTERNS = {
     "parts": {
         "vae={FILE}": "vae vae_path vae_name vae_file",
         "text_encoder={FILE}": "text_encoder text_encoder_path t5 t5_path t5_file t5_checkpoint umt5_path",
         "transformer={FILE}": "transformer_path high_noise_model high_noise_ckpt high_noise_model_path"
-        " transformer dit_high_noise",
+        " transformer dit_high_noise quant_dit_path dit_quantized_ckpt",
         "transformer_2={FILE}": "transformer_2 transformer_2_path low_noise_model low_noise_ckpt"
         " low_noise_model_path dit_low_noise",
         "{FILE}": "clip_path clip_name dit_path image_encoder image_encoder_path",
@@ -104,13 +111,29 @@ PATTERN_OF = {
 
 _VIDEOS = (
     "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt num_samples batch_size batch n_iter"
-    " samples repeat"
+    " samples repeat n n_samples count num_outputs"
 )
 MANY = {
     **dict.fromkeys(_VIDEOS.split(), "--num-videos"),
-    **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
+    **dict.fromkeys(
+        "prompt_file prompt_path prompts_file from_file prompt_txt input_file".split(), "--prompts"
+    ),
 }
 """Name in another tool -> the flag of `generate`, which Python does not have."""
+FLAG_FOR = MANY | {"compare": "--diff", "tensors": "--layers", "list": "--layers"}
+"""Name in another tool -> a flag that Python has no keyword for."""
+BITS = {"w_bit": "w", "w_bits": "w", "bits": "w", "q_bits": "w", "nbits": "w", "a_bit": "a", "a_bits": "a"}
+"""Name in another tool of the bits of weights or activations -> their letter in a scheme, as w8a8."""
+COMMAND_ADVICE = {
+    **dict.fromkeys(
+        "quality video_quality output_quality output_compression".split(),
+        "--crf 18 sets the quality of a file, and lower is better",
+    ),
+    **dict.fromkeys(
+        "log_level loglevel logging_level debug".split(), "-v prints decisions, -q only the result"
+    ),
+}
+"""Name in another tool -> advice for the command line only."""
 
 ADVICE = {
     "omit it: the folder of the model says its task": "task model_cls pipeline_class pipeline_class_name"
@@ -119,13 +142,14 @@ ADVICE = {
     " cpu_offload dit_cpu_offload enable_model_cpu_offload enable_sequential_cpu_offload offload low_vram"
     " lowvram medvram novram enable_cpu_offload offload_granularity blocks_to_swap block_swap"
     " dit_layerwise_offload performance_mode unload_models vae_cpu_offload image_encoder_cpu_offload"
-    " pin_cpu_memory use_fsdp_inference layerwise_offload lazy_load low_cpu_mem_usage offload_folder tiled",
+    " pin_cpu_memory use_fsdp_inference layerwise_offload lazy_load low_cpu_mem_usage offload_folder tiled"
+    " gpu_only highvram",
     "omit it: a model runs on one device": "ulysses_size ring_size dit_fsdp t5_fsdp num_gpus sp_degree"
     " tp_size"
     " tensor_parallel_size ulysses_degree ring_degree dp_size data_parallel_size nproc_per_node sp_size"
     " cfg_parallel enable_cfg_parallel cfg_parallel_size cfg_size parallel world_size dp_degree vae_parallel"
     " use_usp parallelism hsdp_shard_dim hsdp_replicate_dim vae_parallel_size vae_patch_parallel_size"
-    " pipefusion_parallel_degree use_cfg_parallel num_nodes tp parallel_attn_type",
+    " pipefusion_parallel_degree use_cfg_parallel num_nodes tp parallel_attn_type vae_fsdp",
     "omit it: weights keep their dtype; --set dtype=bfloat16 changes it": "convert_model_dtype half bf16"
     " all_in_bf16 force_fp16 fp16 variant",
     "omit it, and write the longer prompt yourself": "use_prompt_extend prompt_extend_method"
@@ -148,9 +172,22 @@ ADVICE = {
     " use_attentioncache",
     "omit it: nothing has to be compiled": "compile enable_torch_compile torch_compile enforce_eager"
     " use_compile compilation_config cuda_graph",
+    "omit it: a model runs on one device, which --device names": "gpu gpus gpu_id gpu_ids device_id"
+    " device_ids visible_devices cuda_visible_devices devices",
+    "omit it: Wan has no embedded guidance; --guidance sets its scale": "embedded_cfg_scale"
+    " embedded_guidance_scale",
+    "omit it: guidance is the plain one, of all layers": "slg slg_layers slg_start slg_end slg_scale"
+    " skip_layer_guidance cfg_zero_star enable_cfg_zero_star use_cfg_zero_star",
+    "omit it: positions are those of the model": "riflex riflex_freq_index enable_riflex use_riflex",
+    "omit it: the files of a quantized model say its scheme": "quant_config quant_desc_path"
+    " quantization_config_file",
+    "omit it: a model takes a text and images only": "audio audio_path pose_video src_root_path refer_path"
+    " src_pose_path src_ref_images",
+    "omit it: shards have at most 5 GB": "max_shard_size max_shard_bytes shard_size",
     "omit it: code of a checkpoint is never run": "trust_remote_code",
     "omit it: decoding is exact, in one piece": "vae_slicing vae_tiling enable_vae_slicing enable_vae_tiling"
-    " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap",
+    " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap"
+    " tiling",
     "omit it: parts of the model are in the folder of MODEL": "tokenizer scheduler_config component_paths "
     + " ".join(PATTERNS["parts"].values()),
     "omit it: each video is checked, and there is no content filter": "safety_checker enable_safety_checker"
@@ -163,7 +200,7 @@ ADVICE = {
     " force_download resume_download",
     "omit it: the scheme sets bits and blocks": "q_bits q_group_size w_bit a_bit bits"
     " group_size w_bits a_bits block_size nbits load_in_8bit load_in_4bit",
-    "omit it: weights are quantized row by row on the CPU": "device_id dev_type gpu_id max_workers",
+    "omit it: weights are quantized row by row on the CPU": "dev_type max_workers",
     "omit it: there is no server yet": "host port serve server_port base_url webui served_model_name",
     "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
     " from_flax subfolder",
@@ -180,7 +217,8 @@ NO_VALUE = frozenset(
     " enable_cfg_parallel dit_cpu_offload text_encoder_cpu_offload vae_cpu_offload enable_torch_compile yes"
     " exist_ok force_overwrite no_metadata disable_metadata plan print_config cache_dit enable_cache_dit"
     " image_encoder_cpu_offload pin_cpu_memory tiled layerwise_offload dit_layerwise_offload quantize"
-    " save_output".split()
+    " save_output y f gpu_only highvram fp8_e4m3fn_unet bf16_unet fp16_unet fp32_unet vae_fsdp tiling"
+    " cfg_zero_star enable_cfg_zero_star use_cfg_zero_star enable_riflex".split()
 )
 """Flags of other tools that stand alone; one of these with True, False, 0 or 1 after it has a value too."""
 
@@ -306,6 +344,8 @@ def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str 
     `allowed`: the keywords that exist. `value`: the value of the option, if it has one.
     """
     other = normal(name)
+    if other in SETTINGS and value is not None and str(value).lower() not in ON:
+        return f"omit {name}"
     keyword, text = (other, _text(other, value)) if other in allowed else translated(name, value)
     if keyword in allowed:
         return option_name(keyword) if text is None else option(keyword, text)

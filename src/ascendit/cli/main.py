@@ -291,7 +291,7 @@ def _usage(error: Any, args: Sequence[str]) -> UsageError:
     from ascendit.cli.translate import repaired
 
     group = typer.main.get_command(app)
-    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error):  # type: ignore[attr-defined]
+    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error, values_of):  # type: ignore[attr-defined]
         needs, fix = hint
         return UsageError(error.format_message(), needs=needs, fix=fix)
     return UsageError(error.format_message(), needs=usage, fix=_parameter_fix(error) or f"{command} --help")

@@ -249,6 +249,7 @@ def locate(path: AnyPath, num_frames: int) -> OutputTarget:
     if is_format:
         return OutputTarget(file, suffix[1:], file.with_suffix(".json"))
     name = file.with_suffix(".mp4") if file.name.strip(".") else file / "out.mp4"
+    name = file.with_name("out.mp4") if file.name == "-" else name
     rule = f"a name that ends in {EXTENSIONS}"
     raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=_option(name))
 
