@@ -245,8 +245,10 @@ _CASCADES: dict[LayoutKind, LayoutKind] = {
     "transformer": "transformers-only",
 }
 """Kind of one transformer -> kind of a folder with two of them."""
-_NOISE = re.compile(r"(?:\w+_)?(?P<noise>high|low)_noise_model")
-"""`high_noise_model`; msModelSlim before June 2026: `t2v_high_noise_model`."""
+_NOISE = re.compile(
+    r"(?:(?:\w+_)?(?P<noise>high|low)_noise_model|(?P<folder>high|low)[-_]?noise)", re.IGNORECASE
+)
+"""`high_noise_model`; msModelSlim before June 2026: `t2v_high_noise_model`; folders of GGUF: `HighNoise`."""
 
 
 def _cascade(root: Path) -> Recognised | None:
@@ -254,7 +256,7 @@ def _cascade(root: Path) -> Recognised | None:
     folders: dict[str, list[Path]] = {"high": [], "low": []}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         if match := _NOISE.fullmatch(folder.name):
-            folders[match["noise"]].append(folder)
+            folders[(match["noise"] or match["folder"]).lower()].append(folder)
     if not any(folders.values()):
         return None
     if any(len(noise) != 1 for noise in folders.values()):
