@@ -77,7 +77,8 @@ class ConversionReport:
     def bits_per_weight(self) -> float:
         """Bits of the tensors of all experts, scales included, divided by the number of parameters."""
         num_weights: int = sum(expert.num_weights for expert in self.experts)
-        return 8 * sum(expert.bytes_after for expert in self.experts) / max(num_weights, 1)
+        nbytes: int = sum(expert.bytes_after for expert in self.experts)
+        return 8 * nbytes / max(num_weights, 1)
 
     @property
     def bytes_done(self) -> int:
@@ -383,7 +384,8 @@ class RepackReport(ConversionReport):
     @property
     def bytes_after(self) -> int:
         """Bytes of the written tensors of all experts and parts."""
-        return super().bytes_after + sum(part["bytes_after"] for part in self.parts)
+        nbytes: int = sum(part["bytes_after"] for part in self.parts)
+        return super().bytes_after + nbytes
 
     @property
     def checked(self) -> bool:
