@@ -185,6 +185,22 @@ def test_the_record_of_parts_alone(cascade: Path, tmp_path: Path) -> None:
     assert command == f"ascendit repack {WEIGHTS} -o out --base {cascade.name} --copy"
 
 
+def test_a_name_chooses_the_part_of_an_all_in_one_file(
+    cascade: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    encoder = load_file(cascade / "text_encoder" / "model.safetensors")
+    tensors = load_file(files["transformer"])
+    tensors |= {f"text_encoders.umt5xxl.transformer.{name}": x * 1.5 for name, x in encoder.items()}
+    save_file(tensors, tmp_path / "all.safetensors")
+    one, other = f"high={tmp_path / 'all.safetensors'}", f"text_encoder={tmp_path / 'all.safetensors'}"
+    report = repack([one, other], tmp_path / "out", base=cascade)
+    assert [x.name for x in report.experts] == ["transformer"]
+    result = written(tmp_path / "out", "text_encoder")
+    assert {n: x.tolist() for n, x in result.items()} == {n: (x * 1.5).tolist() for n, x in encoder.items()}
+    with pytest.raises(UsageError, match="has the tensors of a transformer"):
+        read_part_files([f"vae={tmp_path / 'all.safetensors'}"])
+
+
 def test_a_file_in_place_of_quantized_weights(cascade: Path, tmp_path: Path) -> None:
     """The config of the replaced expert describes its layers, not those of the file."""
     folder = tmp_path / "int8"

@@ -150,15 +150,20 @@ def _add(stored: Stored, kind: str, tensors: dict[str, TensorInfo], *notes: str)
 
 def _one_part(stored: Stored) -> Stored:
     """The tensors of its part; all of them unless the file has those of several parts."""
-    by_part = group_by(stored.tensors, _part_of)
+    by_part = parts_in(stored.tensors)
     own = stored.part if stored.part in _PARTS else "transformer"
-    if len(by_part) < 2 or own not in by_part or "transformer" not in by_part:
-        return stored
-    if naming_of(by_part["transformer"]) is None:
+    if own not in by_part:
         return stored
     others = [f"{name} ({counted(len(names), 'tensor')})" for name, names in by_part.items() if name != own]
     note = f"the file also has {' and '.join(others)}, which are not read from it"
     return _add(stored, "all-in-one", {name: stored.tensors[name] for name in by_part[own]}, note)
+
+
+def parts_in(names: Collection[str]) -> dict[str, list[str]]:
+    """Part -> its tensors in an all-in-one checkpoint; empty for other files."""
+    by_part = group_by(names, _part_of)
+    wan = len(by_part) > 1 and naming_of(by_part.get("transformer", [])) is not None
+    return by_part if wan else {}
 
 
 def _part_of(name: str) -> str:
