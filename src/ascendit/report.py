@@ -19,6 +19,8 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 
+REPORT_SUFFIXES = (".html", ".json")
+"""Extensions of report files: a page with plots, or the data."""
 MIN_WRAPPED = 24
 """Minimum width of a column whose cells are wrapped."""
 

@@ -28,6 +28,7 @@ from ascendit.errors import (
     out_of_memory,
 )
 from ascendit.option_text import command_line
+from ascendit.report import REPORT_SUFFIXES
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -40,7 +41,6 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
-REPORT_SUFFIXES = (".html", ".json")
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
@@ -50,33 +50,38 @@ ALIASES = {"help": "--help", "version": "--version"}
 """Words that are accepted for a flag, as in `ascendit help generate`."""
 
 
-COMPLETED = frozenset(
-    ("--defaults", "--device", "--emulate", "--fit", "--for", "--preset", "--recipe", "--scheme")
-    + ("--solver", "--text-on", "--to", "MODEL")
-)
-"""Flags, and MODEL, with values that a shell completes."""
+def _of(module: str) -> Any:
+    """A module of ascendit, imported when a value is completed."""
+    return importlib.import_module(f"ascendit.{module}")
+
+
+def _option_values(name: str) -> Iterable[str]:
+    """The values of a field of LoadOptions whose type is a Literal."""
+    return get_args(
+        _of("validation").non_optional(_of("pipeline.options").LoadOptions.model_fields[name].annotation)
+    )
+
+
+COMPLETED: dict[str, Callable[[], Iterable[str]]] = {
+    "MODEL": lambda: ["demo", *(spec.hub for spec in _of("family").SPECS.values() if spec.hub != "demo")],
+    "--scheme": lambda: _of("quant.schemes").QUANTIZED,
+    "--recipe": lambda: _of("quant.recipe").recipe_names(),
+    "--for": lambda: _of("quant.engines").ENGINES,
+    "--to": lambda: get_args(_of("names").Naming),
+    "--preset": lambda: _of("family").PRESETS,
+    "--solver": lambda: get_args(_of("family").Solver),
+    "--fit": lambda: get_args(_of("pipeline.fit").Fit),
+    "--device": lambda: _of("device.device").WITHOUT_INDEX,
+    "--emulate": lambda: _option_values("emulate"),
+    "--text-on": lambda: _option_values("text_on"),
+    "--defaults": lambda: _option_values("defaults"),
+}
+"""Flag, or MODEL, with values that a shell completes -> these values."""
 
 
 def values_of(flag: str) -> list[str]:
     """The values of a flag, or of MODEL, that a shell completes; empty for any other."""
-    from ascendit import family
-    from ascendit.quant import engines, recipe, schemes
-
-    values: dict[str, Callable[[], Iterable[str]]] = {
-        "MODEL": lambda: ["demo", *(spec.hub for spec in family.SPECS.values() if spec.hub != "demo")],
-        "--scheme": lambda: schemes.QUANTIZED,
-        "--recipe": recipe.recipe_names,
-        "--for": lambda: engines.ENGINES,
-        "--to": lambda: ("diffusers", "wan"),
-        "--preset": lambda: family.PRESETS,
-        "--solver": lambda: get_args(family.Solver),
-        "--fit": lambda: ("crop", "pad", "stretch"),
-        "--device": lambda: ("cpu", "cuda", "npu", "twin:a2", "twin:a3", "twin:a5"),
-        "--emulate": lambda: ("decode-on-use", "decode-once"),
-        "--text-on": lambda: ("cpu", "device", "drop"),
-        "--defaults": lambda: ("model", "folder"),
-    }
-    return list(values[flag]()) if flag in values else []
+    return list(COMPLETED[flag]()) if flag in COMPLETED else []
 
 
 def completion(name: str) -> Callable[..., list[str]] | None:
@@ -291,7 +296,7 @@ def _usage(error: Any, args: Sequence[str]) -> UsageError:
     from ascendit.cli.translate import repaired
 
     group = typer.main.get_command(app)
-    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error):  # type: ignore[attr-defined]
+    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error, values_of):  # type: ignore[attr-defined]
         needs, fix = hint
         return UsageError(error.format_message(), needs=needs, fix=fix)
     return UsageError(error.format_message(), needs=usage, fix=_parameter_fix(error) or f"{command} --help")

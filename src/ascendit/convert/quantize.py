@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
@@ -47,7 +48,6 @@ from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, St
 from ascendit.convert.report_page import quantize_page
 from ascendit.errors import UsageError
 from ascendit.family import Task
-from ascendit.foreign import checked_keywords
 from ascendit.pages.page import check_report_file, is_page, write_report
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
@@ -60,7 +60,15 @@ from ascendit.weights.applied_recipe import (
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, lora_sources, require_skipped
+from ascendit.weights.lora.fields import ADAPTER_CONFIG
+from ascendit.weights.lora.fold import (
+    Folds,
+    LoraSource,
+    check_groups,
+    lora_report,
+    lora_sources,
+    require_skipped,
+)
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
@@ -69,7 +77,7 @@ FLOAT_RECIPE = "none: float weights in the dtype of the source"
 """Shown as the recipe of a float folder."""
 
 
-@checked_keywords
+@checked_call
 @recording()
 def quantize(
     src: Path | str,
@@ -205,6 +213,7 @@ class QuantizeJob:
     def __post_init__(self) -> None:
         if self.calibrate is not None and self.smoothing:
             raise _two_smoothings()
+        check_groups(self.lora_skip, self.loras)
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
@@ -400,13 +409,13 @@ class QuantizeJob:
 
     def fingerprint(self) -> str:
         """A hash that is the same for two runs that write the same bytes."""
-        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes]
+        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.lora_skip, self.max_shard_bytes]
         parts += [self.loras, lora_report(self.loras, self.folds)]
         if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        more = [lora.path for lora in self.loras]
+        more = [path for lora in self.loras for path in (lora.path, lora.path.parent / ADAPTER_CONFIG)]
         more += self.others.copied if self.others else ()
         return fingerprint(self.planned.values(), parts, more=more)
 

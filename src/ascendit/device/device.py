@@ -45,8 +45,10 @@ BACKENDS: Mapping[str, Backend] = {
     "npu": Backend(operators="npu", tensors="npu", dtype="bfloat16", has_float64=False),
     "twin": Backend(operators="npu", tensors="cpu", dtype="bfloat16", has_float64=False),
 }
-TWINS = [f"twin:{chip}" for chip in CHIPS]
-DEVICE_NAMES = ", ".join(["cpu, cuda, cuda:N, npu, npu:N", *TWINS])
+TWINS = tuple(f"twin:{chip}" for chip in CHIPS)
+WITHOUT_INDEX = (*(kind for kind in BACKENDS if kind != "twin"), *TWINS)
+"""The names of devices, without those of the second and later ones."""
+DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(TWINS)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from ascendit.weights.applied_recipe import (
     stored_schemes,
 )
 from ascendit.weights.engine_formats import model_kind
-from ascendit.weights.lora.fold import Folds, LoraSource, require_skipped
+from ascendit.weights.lora.fold import Folds, LoraSource, check_groups, require_skipped
 from ascendit.weights.tensor_steps import schemes_of
 
 log = logging.getLogger("ascendit")
@@ -61,16 +61,11 @@ class Online:
     ) -> Online | None:
         """Parse the options; None means that weights are loaded as stored.
 
-        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe and `lora_skip` without a LoRA, and
-        the errors of `load_recipe`.
+        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe, and the errors of
+        `check_groups` and of `load_recipe`.
         """
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
-        if lora_skip and not loras:
-            raise UsageError(
-                f"{option('lora_skip', ' '.join(lora_skip))} without a LoRA",
-                needs="a LoRA file: --lora-skip leaves out some of its keys",
-                fix="add --lora FILE, or omit --lora-skip",
-            )
+        check_groups(lora_skip, loras)
         files = (tuple(loras), tuple(lora_skip))
         if recipe is None and scheme in (None, "bf16"):
             if keep:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.component import EXPERTS, noise_of
+from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
+from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.errors import UsageError
@@ -22,7 +22,6 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
-_NOISE = re.compile(r"(high|low)[_-]?noise", re.IGNORECASE)
 TILES = "F8_E4M3"
 """Dtype of FP8 weights in tiles, the only quantized weights that a source may have."""
 
@@ -114,7 +113,7 @@ def open_folds(
     loras: Sequence[LoraSource],
     *,
     experts: Collection[str] = EXPERTS,
-    skip: Collection[str] = (),
+    skip: Sequence[str] = (),
 ) -> Folds | None:
     """Match the LoRA files with the tensors of `expert`; None if there are no files.
 
@@ -131,8 +130,7 @@ def lora_warnings(loras: Sequence[LoraSource], folds: Iterable[Folds]) -> list[s
     folds, texts = list(folds), []
     for i, source in enumerate(loras):
         changed = [own for fold in folds if (own := fold.applied[i]) and own.num_keys]
-        if len(changed) > 1 and (match := _NOISE.search(source.path.stem)):
-            noise = match[1].lower()
+        if len(changed) > 1 and (noise := noise_of(source.path.stem)):
             texts.append(
                 f"{source.path.name} is added to both experts; for the {noise}-noise one: --lora {noise}=FILE"
             )

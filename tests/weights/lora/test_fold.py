@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ascendit.convert.quantize import quantize
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import expected_tensors
 from ascendit.weights.lora.fold import PRODUCT_ROWS, Folds, LoraSource, parse_lora
 
@@ -519,6 +519,7 @@ OPTIONS = {
     "transformer=x.safetensors:0.8": ("x.safetensors", 0.8, "transformer"),
     "transformer_2=x.safetensors": ("x.safetensors", 1.0, "transformer_2"),
     "high=x.safetensors": ("x.safetensors", 1.0, "transformer"),
+    "Low=x.safetensors": ("x.safetensors", 1.0, "transformer_2"),
     "low=a=b.safetensors:1e-1": ("a=b.safetensors", 0.1, "transformer_2"),
 }
 
@@ -562,3 +563,16 @@ def test_the_modules_do_not_import_torch() -> None:
         "import sys, ascendit.weights.lora.fold; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_sum_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    key = "transformer.blocks.0.attn1.to_q"
+    factors = {f"{key}.lora_A.weight": torch.full((1, 24), 300.0), f"{key}.lora_B.weight": torch.ones(24, 1)}
+    source = save(tmp_path / "a.safetensors", factors, {"lora_alpha": "300"})
+    folds = Folds.open([source], "transformer", shapes())
+    rows, name = torch.zeros(24, 24, dtype=torch.float16), "blocks.0.attn1.to_q.weight"
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: the sum with blocks\.0\.attn1\.to_q") as e:
+        folds.fold(name, rows, 0)
+    assert e.value.code == "E-LRA-01" and "too large for float16 (weight x alpha / rank: 300)" in e.value.got
+    assert torch.isfinite(folds.fold(name, rows.to(torch.bfloat16), 0)).all()
+    assert torch.isinf(folds.fold(name, torch.full((24, 24), torch.inf), 0)).all()

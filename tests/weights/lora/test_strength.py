@@ -13,8 +13,8 @@ from convert.loras import matrices, merged, save, shapes, weights, write
 from torch import Tensor
 
 from ascendit.errors import CheckpointError
+from ascendit.weights.lora.fields import ADAPTER_CONFIG
 from ascendit.weights.lora.fold import Folds, LoraSource
-from ascendit.weights.lora.strength import ADAPTER_CONFIG
 
 Q, K, FF = "blocks.0.attn1.to_q", "blocks.1.attn2.to_k", "blocks.0.ffn.net.0.proj"
 WAN = {Q: "blocks.0.self_attn.q", K: "blocks.1.cross_attn.k", FF: "blocks.0.ffn.0"}
@@ -135,6 +135,81 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
         2.0,
         0.5,
     ),
+    "rslora for alpha tensors": (DIFFUSERS, {"use_rslora": "true"}, 1.0, 0.5),
+    "rs_lora": (DIFFUSERS, {"rs_lora": "1", "lora_alpha": "3"}, None, 1.5),
+    "rank_stabilized": (DIFFUSERS, {"rank_stabilized": "yes", "lora_alpha": "3"}, None, 1.5),
+    "use_rs_lora": (DIFFUSERS, {"lora_config": {"use_rs_lora": True, "lora_alpha": 3}}, None, 1.5),
+    "useRsLoRA": (DIFFUSERS, {"lora_config": {"useRsLoRA": True, "loraAlpha": 3}}, None, 1.5),
+    "rslora in another object": (DIFFUSERS, {"use_rslora": "1", "train": {"lora_alpha": 3}}, None, 1.5),
+    "rslora, alpha in both": (BARE, {METADATA: config(use_rslora=True)}, 1.0, 0.5),
+    "rslora of diffusers": (BARE, {METADATA: {"transformer.use_rslora": True, "transformer.r": 4}}, 1.0, 0.5),
+    "lycoris rs_lora, alpha not multiplied": (
+        KOHYA,
+        {"ss_network_alpha": "1", "ss_network_args": {"rs_lora": "True", "conv_dim": "4"}},
+        1.0,
+        0.5,
+    ),
+    "lycoris rs_lora with conv_dim": (
+        KOHYA,
+        {"ss_network_alpha": "1", "ss_network_args": {"rs_lora": "True", "conv_dim": "4"}},
+        2.0,
+        0.5,
+    ),
+    "an adapter": (DIFFUSERS, {METADATA: {"default": config(lora_alpha=2)}}, None, 0.5),
+    "an adapter of an expert": (DIFFUSERS, {METADATA: {"transformer": {"default": config()}}}, None, 0.25),
+    "an adapter of the other expert": (
+        DIFFUSERS,
+        {
+            METADATA: {
+                "transformer": {"default": config()},
+                "transformer_2": {"default": config(lora_alpha=8)},
+            }
+        },
+        None,
+        0.25,
+    ),
+    "a list": (DIFFUSERS, {"lora_config": [{"lora_alpha": 2}]}, None, 0.5),
+    "another list": (DIFFUSERS, {"peft": [{"lora_alpha": 2}]}, None, 0.5),
+    "JSON in JSON": (DIFFUSERS, {METADATA: json.dumps(json.dumps({"transformer.lora_alpha": 2}))}, None, 0.5),
+    "JSON in an object": (DIFFUSERS, {"train": {"lora": json.dumps({"lora_alpha": 2})}}, None, 0.5),
+    "config": (DIFFUSERS, {"config": {"alpha": 2, "rank": 4}}, None, 0.5),
+    "dotted config": (DIFFUSERS, {"config.alpha": "2"}, None, 0.5),
+    "network_args": (DIFFUSERS, {"network_args": {"network_alpha": 2}}, None, 0.5),
+    "network_alphas": (
+        DIFFUSERS,
+        {"network_alphas": {f"transformer.{layer}.alpha": 2 for layer in WAN}},
+        None,
+        0.5,
+    ),
+    "network_alphas without suffix": (DIFFUSERS, {"network_alphas": dict.fromkeys(WAN, 2)}, None, 0.5),
+    "alphas of each expert": (
+        DIFFUSERS,
+        {
+            f"{e}.{layer}.alpha": str(2 * i)
+            for layer in WAN
+            for i, e in enumerate(("transformer_2", "dit"), 1)
+        },
+        None,
+        1.0,
+    ),
+    "ai-toolkit": (DIFFUSERS, {"training_info": {"network": {"linear": 4, "linear_alpha": 2}}}, None, 0.5),
+    "LORA_ALPHA": (DIFFUSERS, {"LORA_ALPHA": "2"}, None, 0.5),
+    "loraAlpha": (DIFFUSERS, {"loraAlpha": "2"}, None, 0.5),
+    "lora-alpha": (DIFFUSERS, {"lora-alpha": "2"}, None, 0.5),
+    "lora_network_alpha": (DIFFUSERS, {"lora_network_alpha": "2"}, None, 0.5),
+    "tags and data": (
+        KOHYA,
+        {
+            "ss_tag_frequency": {"10_cat": {"alpha": 5, "lora_alpha": 7}},
+            "ss_datasets": [{"alpha_mask": False, "alpha": 3}],
+            "job": {"rank": 0, "alpha_mask": True},
+        },
+        None,
+        1.0,
+    ),
+    "kohya, alpha 0 without tensors": (KOHYA, {"ss_network_alpha": "0", "ss_network_dim": "4"}, None, 1.0),
+    "alpha tensor 0 is the rank": (KOHYA, {}, 0.0, 1.0),
+    "alpha tensor 0, rslora": (DIFFUSERS, {"use_rslora": "1"}, 0.0, 2.0),
 }
 
 
@@ -157,8 +232,34 @@ def test_the_folder_of_a_peft_adapter(tmp_path: Path, name: str, as_folder: bool
 
 
 def test_another_adapter_config_is_ignored(tmp_path: Path) -> None:
-    (tmp_path / ADAPTER_CONFIG).write_text('{"name": "something else", "alpha": 7}')
+    (tmp_path / ADAPTER_CONFIG).write_text('{"name": "something else", "size": 7}')
     check(lora(tmp_path, PEFT), 1.0)
+
+
+ADAPTER_CONFIGS: dict[str, tuple[dict[str, Any], float | None, float]] = {
+    # name: adapter_config.json, alpha tensor, scale
+    "no peft_type": ({"r": 4, "alpha": 1}, None, 0.25),
+    "network_alpha": ({"network_alpha": 1}, None, 0.25),
+    "default alpha": ({"peft_type": "LORA", "r": 4}, None, 2.0),
+    "default alpha, rslora": ({"peft_type": "LORA", "r": 4, "use_rslora": True}, None, 4.0),
+    "adapter": ({"default": {"peft_type": "LORA", "lora_alpha": 2}}, None, 0.5),
+    "expert": ({"transformer": {"lora_alpha": 2, "r": 4}}, None, 0.5),
+    "rslora for alpha tensors": ({"peft_type": "LORA", "use_rslora": True, "r": 4}, 1.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTER_CONFIGS)
+def test_other_shapes_of_an_adapter_config(tmp_path: Path, case: str) -> None:
+    fields, alpha, scale = ADAPTER_CONFIGS[case]
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(fields))
+    check(lora(tmp_path, PEFT, alpha=alpha), scale)
+
+
+@pytest.mark.parametrize("fields", [{"r": 8, "alpha": 16}, {"rank": 8}, {"peft_type": "LORA"}])
+def test_an_adapter_config_for_another_rank(tmp_path: Path, fields: dict[str, Any]) -> None:
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"rank 4 in its tensors, but 8 in .*adapter_config\.json"):
+        folded(lora(tmp_path, PEFT))
 
 
 PATTERNS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
@@ -171,6 +272,7 @@ PATTERNS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     "expression over segments": ({r"blocks\.0\..*": 8}, {Q: 2.0, K: 0.25, FF: 2.0}),
     "anchored expression": ({r"^blocks.*to_k": 8, r"^attn.*": 2}, {Q: 0.25, K: 2.0, FF: 0.25}),
     "with the prefix of the keys": ({f"transformer.{Q}": 8, f"diffusion_model.{WAN[Q]}": 8}, {}),
+    "points are any character": ({"attn..to_q": 8, "^blocks.1.attn..to.k": 2}, {Q: 2.0, K: 0.5, FF: 0.25}),
     "first match": ({r".*attn1\..*": 8, "to_q": 2}, {Q: 2.0, K: 0.25, FF: 0.25}),
 }
 
@@ -228,6 +330,34 @@ def test_the_flag_of_rslora_beside_an_alpha_tensor(tmp_path: Path) -> None:
         check(save(tmp_path / f"{flag}.safetensors", bare() | extra), scale)
 
 
+def test_the_flag_of_rslora_without_an_alpha_tensor(tmp_path: Path) -> None:
+    flags = {f"{layer}.use_rslora_flag": torch.tensor(True) for layer in FACTORS}
+    check(save(tmp_path / "a.safetensors", bare() | flags, {"lora_alpha": "3"}), 1.5)
+    with pytest.raises(CheckpointError, match="no alpha, but rsLoRA in use_rslora_flag tensors"):
+        folded(save(tmp_path / "b.safetensors", bare() | flags))
+
+
+@pytest.mark.parametrize("name", ["lora_alpha", "alpha", "transformer.lora_alpha", "diffusion_model.alpha"])
+def test_an_alpha_tensor_of_the_file(tmp_path: Path, name: str) -> None:
+    source = save(tmp_path / "a.safetensors", bare() | {name: torch.tensor(2)})
+    folds = check(source, 0.5)
+    assert f"7 keys, scale 0.5 (alpha 2, rank 4; from tensor {name})" in folds.notes[0]
+    with pytest.raises(CheckpointError, match=f"1 .alpha 4. from tensor {name}"):
+        folded(save(tmp_path / "b.safetensors", bare() | {name: torch.tensor(4)}, {"lora_alpha": "2"}))
+
+
+def test_lokr_of_peft(tmp_path: Path) -> None:
+    """PEFT scales two complete factors too: `LoKrLayer.update_layer` has alpha / r."""
+    w1, w2 = torch.randn(4, 6), torch.randn(6, 4)
+    source = save(tmp_path / "a.safetensors", {f"base_model.model.{Q}.lokr_w1": w1, f"{Q}.lokr_w2": w2})
+    for fields, scale in (({"r": 4, "alpha": 1}, 0.25), ({"r": 16}, 0.5), ({}, 1.0)):
+        (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LOKR"} | fields))
+        change = Folds.open([source], "transformer", SHAPES).fold(
+            f"{Q}.weight", torch.zeros(24, 24, dtype=torch.float64), 0
+        )
+        assert torch.allclose(change, torch.kron(w1.double(), w2.double()) * scale)
+
+
 def test_loha_and_lokr_are_scaled_by_the_header(tmp_path: Path) -> None:
     a, b, c, d = torch.randn(24, 4), torch.randn(4, 24), torch.randn(24, 4), torch.randn(4, 24)
     loha = {
@@ -276,7 +406,38 @@ CONFLICTS: dict[str, tuple[Style, dict[str, Any], float | None, str]] = {
         1.0,
         "lora_A.weight: scale 0.25",
     ),
-    "rslora and tensor": (BARE, {METADATA: config(use_rslora=True)}, 1.0, "but 0.5 (alpha 1) from header"),
+    "rslora and tensor": (
+        BARE,
+        {METADATA: config(use_rslora=True)},
+        3.0,
+        "alpha 3 in its tensors: unclear with rsLoRA in header lora_adapter_metadata use_rslora",
+    ),
+    "two about rslora": (
+        BARE,
+        {"rs_lora": "1", METADATA: config(use_rslora=False)},
+        None,
+        "rsLoRA according to header rs_lora, but not according to header lora_adapter_metadata use_rslora",
+    ),
+    "rslora without alpha": (
+        COMFYUI,
+        {"use_rslora": "true"},
+        None,
+        "no alpha, but rsLoRA in header use_rslora",
+    ),
+    "unfamiliar alpha": (COMFYUI, {"my_alpha": "2"}, None, "header my_alpha: '2' may change the strength"),
+    "unfamiliar alpha in an object": (
+        COMFYUI,
+        {"net": {"unet_alpha": 2}},
+        None,
+        "header net unet_alpha: 2 may",
+    ),
+    "scaling": (COMFYUI, {"scaling": "0.25"}, None, "header scaling: '0.25' may change"),
+    "two adapters": (
+        BARE,
+        {METADATA: {"one": config(), "two": config(lora_alpha=2)}},
+        None,
+        "but 0.5 (alpha 2) from header lora_adapter_metadata two.lora_alpha",
+    ),
     "rank": (COMFYUI, {"rank": "8"}, None, "rank 4 in its tensors, but 8 in header rank"),
     "rank of kohya": (KOHYA, MUSUBI | {"ss_network_dim": "8"}, 1.0, "but 8 in header ss_network_dim"),
     "rank of metadata": (BARE, {METADATA: config(r=3)}, None, "but 3 in header lora_adapter_metadata r"),

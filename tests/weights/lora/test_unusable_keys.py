@@ -76,8 +76,11 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "bias without up": ({f"{Q}.lora_B.bias": torch.ones(24)}, "the factors of this layer are missing"),
     "alpha of two": (PAIR | {f"{Q}.alpha": torch.ones(2)}, "q.alpha: F32 [2] is not a valid scale"),
-    "alpha zero": (PAIR | {f"{Q}.alpha": torch.zeros(1)}, "is not a valid scale"),
-    "alpha nan": (PAIR | {f"{Q}.alpha": torch.tensor(torch.nan)}, "is not a valid scale"),
+    "alpha nan": (
+        PAIR | {f"{Q}.alpha": torch.tensor(torch.nan)},
+        "q.alpha: F32 [] with the value nan is not a valid scale",
+    ),
+    "alpha of the file nan": (PAIR | {"lora_alpha": torch.tensor(torch.nan)}, "lora_alpha: F32 [] with the"),
     "alpha is bool": (PAIR | {f"{Q}.alpha": torch.tensor(True)}, "BOOL [] is not a valid scale"),
     "whole numbers": (
         {f"{Q}.lora_A.weight": DOWN.to(torch.int8), f"{Q}.lora_B.weight": UP},

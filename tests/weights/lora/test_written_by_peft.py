@@ -12,8 +12,8 @@ from convert.loras import merged, weights
 from torch import Tensor
 
 from ascendit.names import expected_tensors
+from ascendit.weights.lora.fields import Patterns
 from ascendit.weights.lora.fold import Folds, LoraSource
-from ascendit.weights.lora.strength import Patterns
 
 peft = pytest.importorskip("peft")
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]

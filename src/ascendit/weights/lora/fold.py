@@ -1,12 +1,13 @@
 """Fold LoRA files into float weights, a few rows at a time, before they are quantized.
 
 `Folds.open` reads the headers of all files and determines the changed tensors of an expert; `fold` adds the
-changes in the order of the files, and rounds once. A key that cannot be used is an error. The factors of a
-tensor are in memory only while it is folded. `Folds.notes` is one line per file with its keys and its scale.
+changes in the order of the files. A key that cannot be used is an error. The factors of a tensor are in
+memory only while it is folded. `Folds.notes` is one line per file with its keys and its scale.
 
 Sums are in float64, so that a weight gets the same bits for every block size and number of threads. In
 float32 the order of a sum depends on the threads, and up to one element in a hundred differs in its last bit.
-In float64, sums of products of 16-bit factors are practically exact.
+In float64, sums of products of 16-bit factors are practically exact. PyTorch rounds a sum to BF16 or FP16
+through float32, so that one very close to the middle of two values may not become the nearest one.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.tensor_info import TensorInfo
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import Shapes, to_wan
 from ascendit.report import group_by
+from ascendit.weights.lora.fields import ALPHA_KEYS, plain
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
     FACTORS,
+    SUFFIXES,
     Delta,
     LoraFile,
     Problem,
@@ -41,11 +44,13 @@ from ascendit.weights.lora.file import (
     shape_problem,
     unusable_keys,
 )
-from ascendit.weights.lora.keys import SKIPPED, LoraKey, Targets, refusal
+from ascendit.weights.lora.keys import SKIPPED, WRAPPERS, LoraKey, Targets, refusal
 from ascendit.weights.lora.strength import (
     ROUNDING,
     AppliedLora,
     OwnAlpha,
+    Setting,
+    Settings,
     Strength,
     read_settings,
 )
@@ -57,10 +62,6 @@ log = logging.getLogger("ascendit")
 
 # ---- the files and their experts ----------------------------------------------------------------
 
-EXPERT_NAMES = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
-    zip(("high", "low"), EXPERTS, strict=True)
-)
-"""Allowed before `=` -> expert; `high` and `low` are its noise levels."""
 _SYNTAX = (
     "FILE[:WEIGHT], or transformer=FILE[:WEIGHT] (also high=) and transformer_2=FILE[:WEIGHT] (also low=)"
 )
@@ -88,11 +89,15 @@ class LoraSource:
     def __str__(self) -> str:
         """The text that `parse_lora` reads."""
         path = str(self.path)
-        if path.partition("=")[0] in EXPERT_NAMES:  # the name of a file, not an expert
+        if _expert_of(path.partition("=")[0]):  # the name of a file, not an expert
             path = f"./{path}"
         text = f"{self.expert}={path}" if self.expert else path
         plain = self.weight == 1 and ":" not in text
         return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
+
+
+def _expert_of(name: str) -> str | None:
+    return EXPERT_ALIASES.get(name.strip().lower())
 
 
 def parse_lora(text: str) -> LoraSource:
@@ -101,7 +106,7 @@ def parse_lora(text: str) -> LoraSource:
     Raises UsageError (E-USE-01).
     """
     head, equals, tail = text.partition("=")
-    expert = EXPERT_NAMES.get(head.strip()) if equals else None
+    expert = _expert_of(head) if equals else None
     path = tail if expert else text
     file, colon, number = path.rpartition(":")
     weight = 1.0
@@ -109,7 +114,7 @@ def parse_lora(text: str) -> LoraSource:
         if colon:
             weight, path = float(number), file
     except ValueError:
-        if file.endswith(".safetensors"):
+        if file.endswith(SUFFIXES):
             got = f"LoRA weight {number!r} in {text!r}"
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
@@ -165,7 +170,7 @@ class Folds:
         shapes: Shapes,
         *,
         experts: Collection[str] = EXPERTS,
-        skip: Collection[str] = (),
+        skip: Sequence[str] = (),
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
@@ -175,7 +180,7 @@ class Folds:
         another file type, an unknown group, or a file for an expert that the model does not have, E-USE-02
         for a missing file. The caller checks with `require_skipped` that each group has a key.
         """
-        check_groups(skip)
+        check_groups(skip, sources)
         targets = Targets(shapes)
         readers = [_read(source, expert, targets, experts, skip) for source in sources]
         deltas = [delta for reader in readers if reader for delta in reader.deltas]
@@ -192,10 +197,10 @@ class Folds:
     def fold(self, name: str, rows: torch.Tensor, start: int, columns: slice | None = None) -> torch.Tensor:
         """Add all files to `rows` [n, ...] of the tensor `name`, which begin at row `start`.
 
-        `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded once
-        to the dtype of `rows`. The bits of an element do not depend on rows and columns. Returns a new
-        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError (E-LRA-01) for values
-        that are not finite.
+        `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded
+        by PyTorch, through float32, to the dtype of `rows`. The bits of an element do not depend on rows and
+        columns. Returns a new tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError
+        (E-LRA-01) for values of a file that are not finite, and for a sum that is too large for the dtype.
         """
         if name not in self.names or not len(rows):
             return rows
@@ -212,7 +217,11 @@ class Folds:
             total = block.to(torch.float64, copy=True).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
-            result[begin - start : end - start] = total.view(block.shape)
+            total = total.view(block.shape)
+            result[begin - start : end - start] = total
+            rounded = result[begin - start : end - start].to(torch.float64)
+            if bool((torch.isfinite(block.to(torch.float64)) & ~torch.isfinite(rounded)).any()):
+                raise _too_large(name, self._deltas[name], rows.dtype)
         return result
 
     def _open(self, name: str) -> list[Rows]:
@@ -221,6 +230,18 @@ class Folds:
             self._opened = {}
             self._opened = {name: [delta.open() for delta in self._deltas[name]]}
         return self._opened[name]
+
+
+def _too_large(name: str, deltas: Iterable[Delta], dtype: torch.dtype) -> CheckpointError:
+    files = dict.fromkeys(str(info.file) for delta in deltas for info in delta.tensors.values())
+    scales = ", ".join(f"{delta.scale:g}" for delta in deltas)
+    return CheckpointError(
+        f"{', '.join(files)}: the sum with {name} is too large for {str(dtype).removeprefix('torch.')} "
+        f"(weight x alpha / rank: {scales})",
+        needs="finite sums",
+        fix="use a smaller weight (FILE:WEIGHT), or another checkpoint of its training",
+        code="E-LRA-01",
+    )
 
 
 def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> list[dict[str, Any]]:
@@ -236,13 +257,19 @@ def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> li
     ]
 
 
-def check_groups(skip: Collection[str]) -> None:
-    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`."""
+def check_groups(skip: Sequence[str], loras: Sequence[LoraSource]) -> None:
+    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`, and for one without a LoRA."""
     if unknown := [group for group in skip if group not in SKIPPED]:
         raise UsageError(
             f"--lora-skip {unknown[0]}",
             needs=f"a group of keys: {', '.join(SKIPPED)}",
             fix=f"use --lora-skip {next(iter(SKIPPED))}, or omit it",
+        )
+    if skip and not loras:
+        raise UsageError(
+            f"--lora-skip {skip[0]} without a LoRA",
+            needs="a LoRA file with keys to leave out",
+            fix="add --lora FILE, or omit --lora-skip",
         )
 
 
@@ -278,6 +305,8 @@ def _read(
     names_experts = any(key.one_expert for key in file.keys)
     for key in file.keys:
         named = key.expert if names_experts else None
+        if reader.read_file_alpha(key):
+            continue
         if key.group in skip:
             reader.skipped[key.group] += named in (None, expert)
         elif named is not None and named not in experts:
@@ -318,11 +347,24 @@ class DeltaReader:
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
         self.strengths: list[Strength] = []
+        self.num_file_alphas = 0
+
+    def read_file_alpha(self, key: LoraKey) -> bool:
+        """Read a tensor such as `lora_alpha`, the alpha of all layers; False for another key."""
+        wrapper = f"{key.path}." if key.role == "alpha" else ""
+        if wrapper not in WRAPPERS and (key.role is not None or plain(key.path) not in ALPHA_KEYS):
+            return False
+        alpha = self._scalar(key, may_be_zero=True)
+        setting = Setting(f"tensor {key.name}", WRAPPERS.get(wrapper) or key.expert, alpha=alpha)
+        self.settings = Settings((*self.settings.items, setting))
+        self.num_file_alphas += 1
+        return True
 
     def applied(self) -> AppliedLora:
         """A summary of the file."""
         skipped = {group: n for group, n in self.skipped.items() if n}
-        return AppliedLora(self.file.path.name, self.weight, len(self.keys), skipped, tuple(self.strengths))
+        num_keys = len(self.keys) + self.num_file_alphas
+        return AppliedLora(self.file.path.name, self.weight, num_keys, skipped, tuple(self.strengths))
 
     def problem(self, key: LoraKey, reason: str, fix: str = Problem.fix, group: str = "") -> None:
         """Record that `key` cannot be used."""
@@ -380,41 +422,53 @@ class DeltaReader:
             self.problem(next(iter(keys.values())), f"{problem} of {target}", _OTHER_MODEL)
             return None
         # A modulation table may lack the first axis of size 1: use the rows of the model.
-        return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
+        return {"diff": _reshaped(infos["diff"], shape)} if kind == "diff" else infos
 
     def _scale(
         self, kind: str, infos: dict[str, TensorInfo], target: str, group: dict[str, LoraKey]
     ) -> float:
         """The scale without the weight of the file.
 
-        Differences and a LoKr of two complete factors have no rank, and so no scale.
+        Differences have no rank, and so no scale. Nor does a LoKr of two complete factors, unless PEFT's
+        configuration names both.
         """
-        if (rank := rank_of(kind, infos)) is None:
+        rank = rank_of(kind, infos)
+        if rank is None and kind == "lokr":
+            rank = self.settings.divisor
+        if rank is None:
             return 1.0
         own = None
         if "alpha" in group:
-            info = self.file.infos[group["alpha"].name]
-            root = "rslora" in group and bool(self._scalar(group["rslora"], may_be_zero=True))
-            own = OwnAlpha(self._scalar(group["alpha"]), ROUNDING.get(info.dtype, 1e-6), root)
+            info = self.file.infos.get(group["alpha"].name)
+            value = self._scalar(group["alpha"], may_be_zero=True)  # 0 is the rank, as in kohya's scripts
+            own = OwnAlpha(value, ROUNDING.get(info.dtype, 1e-6) if info else 1e-6)
+        flag = bool(self._scalar(group["rslora"], is_switch=True)) if "rslora" in group else None
         key = next(key for role, key in group.items() if role in infos)
         layer = target.removesuffix(".weight")
         names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
-        strength = self.settings.of(key, names, self.expert, rank, own, has_rank=kind != "lokr")
+        strength = self.settings.of(key, names, self.expert, rank, own, flag=flag, has_rank=kind != "lokr")
         if strength.problem:
             self.problem(key, strength.problem, strength.fix)
         self.strengths.append(strength)
         return strength.scale
 
-    def _scalar(self, key: LoraKey, *, may_be_zero: bool = False) -> float:
-        """The value of a tensor with one element."""
-        info = self.file.infos[key.name]
-        value = math.nan
-        if math.prod(info.shape) == 1 and info.dtype in (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero):
-            with RowReader() as reader:
-                value = float(reader.read_tensor(info).item())
-        if math.isfinite(value) and (value or may_be_zero):
+    def _scalar(self, key: LoraKey, *, may_be_zero: bool = False, is_switch: bool = False) -> float:
+        """The value of a tensor with one element, or of a number beside the tensors."""
+        if info := self.file.infos.get(key.name):
+            value, text = math.nan, f"{info.dtype} {list(info.shape)}"
+            dtypes = (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * is_switch)
+            if math.prod(info.shape) == 1 and info.dtype in dtypes:
+                with RowReader() as reader:
+                    value = float(reader.read_tensor(info).item())
+                text += f" with the value {value:g}"
+        else:
+            number = self.file.values[key.name]
+            text = f"{number!r:.60}"
+            is_number = isinstance(number, int | float) and (is_switch or not isinstance(number, bool))
+            value = float(number) if is_number and abs(number) < 1e300 else math.nan
+        if math.isfinite(value) and (value or may_be_zero or is_switch):
             return value
-        self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
+        self.problem(key, f"{text} is not a valid scale")
         return 1.0
 
     def _add_bias(self, weight: str, key: LoraKey, scale: float) -> None:
@@ -425,3 +479,10 @@ class DeltaReader:
             self.problem(key, f"{info.dtype} {list(info.shape)} does not match {bias}", _OTHER_MODEL)
         else:
             self.deltas.append(Delta("diff", bias, {"diff": info}, scale))
+
+
+def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """A tensor with another number of leading axes of size 1."""
+    extra = len(shape) - len(info.shape)
+    strides = info.strides and ((1,) * extra + info.strides)[max(-extra, 0) :]
+    return replace(info, shape=shape, strides=strides)

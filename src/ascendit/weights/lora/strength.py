@@ -8,6 +8,7 @@
 | header `lora_adapter_metadata`, PEFT's configuration as JSON, maybe with `transformer.` | Diffusers |
 | header `lora_config`, the same | finetrainers |
 | `adapter_config.json` in the folder | PEFT, diffusion-pipe |
+| numbers, texts and dicts in a pickle | programs with `torch.save`, in any of the ways above |
 
 Several of them may be present if they agree. Without any, alpha is the rank: scale 1. The scale is
 alpha / rank, or alpha / sqrt(rank) with rsLoRA.
@@ -20,28 +21,37 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS, read_json
+from ascendit.checkpoint.headers import read_metadata
 from ascendit.errors import CheckpointError
 from ascendit.report import counted
-from ascendit.weights.lora.file import LoraFile, Problem, unusable_keys
-from ascendit.weights.lora.keys import SKIPPED, LoraKey, expert_of, without_wrappers
-
-# ---- names --------------------------------------------------------------------------------------
-
-ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
-RANK_KEYS = (
-    *("r", "rank", "lora_r", "lora_rank", "lora_dim", "network_dim", "network_rank"),
-    "ss_network_dim",
+from ascendit.weights.lora.fields import (
+    ADAPTER_CONFIG,
+    ALPHA_KEYS,
+    CONFIG_KEYS,
+    PATTERN_KEYS,
+    RANK_KEYS,
+    ROOT_KEY,
+    SCALE_KEYS,
+    Fields,
+    Patterns,
+    invalid,
+    is_absent,
+    is_number,
+    is_set,
+    number,
+    objects,
+    switch,
 )
-CONFIG_KEYS = ("lora_adapter_metadata", "lora_config", "peft_config", "adapter_config")
-"""Keys of a header that contain a PEFT configuration as JSON, like others with `lora_alpha` in an object."""
-ADAPTER_CONFIG = "adapter_config.json"
+from ascendit.weights.lora.file import LoraFile, Problem, unusable_keys
+from ascendit.weights.lora.keys import LoraKey, without_wrappers
+
+# ---- tables ---------------------------------------------------------------------------------------
+
 UNSUPPORTED = {
     "use_dora": "DoRA is not supported: it rescales complete rows of the weight",
     "use_qalora": "QALoRA is not supported: it pools the input",
@@ -52,9 +62,8 @@ UNSUPPORTED = {
 """Field of a PEFT configuration that changes the result, if set -> reason."""
 CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `init_lora_weights` with which PEFT changes the weights of the model before training."""
-_ABSENT = ("", "none", "null", "dynamic")
-"""Texts without a value. `Dynamic`: kohya's `resize_lora.py`, which keeps an alpha tensor in each layer."""
-_TRUE = ("true", "1", "yes", "on")
+PEFT_DEFAULT = 8
+"""Alpha and rank in a configuration of PEFT without them."""
 MERGE_FIX = "merge it with PEFT, then quantize the result"
 HEADER_FIX = (
     "remove the header: safetensors.torch.save_file(safetensors.torch.load_file(FILE), NEW); without alpha "
@@ -63,48 +72,6 @@ HEADER_FIX = (
 CONFIG_FIX = f"move the file to a folder without {ADAPTER_CONFIG}, or correct that"
 ROUNDING = {"F16": 2**-11, "BF16": 2**-8, "F8_E4M3": 2**-4, "F8_E5M2": 2**-3}
 """Dtype of an alpha tensor -> the largest relative error of its value, if it is coarse."""
-
-
-# ---- exceptions for some layers -----------------------------------------------------------------
-
-
-class Patterns:
-    """PEFT's `alpha_pattern` or `rank_pattern`: name of a layer, its end, or an expression -> value."""
-
-    def __init__(self, table: Mapping[str, float]) -> None:
-        """Raises ValueError for an expression that is invalid, or could take very long to match."""
-        self.values = list(table.values())
-        self._ends: dict[str, int] = {}
-        self._expressions: dict[int, re.Pattern[str]] = {}
-        for i, text in enumerate(table):
-            if re.fullmatch(r"\^?[\w.-]+", text):
-                self._ends[text] = i
-            else:
-                self._expressions[i] = _expression(text)
-
-    def of(self, names: Iterable[str]) -> float | None:
-        """The value of the first entry that matches one of the names of a layer, or ends it after a dot."""
-        matches = []
-        for name in names:
-            parts = name.split(".")
-            ends = [".".join(parts[i:]) for i in range(len(parts))]
-            matches += [self._ends[end] for end in (f"^{name}", *ends) if end in self._ends]
-            for i, expression in self._expressions.items():
-                anchored = ends[:1] if expression.pattern.startswith("^") else ends
-                matches += [i] if any(expression.fullmatch(end) for end in anchored) else []
-        return self.values[min(matches)] if matches else None
-
-
-def _expression(text: str) -> re.Pattern[str]:
-    """Compile an expression whose time to match is limited: few groups and repetitions, none of a group."""
-    slow = re.search(r"\)[*+?{]|\(\?|\\\d", text)
-    counts = [len(re.findall(rf"(?<!\\)[{characters}]", text)) for characters in ("*+?{", "(")]
-    if slow or max(counts) > 3 or len(text) > 500:
-        raise ValueError(f"{text!r} is too complex")
-    try:
-        return re.compile(text)
-    except re.error as e:
-        raise ValueError(f"{text!r} is not a regular expression ({e})") from e
 
 
 # ---- statements of a file about its strength -----------------------------------------------------
@@ -119,20 +86,37 @@ class Setting:
     expert: str | None = None
     """None: for every expert."""
     alpha: float | None = None
+    """0, in kohya's files: the rank."""
     rank: int | None = None
     alphas: Patterns = field(default_factory=lambda: Patterns({}))
     """Exceptions from `alpha`."""
     ranks: Patterns = field(default_factory=lambda: Patterns({}))
-    over_root: bool = False
-    """Divide by sqrt(rank), as rsLoRA does."""
+    over_root: bool | None = None
+    """Whether alpha is divided by sqrt(rank), as rsLoRA does."""
+    divisor: int | None = None
+    """Of alpha, if it is not the rank of the tensors: PEFT's LoKr."""
     in_factors: bool = False
     """Alpha is a part of the factors already."""
+    is_default: bool = False
+    """PEFT's default, if nothing else names an alpha."""
     only_without_tensor: bool = False
     """Layers with an alpha tensor may have another alpha and rank."""
 
-    def scale(self, alpha: float, rank: int) -> float:
+    def scale(self, alpha: float, rank: int, root: bool) -> float:
         """The scale of a layer of this rank."""
-        return 1.0 if self.in_factors else alpha / (math.sqrt(rank) if self.over_root else rank)
+        if self.in_factors:
+            return 1.0
+        return alpha / self.divisor if self.divisor else scale_of(alpha, rank, root)
+
+    def alpha_of(self, names: Collection[str], rank: int) -> float | None:
+        """Alpha of the layer with these names; None if this is not a statement about it."""
+        alpha = self.alpha if self.alpha is not None else self.alphas.of(names)
+        return rank if alpha == 0 else alpha
+
+
+def scale_of(alpha: float, rank: int, root: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    return alpha / (math.sqrt(rank) if root else rank)
 
 
 @dataclass(frozen=True)
@@ -142,8 +126,6 @@ class OwnAlpha:
     value: float
     rounding: float
     """Largest relative error of its dtype."""
-    over_root: bool = False
-    """The layer has musubi-tuner's `use_rslora_flag`."""
 
 
 @dataclass(frozen=True)
@@ -179,24 +161,37 @@ class Settings:
         rank: int,
         own: OwnAlpha | None,
         *,
+        flag: bool | None = None,
         has_rank: bool = True,
     ) -> Strength:
         """The strength of a layer of `expert` with the factor `key` and these `names`.
 
-        `own`: its alpha tensor. `has_rank`: the rank must equal the one that the settings name.
+        `own`: its alpha tensor. `flag`: musubi-tuner's `use_rslora_flag`. `has_rank`: the rank must equal the
+        one that the settings name.
         """
         names = tuple(names)
-        items = [x for x in self._scoped(key, expert) if not (own and x.only_without_tensor)]
+        scoped = self._scoped(key, expert)
+        items = [x for x in scoped if not (own and x.only_without_tensor)]
         if has_rank and (problem := _rank_problem(items, names, rank)):
             return Strength(1.0, rank, problem=problem)
-        alphas = [(x, alpha) for x in items if (alpha := x.alphas.of(names)) is not None]
-        alphas = alphas or [(x, x.alpha) for x in items if x.alpha is not None]
-        scales = [(x.scale(alpha, rank), alpha, x.origin) for x, alpha in alphas]
+        roots = {x.over_root: x.origin for x in reversed(scoped) if x.over_root is not None}
+        roots |= {} if flag is None else {flag: "use_rslora_flag tensors"}
+        if len(roots) == 2:
+            problem = f"rsLoRA according to {roots[True]}, but not according to {roots[False]}"
+            return Strength(1.0, rank, problem=problem)
+        root = True in roots
+        scales = [(x.scale(a, rank, root), a, x.origin) for x, a in _alphas(items, names, rank, own)]
         if own is not None:
-            scale = own.value / (math.sqrt(rank) if own.over_root else rank)
-            scales.insert(0, (scale, own.value, "alpha tensors"))
+            alpha = own.value or rank
+            inside = root and not flag and _root_is_in_tensors(own, scoped, names, rank, roots[True])
+            if inside is None:
+                problem = f"alpha {alpha:g} in its tensors: unclear with rsLoRA in {roots[True]}"
+                return Strength(1.0, rank, problem=problem)
+            root = root and not inside
+            scales.insert(0, (scale_of(alpha, rank, root), alpha, "alpha tensors"))
         if not scales:
-            return Strength(1.0, rank)
+            problem = f"no alpha, but rsLoRA in {roots[True]}: the strength is unclear" if root else ""
+            return Strength(1.0, rank, problem=problem)
         scale, alpha, origin = scales[0]
         tolerance = own.rounding if own else 1e-6
         for other, other_alpha, other_origin in scales[1:]:
@@ -205,16 +200,52 @@ class Settings:
                     f"scale {scale:g} (alpha {alpha:g}) from {origin}, but {other:g} (alpha {other_alpha:g})"
                 )
                 return Strength(1.0, rank, problem=f"{got} from {other_origin}")
-        root = own.over_root if own else alphas[0][0].over_root
-        in_factors = own is None and alphas[0][0].in_factors
+        in_factors = own is None and any(x.in_factors and x.origin == origin for x in items)
         return Strength(scale, rank, alpha, root, tuple(origin for *_, origin in scales), in_factors)
+
+    @property
+    def divisor(self) -> int | None:
+        """The rank in the configuration of PEFT's LoKr, which also scales two complete factors."""
+        return next((x.divisor for x in self.items if x.divisor), None)
 
     def _scoped(self, key: LoraKey, expert: str) -> list[Setting]:
         """The settings for any expert, and those for the expert of a key, or else for the first one."""
-        present = {x.expert for x in self.items if x.alpha is not None or x.alphas.values}
+        present = {
+            x.expert for x in self.items if x.alpha is not None or x.alphas.values or x.over_root is not None
+        }
         others = () if None in present else EXPERTS
         own = next((x for x in (key.expert, expert, *others) if x and x in present), None)
         return [x for x in self.items if x.expert in (None, own)]
+
+
+def _alphas(
+    items: Iterable[Setting], names: Collection[str], rank: int, own: OwnAlpha | None = None
+) -> list[tuple[Setting, float]]:
+    """The alphas of a layer: those of exceptions, or else of statements, or else PEFT's default."""
+    items = list(items)
+    matched = [(x, alpha) for x in items if (alpha := x.alpha_of(names, rank)) is not None]
+    for group in (
+        [(x, alpha) for x, alpha in matched if x.alpha is None],
+        [(x, alpha) for x, alpha in matched if x.alpha is not None and not x.is_default],
+        [(x, alpha) for x, alpha in matched if x.is_default and own is None],
+    ):
+        if group:
+            return group
+    return []
+
+
+def _root_is_in_tensors(
+    own: OwnAlpha, scoped: Iterable[Setting], names: Collection[str], rank: int, origin: str
+) -> bool | None:
+    """Whether an alpha tensor is multiplied by sqrt(rank) already, as LyCORIS does; None if unclear."""
+    alphas = [alpha for x, alpha in _alphas(scoped, names, rank, own)]
+    for inside, factor in ((False, 1.0), (True, math.sqrt(rank))):
+        if any(
+            math.isclose(own.value or rank, alpha * factor, rel_tol=max(own.rounding, 1e-6))
+            for alpha in alphas
+        ):
+            return inside
+    return None if alphas or origin.startswith("header ss_") else False
 
 
 def _rank_problem(items: Iterable[Setting], names: Iterable[str], rank: int) -> str:
@@ -281,20 +312,19 @@ def _range(values: Collection[float]) -> str:
 
 
 def read_settings(file: LoraFile) -> Settings:
-    """Read the header of a LoRA file, and the configuration of PEFT in its folder.
+    """Read the header of a LoRA file or its values, and the configuration of PEFT in its folder.
 
     Raises CheckpointError: E-LRA-01 for settings that are invalid or not supported, E-CKP-06 for an
     `adapter_config.json` that is not a JSON object.
     """
-    header = _metadata(file.path)
-    items = list(_parse(file.path, "header", header))
-    for name, value in header.items():
-        text = value.lstrip() if isinstance(value, str) else ""
-        if name in CONFIG_KEYS or (text.startswith("{") and '"lora_alpha"' in text):
-            items += _parse(file.path, f"header {name}", _json_object(file.path, name, value))
+    header = read_metadata(file.path)
+    scopes = list(objects(file.path, "header", header, is_header=True))
+    scopes += objects(file.path, "pickle", file.settings, is_header=True)
     config = file.path.parent / ADAPTER_CONFIG
-    if config.is_file() and (fields := read_json(config)).keys() & {"peft_type", "lora_alpha"}:
-        items += _parse(file.path, ADAPTER_CONFIG, fields)
+    if config.is_file():
+        scopes += objects(file.path, ADAPTER_CONFIG, read_json(config))
+    items = [setting for scope in scopes if _is_read(scope) for setting in _Scope(scope).settings()]
+    items += _layer_settings(scopes)
     if _alpha_is_in_factors(header, file.keys):
         items = [replace(x, in_factors=x.origin == "header ss_network_alpha") for x in items]
     return Settings(tuple(items))
@@ -310,152 +340,135 @@ def _alpha_is_in_factors(header: Mapping[str, Any], keys: Iterable[LoraKey]) -> 
     return own and not any(key.flat or key.role == "alpha" for key in keys)
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """`__metadata__` of a file whose header `read_header` has checked."""
-    with open(path, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    metadata = header.get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+def _is_read(scope: Fields) -> bool:
+    """Whether an object is a configuration of LoRA: at known names, or with fields about the strength."""
+    name = scope.where.partition(" ")[2]
+    at_top = not name or without_wrappers(name)[0].lower() in CONFIG_KEYS
+    return not scope.layer and (at_top or scope.is_about_lora)
 
 
-def _json_object(path: Path, name: str, text: Any) -> dict[str, Any]:
-    """Parse a JSON object; empty if it is other JSON. Raises CheckpointError (E-LRA-01)."""
-    try:
-        fields = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError) as e:
-        raise unusable_keys(path, 1, [Problem(name, f"not JSON ({e})")]) from e
-    return fields if isinstance(fields, dict) else {}
+def _layer_settings(scopes: Iterable[Fields]) -> Iterator[Setting]:
+    """One setting for all alphas of single layers in the same header or configuration, per expert."""
+    layers: dict[tuple[str, str | None], dict[str, float]] = {}
+    for scope in scopes:
+        for written, name, value in scope.items if scope.layer else ():
+            if name in ALPHA_KEYS:
+                alpha = number(scope.path, scope.origin(written), value)
+                table = layers.setdefault((scope.where, scope.expert), {})
+                table |= {} if alpha is None else {f"^{scope.layer}": alpha}
+            elif "alpha" in name and is_number(value):
+                raise _unclear(scope, written, value)
+    for (where, expert), table in layers.items():
+        if table:
+            yield Setting(f"{where} of each layer", expert, alphas=Patterns(table))
 
 
-def _parse(path: Path, where: str, fields: Mapping[str, Any]) -> Iterator[Setting]:
-    """The settings in a header or a PEFT configuration. Its keys may have the prefix of an expert."""
-    scopes: dict[str, dict[str, Any]] = {}
-    layers: dict[str, float] = {}
-    for name, value in _flattened(fields):
-        field_name, _ = without_wrappers(name)
-        layer, _, last = field_name.rpartition(".")
-        if not layer:
-            scopes.setdefault(name.removesuffix(field_name), {})[field_name] = value
-        elif last in ALPHA_KEYS and not re.search(SKIPPED["text"].pattern, field_name):
-            alpha = _number(path, f"{where} {name}", value)
-            layers |= {} if alpha is None else {f"^{layer}": alpha}
-    for scope, config in scopes.items():
-        yield from _Scope(path, where, scope, config).settings()
-    if layers:
-        yield Setting(f"{where} of each layer", alphas=Patterns(layers))
+def _order(item: tuple[str, str, Any]) -> tuple[int, str]:
+    """The order in which statements are compared and named in messages."""
+    return ALPHA_KEYS.index(item[1]) if item[1] in ALPHA_KEYS else len(ALPHA_KEYS), item[0]
 
 
-def _flattened(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The fields, with those of an object for one expert as `EXPERT.FIELD`."""
-    for name, value in fields.items():
-        if isinstance(value, dict) and not without_wrappers(f"{name}.")[0]:
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
-        else:
-            yield name, value
+def _unclear(scope: Fields, written: str, value: Any) -> CheckpointError:
+    reason = f"{value!r} may change the strength in a way that is not supported"
+    return unusable_keys(scope.path, 1, [Problem(scope.origin(written), reason, HEADER_FIX)])
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """The fields of a header or configuration with one prefix, which is removed."""
+    """The fields of one object that is a configuration of LoRA."""
 
-    path: Path
-    where: str
-    prefix: str
-    fields: Mapping[str, Any]
+    fields: Fields
 
     def settings(self) -> Iterator[Setting]:
-        """The alphas and ranks. Raises CheckpointError (E-LRA-01)."""
-        self.check()
-        expert = expert_of(without_wrappers(self.prefix)[1])
-        args = _json_object(self.path, "ss_network_args", self.fields.get("ss_network_args") or {})
-        root = _is_true(self.fields.get("use_rslora"))
-        ss_root = any(_is_true(args.get(name)) for name in ("use_rslora", "rs_lora", "rank_stabilized"))
-        varies = any(re.search(r"(dim|alpha)s?$", str(name)) for name in args)
-        for name in (*ALPHA_KEYS, *RANK_KEYS):
-            value = self.number(name)
-            if value is not None:
+        """The alphas, ranks and switches. Raises CheckpointError (E-LRA-01)."""
+        kind = self.check()
+        path, expert = self.fields.path, self.fields.expert
+        rank = next((self.rank(x) for x in self.fields.items if x[1] in RANK_KEYS), None)
+        divisor = (rank or PEFT_DEFAULT) if kind == "LOKR" else None
+        has_alpha = False
+        for written, name, value in sorted(self.fields.items, key=_order):
+            origin = self.fields.origin(written)
+            is_kohya = name == "ss_network_alpha" and str(value) in ("0", "0.0")
+            varies = name.startswith("ss_") and self.varies()
+            if name in ALPHA_KEYS:
+                alpha = 0.0 if is_kohya else number(path, origin, value)
+                has_alpha |= alpha is not None
+                yield Setting(origin, expert, alpha=alpha, divisor=divisor, only_without_tensor=varies)
+            elif name in RANK_KEYS or (name == "linear" and self.fields.get("linear_alpha") is not None):
                 yield Setting(
-                    self.origin(name),
-                    expert,
-                    alpha=value if name in ALPHA_KEYS else None,
-                    rank=int(value) if name in RANK_KEYS else None,
-                    over_root=ss_root if name.startswith("ss_") else root,
-                    only_without_tensor=varies and name.startswith("ss_"),
+                    origin, expert, rank=self.rank((written, name, value)), only_without_tensor=varies
                 )
-        alphas, ranks = (self.patterns(name) for name in ("alpha_pattern", "rank_pattern"))
-        if alphas.values:
-            yield Setting(self.origin("alpha_pattern"), expert, alphas=alphas, over_root=root)
-        if ranks.values:
-            yield Setting(self.origin("rank_pattern"), expert, ranks=ranks)
+            elif name in PATTERN_KEYS or name.endswith("alphas"):
+                yield from self.patterns(written, name, value, divisor)
+            elif name == "conv_alpha":
+                alpha = number(path, origin, value)
+                table = {} if alpha is None else {"patch_embedding": alpha}
+                yield Setting(origin, expert, alphas=Patterns(table), only_without_tensor=True)
+            elif ROOT_KEY.search(name):
+                yield Setting(origin, expert, over_root=switch(path, origin, value))
+            elif name in SCALE_KEYS and is_number(value) and float(value) != 1:
+                raise _unclear(self.fields, written, value)
+            elif "alpha" in name and is_number(value):
+                raise _unclear(self.fields, written, value)
+        if kind and not has_alpha:
+            origin = f"PEFT's default in {self.fields.where}"
+            ranks = None if rank else PEFT_DEFAULT
+            yield Setting(origin, expert, alpha=PEFT_DEFAULT, rank=ranks, divisor=divisor, is_default=True)
 
-    def number(self, name: str) -> float | None:
-        """The value of a field; None if absent. kohya's alpha 0 means the rank, as in its tensors."""
-        value = self.fields.get(name)
-        if name == "ss_network_alpha" and str(value) in ("0", "0.0"):
-            return None
-        return _number(self.path, self.origin(name), value, whole=name in RANK_KEYS)
+    def rank(self, item: tuple[str, str, Any]) -> int | None:
+        """The rank in a field; None if absent."""
+        value = number(self.fields.path, self.fields.origin(item[0]), item[2], whole=True)
+        return None if value is None else int(value)
 
-    def origin(self, name: str) -> str:
-        """`header lora_alpha`."""
-        return f"{self.where} {self.prefix}{name}"
+    def varies(self) -> bool:
+        """Whether kohya's arguments name other ranks or alphas for some layers."""
+        args = self.fields.get("ss_network_args")
+        args = json.loads(args) if isinstance(args, str) and not is_absent(args) else args
+        return isinstance(args, dict) and any(
+            str(name).rstrip("s").endswith(("dim", "alpha")) for name in args
+        )
 
-    def check(self) -> None:
-        """Refuse settings that change the result in another way than a LoRA."""
-        kind, init = self.fields.get("peft_type") or "LORA", self.fields.get("init_lora_weights")
-        reasons = [reason for name, reason in UNSUPPORTED.items() if _is_set(self.fields.get(name))]
-        if kind not in ("LORA", "LOHA"):
+    def check(self) -> str:
+        """The kind of PEFT, or "". Refuse settings that change the result in another way than a LoRA."""
+        named, init = self.fields.get("peft_type"), self.fields.get("init_lora_weights")
+        kind = "" if is_absent(named) else str(named).rpartition(".")[2].upper()
+        reasons = [reason for name, reason in UNSUPPORTED.items() if is_set(self.fields.get(name))]
+        if kind not in ("", "LORA", "LOHA", "LOKR"):
             reasons.append(f"PEFT's {kind} is not supported")
+        if kind == "LOKR" and is_set(self.fields.get("rank_pattern")):
+            reasons.append("PEFT's LoKr with several ranks is not supported")
         if isinstance(init, str) and init.startswith(CHANGE_THE_MODEL):
             reasons.append(f"init_lora_weights = {init!r}: PEFT changed the weights that it was trained on")
         if reasons:
-            problem = Problem(f"{self.where} {self.prefix}".strip(), reasons[0], MERGE_FIX)
-            raise unusable_keys(self.path, 1, [problem])
+            name = ".".join((self.fields.where, *self.fields.parents))
+            raise unusable_keys(self.fields.path, 1, [Problem(name, reasons[0], MERGE_FIX)])
+        return kind
 
-    def patterns(self, name: str) -> Patterns:
-        """`alpha_pattern` or `rank_pattern`."""
-        table = self.fields.get(name)
-        if isinstance(table, str):
-            table = None if table.strip().lower() in _ABSENT else _json_object(self.path, name, table)
-        if table is not None and not isinstance(table, dict):
-            raise _invalid(self.path, self.origin(name), f"{name} = {table!r}", "a table of layer names")
-        values = {}
-        for layer, value in (table or {}).items():
-            number = _number(self.path, f"{self.origin(name)} {layer!r}", value, whole=name == "rank_pattern")
-            if number is None:
-                raise _invalid(self.path, self.origin(name), f"{layer!r} has {value!r}", "a number")
-            values[layer] = number
+    def patterns(self, written: str, name: str, value: Any, divisor: int | None) -> Iterator[Setting]:
+        """`alpha_pattern`, `rank_pattern`, or a table of an alpha for each layer."""
+        path, origin = self.fields.path, self.fields.origin(written)
+        if isinstance(value, str) and not is_absent(value):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as e:
+                if name not in PATTERN_KEYS:
+                    return
+                raise unusable_keys(path, 1, [Problem(origin, f"not JSON ({e})")]) from e
+        if not is_absent(value) and not isinstance(value, dict):
+            raise invalid(path, origin, f"{written} = {value!r}", "a table of layer names")
+        table = {}
+        for layer, entry in {} if is_absent(value) else value.items():
+            size = number(path, f"{origin} {layer!r}", entry, whole=name == "rank_pattern")
+            if size is None:
+                raise invalid(path, origin, f"{layer!r} has {entry!r}", "a number")
+            if name not in PATTERN_KEYS:
+                layer = without_wrappers(layer)[0].removesuffix(".alpha")
+            table[layer] = size
         try:
-            return Patterns(values)
+            patterns = Patterns(table)
         except ValueError as e:
-            raise _invalid(self.path, self.origin(name), str(e), "layer names or short expressions") from e
-
-
-def _number(path: Path, origin: str, value: Any, *, whole: bool = False) -> float | None:
-    """A finite number other than 0, which may be text; None if absent. `whole`: a rank.
-
-    Raises CheckpointError (E-LRA-01).
-    """
-    if value is None or (isinstance(value, str) and value.strip().lower() in _ABSENT):
-        return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if math.isfinite(number) and number and not (whole and (number < 1 or number % 1)):
-        return number
-    name = origin.rpartition(" ")[2].rpartition(".")[2]
-    needs = "a whole number above 0" if whole else "a finite number other than 0"
-    raise _invalid(path, origin, f"{name} = {value!r}", needs)
-
-
-def _invalid(path: Path, origin: str, got: str, needs: str) -> CheckpointError:
-    fix = "correct the value, or remove it from the file"
-    return unusable_keys(path, 1, [Problem(origin, f"{got} is not {needs}", fix)])
-
-
-def _is_true(value: Any) -> bool:
-    return str(value).strip().lower() in _TRUE
-
-
-def _is_set(value: Any) -> bool:
-    return bool(value) and str(value).strip().lower() not in (*_ABSENT, "false", "0")
+            raise invalid(path, origin, str(e), "layer names or short expressions") from e
+        if table and name == "rank_pattern":
+            yield Setting(origin, self.fields.expert, ranks=patterns)
+        elif table:
+            yield Setting(origin, self.fields.expert, alphas=patterns, divisor=divisor)
