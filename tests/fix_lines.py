@@ -10,7 +10,7 @@ from typing import Any
 
 import shell
 
-from ascendit.option_text import _PROSE, COMMAND_LINE_ONLY, KEYWORDS, SEVERAL, SWITCHES, python_text
+from ascendit.option_text import COMMAND_LINE_ONLY, KEYWORDS, PROSE, SEVERAL, SWITCHES, python_text
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|\$'[^']*'|(?:[^\s,;`()\"']|,(?=[^\s,;]))+"
 SHELL = re.compile(
@@ -66,7 +66,7 @@ def problems(fix: str) -> Iterator[str]:
             if flag not in ("--quiet", "--verbose", "--version"):
                 yield f"no command has the flag {flag}"
             continue
-        if value.rstrip(".:") in _PROSE.split() or not value or PLACEHOLDER.fullmatch(value.rstrip(".:")):
+        if value.rstrip(".:") in PROSE.split() or not value or PLACEHOLDER.fullmatch(value.rstrip(".:")):
             continue
         yield from value_problems(flag, value.rstrip(".:").strip("\"'"))
     for flag, _ in FLAG.findall(python_text(rest)):
@@ -113,6 +113,8 @@ def value_problems(flag: str, value: str) -> Iterator[str]:
         return
     else:
         key = KEYWORDS[flag]
+    if flag == "--seed" and re.fullmatch(r"\d+-\d+", value):
+        return
     from ascendit.cli.generate_options import KEYS, typed_layer
     from ascendit.errors import AscenditError
     from ascendit.pipeline.options import LoadOptions

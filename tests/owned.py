@@ -181,6 +181,20 @@ def scheme_fp8(**options: Any) -> Owned:
     return owned
 
 
+def static_int8() -> Owned:
+    """int8 with one scale per row, and a static scale of activations."""
+    owned, generator = Owned(base(), base(), ("static-int8",)), torch.Generator().manual_seed(5)
+    for name in filter(is_layer, base()):
+        n, k = owned.values[name].shape
+        layer = name.removesuffix(".weight")
+        q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+        scale = torch.rand(n, 1, generator=generator) + 0.1
+        owned.tensors |= {name: q, f"{layer}.weight_scale": scale, f"{layer}.input_scale": torch.tensor(0.5)}
+        owned.values[name] = (q.double() * scale).float()
+        owned.schemes[layer] = "int8"
+    return owned
+
+
 def with_(owned: Owned, **tensors: Tensor) -> Owned:
     """With other tensors; `__` in a name is a dot."""
     owned.tensors |= {name.replace("__", "."): tensor for name, tensor in tensors.items()}
@@ -329,6 +343,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "weight_scale []": scheme_fp8,
     "weight_scale [N, 1]": lambda: scheme_fp8(shape="[N, 1]"),
     "input_scale": lambda: scheme_fp8(inputs="input_scale"),
+    "int8, input_scale": static_int8,
     "MXFP4 in F4, U8": lambda: mxfp4(False),
     "MXFP4 in F4, E8M0": lambda: mxfp4(True),
     "TurboDiffusion": turbodiffusion,
@@ -391,6 +406,25 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
         lambda: quantizer(roles(weight=U8), {"quant_method": "bitsandbytes"}),
         "E-CKP-04",
         "bitsandbytes",
+    ),
+    "eetq by config": (
+        lambda: quantizer(roles(weight=I8), {"quant_method": "eetq"}),
+        "E-CKP-04",
+        "quantized by eetq (config.json)",
+    ),
+    "scaled by config": (
+        lambda: quantizer(roles(weight=I8, weight_scale=F32), {"quant_method": "Quark"}),
+        "E-CKP-04",
+        "quantized by Quark (config.json)",
+    ),
+    "marlin": (lambda: quantizer(roles(B=torch.int32, s=F32)), "E-CKP-04", "Marlin"),
+    "aqlm": (lambda: quantizer(roles(codes=I8, codebooks=F32, scales=F32)), "E-CKP-04", "AQLM"),
+    "eetq": (lambda: quantizer(roles(weight=I8, weight_scales=F32)), "E-CKP-04", "to_q.weight_scales"),
+    "fp8, scale": (lambda: quantizer(roles(weight=E4M3, scale=F32)), "E-CKP-04", "to_q.scale"),
+    "fp8, weight.scale": (
+        lambda: quantizer(roles(weight=E4M3, weight__scale=F32)),
+        "E-CKP-04",
+        "another tool, with scales of other names: blocks.0.attn1.to_k.weight.scale",
     ),
     "modelopt": (
         lambda: quantizer(roles(weight=F32, weight_quantizer___amax=F32, weight_quantizer___scale=F32)),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ascendit
+from ascendit.checkpoint.hub import DEMO as DEMO_FOLDER
 from ascendit.cli import main as cli
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.option_text import command_line
@@ -122,16 +127,56 @@ inspect demo --layers --diff demo
 run demo hello
 info demo
 """.strip().splitlines()
-QUICK = CASES[::9]
+FILES = """
+generate --lora LORA.safetensors:strong
+generate --lora LORA.safetensors --lora-skip text
+generate --lora_path LORA.safetensors --lora_scale 0.5
+generate --part vae=HIGH.safetensors
+generate --part wan.safetensors
+generate --part TRAIN_high.safetensors
+generate --vae_path VAE.safetensors
+generate --prompts PROMPTS.txt
+generate --seed 1,2 --num-videos 2
+generate --set batch_size=4
+repack vae=HIGH.safetensors -o DST --base demo
+repack wan.safetensors LOW.safetensors -o DST --base demo
+repack TRAIN_high.safetensors -o DST --base demo
+quantize demo -o DST --scheme mxfp8 --lora LORA.safetensors:x
+quantize demo -o DST --lora LORA.safetensors
+""".strip().splitlines()
+"""Calls with the files of the fixture `weights`."""
+QUICK = [*CASES[::9], *FILES]
 """These run in every test run; the others, which are as fast but many, with the slow tests."""
 PROSE = ("correct the", "copy ", "download", "check ", "convert it", "pip install")
 """Fixes that are work outside a command line."""
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the components of the demo model as single files, a LoRA and a training checkpoint."""
+    folder = tmp_path_factory.mktemp("weights")
+    components = {"HIGH": "transformer", "LOW": "transformer_2", "wan": "transformer", "VAE": "vae"}
+    for name, component in components.items():
+        file = DEMO_FOLDER / component / "diffusion_pytorch_model.safetensors"
+        (folder / f"{name}.safetensors").symlink_to(file)
+    tensors = load_file(folder / "HIGH.safetensors")
+    saved = {f"model.{name}": tensor for name, tensor in tensors.items()} | {"optimizer.step": torch.ones(1)}
+    save_file(saved, folder / "TRAIN_high.safetensors")
+    rows, columns = tensors["blocks.0.attn1.to_q.weight"].shape
+    lora = {"lora_A.weight": torch.ones(2, columns), "lora_B.weight": torch.ones(rows, 2)}
+    save_file({f"blocks.0.attn1.to_q.{k}": x for k, x in lora.items()}, folder / "LORA.safetensors")
+    (folder / "PROMPTS.txt").write_text("a red circle")
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], AscenditError | None]:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> Callable[[list[str]], AscenditError | None]:
     """Run a command that writes nothing; return its error."""
     monkeypatch.chdir(tmp_path)
+    for file in weights.iterdir():
+        (tmp_path / file.name).symlink_to(file)
     (tmp_path / "EXISTING").mkdir()
     (tmp_path / "EXISTING" / "x").touch()
     (tmp_path / "EXISTING.mp4").touch()
@@ -163,6 +208,13 @@ def texts(error: AscenditError, command: str) -> tuple[str, str]:
 
 def applied(args: list[str], fix: str) -> list[str] | None:
     """The call with its fix; None for a fix that is not a change of the call."""
+    if match := re.match(r"write one: python -c (.*)", fix):
+        return with_new_file(args, shlex.split(match[1]))
+    if match := re.match(r"pass it as (\w+=([^\s,]+))", fix):
+        name = Path(match[2]).name
+        return [match[1] if arg.rpartition("=")[2] == name else arg for arg in args]
+    if fix.startswith("write FILE[:WEIGHT]"):
+        return [re.sub(r"(\.safetensors):\w+$", r"\1", arg) for arg in args]
     fix = re.split(
         r";? correct|; |,? or (?=(?:--|-o|omit|add|ascendit|another|remove|use|exclude|an? ))", fix
     )[0]
@@ -170,7 +222,8 @@ def applied(args: list[str], fix: str) -> list[str] | None:
     if fix.startswith(PROSE):
         return None
     if match := re.search(r"(?:^|: )(ascendit .*)", fix):
-        return shlex.split(match[1].replace("MODEL", "demo"))[1:]
+        call = shlex.split(match[1].replace("MODEL", "demo"))[1:]
+        return [*call, *({*args} & {"--dry-run"} - {*call})]
     words, call = re.findall(r"\"[^\"]*\"|\S+", fix), list(args)
     if match := re.search(r" instead of ([^\s,]+)", fix):
         drop(call, *((match[1], "") if match[1].startswith("--") else ("--set", match[1])))
@@ -192,6 +245,16 @@ def applied(args: list[str], fix: str) -> list[str] | None:
     return call
 
 
+def with_new_file(args: list[str], script: list[str]) -> list[str]:
+    """Run `[code, *arguments]`, which writes a file, and replace the training checkpoint by it."""
+    before = {*os.listdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["-c", *script[1:]])
+        exec(script[0], {})
+    (new,) = {*os.listdir()} - before
+    return [new if arg.startswith("TRAIN") else arg for arg in args]
+
+
 def drop(args: list[str], flag: str, key: str = "") -> None:
     while flag in args:
         n = next((i for i, arg in enumerate(args) if arg == flag and args[i + 1].startswith(key)), None)
@@ -211,7 +274,7 @@ def full(case: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in [*CASES, *FILES]]
 )
 def test_the_fix_removes_the_error(case: str, run: Callable[[list[str]], AscenditError | None]) -> None:
     args = full(case)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import fix_lines
 import pytest
 
 import ascendit
 from ascendit import foreign
-from ascendit.cli.generate_options import KEYS, parse_settings
-from ascendit.cli.main import COMMANDS, completion, values_of
+from ascendit.cli.generate_options import FLAG_ONLY, KEYS, SWITCHES, parse_settings, typed_layer
+from ascendit.cli.main import COMMANDS, COMPLETED, completion, values_of
 from ascendit.errors import UsageError
 from ascendit.option_text import option, python_text
+from ascendit.pipeline.fit import Fit
 from ascendit.pipeline.job import prepare_model
 from ascendit.pipeline.options import LoadOptions
 from ascendit.pipeline.request import GenerateRequest, check_names
@@ -42,11 +43,14 @@ quant_type=W4A4_MXFP4_DUALSCALE scheme=mxfp4_dualscale | disable_names=a.* keep=
 attention_backend=fusion attention=fusion | resize_mode=letterbox fit=pad | t5_cpu=True text_on=cpu
 text_encoder_cpu_offload=true text_on=cpu | model_path=demo model=demo | ckpt_dir=demo model=demo
 positive_prompt=cat prompt=cat
+vae_path=v.pth parts=vae=v.pth | text_encoder=u.gguf parts=text_encoder=u.gguf
+high_noise_model=h parts=transformer=h | low_noise_model=l parts=transformer_2=l
+clip_path=c parts=c | lora_scale=0.5 loras=FILE:0.5 | lora_multiplier=0.5 loras=FILE:0.5
 """
 PAIRS = [tuple(pair.split()) for line in SETTINGS.strip().splitlines() for pair in line.split(" | ")]
 MEANINGLESS = """
 task offload_model convert_model_dtype ulysses_size ring_size dit_fsdp t5_fsdp use_prompt_extend num_gpus
-sp_degree tp_size cfg_parallel_size output_type return_dict num_videos_per_prompt batch_size generator
+sp_degree tp_size cfg_parallel_size output_type return_dict tokenizer generator
 denoise clip_skip prompt_embeds sigmas enable_teacache cache_dit vae_tiling trust_remote_code cache_dir
 revision token safety_checker enforce_eager use_safetensors lowvram group_size local_files_only
 model_type host dit_cpu_offload vae_cpu_offload
@@ -67,6 +71,62 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
         LoadOptions(model="demo", **layer)
 
 
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("num_videos_per_prompt=4", "--num-videos 4 instead of num_videos_per_prompt"),
+        ("batch_size=4", "--num-videos 4 instead of batch_size"),
+        ("prompt_file=a b.txt", "--prompts 'a b.txt' instead of prompt_file"),
+        ("num_videos=3", "--num-videos 3 instead of num_videos"),
+        ("sheet=a.png", "--sheet a.png instead of sheet"),
+        ("seed=1,2", "--seed 1,2"),
+        ("seed=0-7", "--seed 0-7"),
+        ("seeds=1,2", "--seed 1,2 instead of seeds"),
+        ("size=64x64", "--size 64x64 instead of size"),
+        ("guidance=4,3", "--guidance 4,3 instead of guidance"),
+        ("output=a b.mp4", "-o 'a b.mp4' instead of output"),
+        ("save_path=a.mp4", "-o a.mp4 instead of save_path"),
+        ("overwrite=true", "--overwrite instead of overwrite"),
+        ("overwrite=false", "omit overwrite"),
+        ("t5_cpu=false", "omit t5_cpu"),
+        ("video_quality=8", "omit video_quality: --crf 18 sets the quality of a file, and lower is better"),
+        ("n_prompt=a b", "--set 'negative_prompt=a b' instead of n_prompt"),
+        ("sampler=normal", "solver instead of sampler"),
+        ("qwertz=1", "ascendit generate --help"),
+    ],
+)
+def test_a_flag_that_is_no_key_is_named(setting: str, fix: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_settings([setting])
+    assert error.value._fix == fix
+    assert list(fix_lines.problems(fix)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fix"),
+    [
+        ("--config a.toml", 'guidance_scale = 3 instead of cfg, solver = "euler" instead of sampler'),
+        ("line 1 of p.jsonl", '"guidance_scale": 3 instead of cfg, "solver": "euler" instead of sampler'),
+        ("--set", "--set guidance_scale=3 instead of cfg, --set solver=euler instead of sampler"),
+    ],
+)
+def test_each_unknown_key_gets_a_fix_as_its_source_writes_it(source: str, fix: str) -> None:
+    with pytest.raises(UsageError) as error:
+        typed_layer({"cfg": 3, "sampler": "euler"}, source=source)
+    assert error.value._fix == fix
+
+
+def test_the_flags_that_are_no_keys_exist() -> None:
+    options = {flag for param in fix_lines.command("generate").params for flag in param.opts}
+    assert {*FLAG_ONLY.values(), *SWITCHES.values()} <= options
+    assert not {*FLAG_ONLY, *SWITCHES} & {*KEYS}
+    every = fix_lines.flags()
+    assert {*foreign.FLAG_FOR.values()} <= {*every}
+    names = {flag.removeprefix("--").replace("-", "_") for flag in every}
+    known = {*foreign.KEYWORD_OF, *foreign.SETTINGS, *foreign.PATTERN_OF}
+    assert not {*foreign.COMMAND_ADVICE} & (known | {*foreign.ADVICE_FOR}) and not {*foreign.FLAG_FOR} & names
+
+
 @pytest.mark.parametrize("name", MEANINGLESS)
 def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
     fix = foreign.hint(name, None, KEYS)
@@ -79,7 +139,7 @@ def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
 
 def test_the_tables_are_consistent() -> None:
     others = [name for names in foreign.RENAMED.values() for name in names.split()]
-    others += [*foreign.SETTINGS, *foreign.ADVICE_FOR]
+    others += [*foreign.SETTINGS, *{**foreign.ADVICE_FOR, **foreign.PATTERN_OF}]
     assert sorted(others) == sorted({*others}) and len(others) > 300
     assert not {*others} & {*KEYS} - {"scheduler"}
     assert all(name == foreign.normal(name) for name in others)
@@ -113,13 +173,15 @@ def test_values_are_those_of_the_options() -> None:
         ("generate", {"num_videos_per_prompt": 2}, "omit num_videos_per_prompt: "),
         ("generate", {"generator": object()}, "seed=42 instead of a generator"),
         ("generate", {"output_type": "np"}, "omit output_type: "),
-        ("generate", {"callback_on_step_end": print}, "on_progress"),
+        ("generate", {"callback_on_step_end": print}, "on_progress=print"),
         ("generate", {"steps": 8}, "num_inference_steps=8"),
         ("generate", {"cfg": 4.5}, "guidance_scale=4.5"),
         ("generate", {"sampler_name": "dpmpp_2m"}, 'solver="dpm++"'),
         ("generate", {"scheme": "w8a8"}, 'ascendit.load(model, scheme="int8")'),
         ("generate", {"overwrite": True}, "video.save(path, overwrite=True)"),
-        ("generate", {"num_frame": 17}, "num_frames instead of num_frame"),
+        ("generate", {"crf": 20}, "video.save(path, crf=20)"),
+        ("load", {"crf": 20}, "video.save(path, crf=20)"),
+        ("generate", {"num_frame": 17}, "num_frames=17"),
         ("generate", {"nothing_like_it": 1}, "omit nothing_like_it"),
         ("load", {"torch_dtype": "bf16"}, 'dtype="bfloat16"'),
         ("load", {"device_map": "auto"}, 'device="cpu"'),
@@ -127,16 +189,20 @@ def test_values_are_those_of_the_options() -> None:
         ("load", {"quantization": "W8A8_MXFP8"}, 'scheme="mxfp8"'),
         ("load", {"num_inference_steps": 8}, "pipe.generate(prompt, num_inference_steps=8)"),
         ("load", {"trust_remote_code": True}, "omit trust_remote_code: "),
-        ("load", {"shceme": "int8"}, "scheme instead of shceme"),
-        ("quantize", {"lora": "a.safetensors"}, "loras"),
-        ("quantize", {"for_": "sglang"}, ""),
+        ("load", {"vae_path": "v.pth"}, 'parts=["vae=v.pth"]'),
+        ("load", {"lora_scale": 0.5}, 'loras=["FILE:0.5"]'),
+        ("generate", {"vae": object()}, "ascendit.load(model, parts="),
+        ("quantize", {"vae_path": "v.pth"}, "omit vae_path: "),
+        ("load", {"shceme": "int8"}, 'scheme="int8"'),
+        ("quantize", {"lora": "a"}, 'loras=["a"]'),
+        ("quantize", {"for_": "sglang"}, 'engine="sglang"'),
         ("quantize", {"quant_type": "w8a8f8"}, 'scheme="mxfp8"'),
         ("quantize", {"disable_names": "a.*"}, 'keep=["a.*"]'),
         ("repack", {"target": "vllm"}, 'engine="vllm-omni"'),
-        ("repack", {"dryrun": True}, "dry_run=True instead of dryrun"),
-        ("inspect", {"chek": True}, "check=True instead of chek"),
+        ("repack", {"dryrun": True}, "dry_run=True"),
+        ("inspect", {"chek": True}, "check=True"),
         ("quantize_", {"exclude": "a.*"}, 'keep=["a.*"]'),
-        ("save", {"overwite": True}, "overwrite=True instead of overwite"),
+        ("save", {"overwite": True}, "overwrite=True"),
         ("save", {"exist_ok": True}, "overwrite=True"),
     ],
 )
@@ -178,6 +244,10 @@ def test_completed_values_are_accepted() -> None:
     for flag in ("--scheme", "--preset", "--solver", "--fit", "--emulate", "--text-on", "--defaults"):
         for value in values_of(flag):
             assert list(fix_lines.value_problems(flag, value)) == []
+    assert values_of("--device") == ["cpu", "cuda", "npu", "twin:a2", "twin:a3", "twin:a5"]
+    assert values_of("--fit") == [*get_args(Fit)] and values_of("--to") == ["diffusers", "wan"]
+    assert values_of("--emulate") == ["decode-on-use", "decode-once"]
+    assert all(values_of(flag) for flag in COMPLETED)
     complete = completion("--scheme")
     assert complete is not None and complete("mx") == ["mxfp8", "mxfp4", "mxfp4_dualscale"]
     assert completion("--negative") is None and "demo" in values_of("MODEL")

@@ -72,6 +72,8 @@ def test_a_path_is_relative_below_the_working_directory(
     monkeypatch.chdir(tmp_path)
     assert short_path(Path("a/b")) == short_path(tmp_path / "a" / "b") == "a/b"
     assert short_path(Path("-rf")) == "./-rf" and short_path(Path("/x/y")) == "/x/y"
+    assert [short_path(Path(x)) for x in ("demo", "hf:x", "ms:a/b")] == ["./demo", "./hf:x", "./ms:a/b"]
+    assert short_path(Path("demo/x")) == "demo/x" and short_path(Path("demo-2")) == "demo-2"
     assert short_path(tmp_path.parent) == str(tmp_path.parent)
 
 

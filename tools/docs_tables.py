@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from demo_data import WORDINGS
 
-from ascendit.checkpoint.stored_kinds import KINDS
+from ascendit.checkpoint.kind_table import KINDS
 from ascendit.cli.models import INPUTS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS

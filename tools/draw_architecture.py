@@ -25,6 +25,7 @@ BASICS = (
     "option_text",
     "errors",
     "foreign",
+    "arguments",
     "validation",
     "environment",
     "exclusive",

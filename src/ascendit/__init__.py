@@ -86,7 +86,8 @@ def __getattr__(name: str) -> Any:
         )
         return importlib.import_module(f"ascendit.{_RENAMED[name]}")
     if name not in _MODULES:
-        raise AttributeError(f"module 'ascendit' has no attribute {name!r}")
+        error = importlib.import_module("ascendit.arguments").attribute_error
+        raise error("module 'ascendit'", name, __all__)
     value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

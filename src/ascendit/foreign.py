@@ -7,17 +7,11 @@ Names are compared in lower case, with `_` for `-`.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Collection
 from difflib import get_close_matches
-from functools import wraps
-from typing import ParamSpec, TypeVar
 
-from ascendit.errors import UsageError
 from ascendit.option_text import option, option_name
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # ---- names of options ---------------------------------------------------------------------------
 
@@ -28,13 +22,14 @@ RENAMED = {
     "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale guidance_scale_1",
     "guidance_scale_2": "cfg_scale_2 guidance_2 sample_guide_scale_low guidance_scale_low",
     "solver": "sampler sampler_name sample_solver scheduler scheduler_name noise_scheduler sampling_method",
-    "negative_prompt": "negative n_prompt neg_prompt negative_text sample_neg_prompt uncond_prompt",
+    "negative_prompt": "negative n_prompt neg_prompt negative_text sample_neg_prompt uncond_prompt"
+    " negative_prompts",
     "seed": "base_seed noise_seed random_seed manual_seed rng_seed",
-    "boundary_ratio": "boundary",
-    "fps": "frame_rate framerate sample_fps video_fps target_fps",
+    "boundary_ratio": "boundary moe_boundary",
+    "fps": "frame_rate framerate sample_fps video_fps target_fps frames_per_second",
     "max_sequence_length": "max_seq_len max_seq_length text_len t5_max_length",
     "image": "image_path input_image start_image first_frame input_reference img src_image init_image"
-    " first_image",
+    " first_image first_frame_image i",
     "last_image": "end_image last_frame last_image_path tail_image final_frame last_frame_path",
     "timesteps": "denoising_step_list sample_timesteps own_timesteps",
     "size": "resolution video_size image_size",
@@ -42,7 +37,7 @@ RENAMED = {
     "height": "target_height h",
     "seconds": "duration video_duration",
     "model": "ckpt_dir model_path model_dir model_id pretrained_model_name_or_path checkpoint ckpt model_name"
-    " pretrained_model_path model_class_path repo_id unet_name diffusion_model checkpoint_path",
+    " pretrained_model_path model_class_path repo_id unet_name diffusion_model checkpoint_path m",
     "prompt": "text positive positive_prompt p",
     "device": "device_type backend torch_device device_name device_map",
     "dtype": "torch_dtype weight_dtype precision dit_precision transformer_dtype param_dtype compute_dtype"
@@ -54,8 +49,8 @@ RENAMED = {
     " filename_prefix save_path out_dir o output_video_path save_directory",
     "config": "config_json config_file config_path",
     "keep": "disable_names exclude ignore ignored_layers modules_to_not_convert fallback disable_level skip",
-    "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights lora_scale adapters"
-    " lora_file lora_weights_path",
+    "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights adapters"
+    " lora_file lora_weights_path lora_weight",
     "calibrate": "calib_file calib_dataset calib_data anti_dataset",
     "engine": "for target framework runtime",
     "base": "base_model original_model",
@@ -66,7 +61,7 @@ RENAMED = {
     "max_memory": "vram_limit memory_limit gpu_memory_limit",
     "emulate": "emulation",
     "preset": "distill step_distill",
-    "overwrite": "force_overwrite exist_ok yes",
+    "overwrite": "force_overwrite exist_ok yes y f",
     "dry_run": "plan print_config",
     "resume": "resume_from",
     "on_progress": "callback_on_step_end callback callback_steps progress_callback",
@@ -85,8 +80,60 @@ SETTINGS = {
     "unload_text_encoder": "text_on=drop",
     "no_metadata": "metadata=false",
     "disable_metadata": "metadata=false",
+    "fp8_e4m3fn_unet": "scheme=fp8",
+    "bf16_unet": "dtype=bfloat16",
+    "fp16_unet": "dtype=float16",
+    "fp32_unet": "dtype=float32",
 }
 """Switch of another tool -> the setting of ascendit with its effect."""
+ON = ("", "true", "1", "yes", "on")
+"""Values of a switch that is set, in lower case."""
+
+PATTERNS = {
+    "parts": {
+        "vae={FILE}": "vae vae_path vae_name vae_file",
+        "text_encoder={FILE}": "text_encoder text_encoder_path t5 t5_path t5_file t5_checkpoint umt5_path",
+        "transformer={FILE}": "transformer_path high_noise_model high_noise_ckpt high_noise_model_path"
+        " transformer dit_high_noise quant_dit_path dit_quantized_ckpt",
+        "transformer_2={FILE}": "transformer_2 transformer_2_path low_noise_model low_noise_ckpt"
+        " low_noise_model_path dit_low_noise",
+        "{FILE}": "clip_path clip_name dit_path image_encoder image_encoder_path",
+    },
+    "loras": {"FILE:{WEIGHT}": "lora_scale lora_scales lora_strength lora_multiplier"},
+}
+"""Keyword of ascendit -> how a value of another tool is a part of its own -> names in other tools."""
+PATTERN_OF = {
+    name: (keyword, pattern)
+    for keyword, patterns in PATTERNS.items()
+    for pattern, names in patterns.items()
+    for name in names.split()
+}
+
+_VIDEOS = (
+    "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt num_samples batch_size batch n_iter"
+    " samples repeat n n_samples count num_outputs"
+)
+MANY = {
+    **dict.fromkeys(_VIDEOS.split(), "--num-videos"),
+    **dict.fromkeys(
+        "prompt_file prompt_path prompts_file from_file prompt_txt input_file".split(), "--prompts"
+    ),
+}
+"""Name in another tool -> the flag of `generate`, which Python does not have."""
+FLAG_FOR = MANY | {"compare": "--diff", "tensors": "--layers", "list": "--layers"}
+"""Name in another tool -> a flag that Python has no keyword for."""
+BITS = {"w_bit": "w", "w_bits": "w", "bits": "w", "q_bits": "w", "nbits": "w", "a_bit": "a", "a_bits": "a"}
+"""Name in another tool of the bits of weights or activations -> their letter in a scheme, as w8a8."""
+COMMAND_ADVICE = {
+    **dict.fromkeys(
+        "quality video_quality output_quality output_compression".split(),
+        "--crf 18 sets the quality of a file, and lower is better",
+    ),
+    **dict.fromkeys(
+        "log_level loglevel logging_level debug".split(), "-v prints decisions, -q only the result"
+    ),
+}
+"""Name in another tool -> advice for the command line only."""
 
 ADVICE = {
     "omit it: the folder of the model says its task": "task model_cls pipeline_class pipeline_class_name"
@@ -95,13 +142,14 @@ ADVICE = {
     " cpu_offload dit_cpu_offload enable_model_cpu_offload enable_sequential_cpu_offload offload low_vram"
     " lowvram medvram novram enable_cpu_offload offload_granularity blocks_to_swap block_swap"
     " dit_layerwise_offload performance_mode unload_models vae_cpu_offload image_encoder_cpu_offload"
-    " pin_cpu_memory use_fsdp_inference layerwise_offload lazy_load low_cpu_mem_usage offload_folder tiled",
+    " pin_cpu_memory use_fsdp_inference layerwise_offload lazy_load low_cpu_mem_usage offload_folder tiled"
+    " gpu_only highvram",
     "omit it: a model runs on one device": "ulysses_size ring_size dit_fsdp t5_fsdp num_gpus sp_degree"
     " tp_size"
     " tensor_parallel_size ulysses_degree ring_degree dp_size data_parallel_size nproc_per_node sp_size"
     " cfg_parallel enable_cfg_parallel cfg_parallel_size cfg_size parallel world_size dp_degree vae_parallel"
     " use_usp parallelism hsdp_shard_dim hsdp_replicate_dim vae_parallel_size vae_patch_parallel_size"
-    " pipefusion_parallel_degree use_cfg_parallel num_nodes tp parallel_attn_type",
+    " pipefusion_parallel_degree use_cfg_parallel num_nodes tp parallel_attn_type vae_fsdp",
     "omit it: weights keep their dtype; --set dtype=bfloat16 changes it": "convert_model_dtype half bf16"
     " all_in_bf16 force_fp16 fp16 variant",
     "omit it, and write the longer prompt yourself": "use_prompt_extend prompt_extend_method"
@@ -114,8 +162,7 @@ ADVICE = {
     " input_video src_video return_with_leftover_noise",
     "omit it: the solver sets its own sigmas; --timesteps 1000,750,500,250 sets the steps": "sigmas eta"
     " karras use_karras_sigmas simple beta_schedule denoise_schedule",
-    "omit it: one call of generate makes one video, of one seed": "num_videos_per_prompt batch_size"
-    " num_outputs_per_prompt num_images_per_prompt batch n_iter samples repeat num_samples",
+    "omit it: one call of generate makes one video, of one seed": _VIDEOS,
     "--seed 42 instead of a generator": "generator rng",
     "omit it: the result is a Video; its frames are an array, video.frames": "output_type return_dict"
     " return_frames",
@@ -125,12 +172,24 @@ ADVICE = {
     " use_attentioncache",
     "omit it: nothing has to be compiled": "compile enable_torch_compile torch_compile enforce_eager"
     " use_compile compilation_config cuda_graph",
+    "omit it: a model runs on one device, which --device names": "gpu gpus gpu_id gpu_ids device_id"
+    " device_ids visible_devices cuda_visible_devices devices",
+    "omit it: Wan has no embedded guidance; --guidance sets its scale": "embedded_cfg_scale"
+    " embedded_guidance_scale",
+    "omit it: guidance is the plain one, of all layers": "slg slg_layers slg_start slg_end slg_scale"
+    " skip_layer_guidance cfg_zero_star enable_cfg_zero_star use_cfg_zero_star",
+    "omit it: positions are those of the model": "riflex riflex_freq_index enable_riflex use_riflex",
+    "omit it: the files of a quantized model say its scheme": "quant_config quant_desc_path"
+    " quantization_config_file",
+    "omit it: a model takes a text and images only": "audio audio_path pose_video src_root_path refer_path"
+    " src_pose_path src_ref_images",
+    "omit it: shards have at most 5 GB": "max_shard_size max_shard_bytes shard_size",
     "omit it: code of a checkpoint is never run": "trust_remote_code",
     "omit it: decoding is exact, in one piece": "vae_slicing vae_tiling enable_vae_slicing enable_vae_tiling"
-    " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap",
-    "omit it: parts of the model are in the folder of MODEL": "vae vae_path t5_path text_encoder_path"
-    " clip_path transformer_path clip_name vae_name text_encoder tokenizer scheduler_config high_noise_model"
-    " low_noise_model dit_path high_noise_ckpt transformer_2 component_paths",
+    " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap"
+    " tiling",
+    "omit it: parts of the model are in the folder of MODEL": "tokenizer scheduler_config component_paths "
+    + " ".join(PATTERNS["parts"].values()),
     "omit it: each video is checked, and there is no content filter": "safety_checker enable_safety_checker"
     " requires_safety_checker",
     "omit it: files are downloaded to the cache of the hub; set HF_HOME to move it": "cache_dir local_dir"
@@ -141,7 +200,7 @@ ADVICE = {
     " force_download resume_download",
     "omit it: the scheme sets bits and blocks": "q_bits q_group_size w_bit a_bit bits"
     " group_size w_bits a_bits block_size nbits load_in_8bit load_in_4bit",
-    "omit it: weights are quantized row by row on the CPU": "device_id dev_type gpu_id max_workers",
+    "omit it: weights are quantized row by row on the CPU": "dev_type max_workers",
     "omit it: there is no server yet": "host port serve server_port base_url webui served_model_name",
     "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
     " from_flax subfolder",
@@ -158,7 +217,8 @@ NO_VALUE = frozenset(
     " enable_cfg_parallel dit_cpu_offload text_encoder_cpu_offload vae_cpu_offload enable_torch_compile yes"
     " exist_ok force_overwrite no_metadata disable_metadata plan print_config cache_dit enable_cache_dit"
     " image_encoder_cpu_offload pin_cpu_memory tiled layerwise_offload dit_layerwise_offload quantize"
-    " save_output".split()
+    " save_output y f gpu_only highvram fp8_e4m3fn_unet bf16_unet fp16_unet fp32_unet vae_fsdp tiling"
+    " cfg_zero_star enable_cfg_zero_star use_cfg_zero_star enable_riflex".split()
 )
 """Flags of other tools that stand alone; one of these with True, False, 0 or 1 after it has a value too."""
 
@@ -245,11 +305,6 @@ def normal(name: str) -> str:
     return name.lstrip("-").lower().replace("-", "_")
 
 
-def keyword_for(name: str) -> str | None:
-    """The keyword of ascendit for a name of another tool, or None."""
-    return KEYWORD_OF.get(normal(name))
-
-
 def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str | None:
     """The value of ascendit for one of another tool or of another case, or None.
 
@@ -263,16 +318,24 @@ def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str
     return lower.get(text) or next((lower[x] for x in get_close_matches(text, lower, n=1)), None)
 
 
-# ---- hints --------------------------------------------------------------------------------------
+def translated(name: str, value: object = None) -> tuple[str, str | None]:
+    """(keyword of ascendit, its value or None) for an option of another tool; unknown names are unchanged."""
+    other = normal(name)
+    if other in PATTERN_OF:
+        keyword, pattern = PATTERN_OF[other]
+        return keyword, re.sub(r"\{(\w+)\}", lambda match: match[1] if value is None else str(value), pattern)
+    if other in SETTINGS:
+        keyword, _, text = SETTINGS[other].partition("=")
+        return keyword, text
+    keyword = KEYWORD_OF.get(other, other)
+    return keyword, _text(keyword, value)
 
-CALLS = {
-    "load": "ascendit.load(model, {})",
-    "generate": "pipe.generate(prompt, {})",
-    "save": "video.save(path, {})",
-    "quantize": "ascendit.quantize(src, dst, {})",
-    "repack": "ascendit.repack(src, dst, {})",
-}
-"""Function -> a call of it with one more argument."""
+
+def _text(keyword: str, value: object) -> str | None:
+    return None if value is None else value_for(keyword, value) or str(value).removeprefix("torch.")
+
+
+# ---- hints --------------------------------------------------------------------------------------
 
 
 def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str | None:
@@ -281,54 +344,10 @@ def hint(name: str, value: object = None, allowed: Collection[str] = ()) -> str 
     `allowed`: the keywords that exist. `value`: the value of the option, if it has one.
     """
     other = normal(name)
-    if (keyword := other if other in allowed else KEYWORD_OF.get(other)) in allowed:
-        assert keyword is not None
-        if value is None:
-            return option_name(keyword)
-        return option(keyword, value_for(keyword, value) or str(value).removeprefix("torch."))
-    if (setting := SETTINGS.get(other)) and setting.partition("=")[0] in allowed:
-        return option(*setting.split("=", 1))
+    if other in SETTINGS and value is not None and str(value).lower() not in ON:
+        return f"omit {name}"
+    keyword, text = (other, _text(other, value)) if other in allowed else translated(name, value)
+    if keyword in allowed:
+        return option_name(keyword) if text is None else option(keyword, text)
     advice = ADVICE_FOR.get(other)
     return advice and advice.replace("omit it", f"omit {name}")
-
-
-def unknown_arguments(
-    function: str,
-    unknown: Mapping[str, object],
-    allowed: Collection[str],
-    others: Mapping[str, Collection[str]] | None = None,
-) -> UsageError:
-    """The error E-USE-01 for keyword arguments that a function of the Python interface does not have.
-
-    `others`: key of `CALLS` -> the keywords of this function.
-    """
-    name, value = next(iter(unknown.items()))
-    value = value if isinstance(value, (str, int, float)) else None
-    fix = hint(name, value, allowed)
-    if fix is None or normal(name) in ADVICE_FOR:
-        keyword = KEYWORD_OF.get(normal(name), normal(name))
-        for other, keywords in (others or {}).items():
-            if keyword in keywords and other != function:
-                argument = (
-                    f"{keyword}=..." if value is None else option(keyword, value_for(keyword, value) or value)
-                )
-                fix = CALLS[other].format(argument)
-                break
-    if fix is None:
-        close = get_close_matches(normal(name), allowed, n=1)
-        fix = f"{option_name(close[0])} instead of {name}" if close else f"omit {name}"
-    needs = f"one of {', '.join(sorted(allowed))}"
-    return UsageError(f"unknown argument: {', '.join(unknown)}", needs=needs, fix=fix)
-
-
-def checked_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a public function: a keyword argument that it does not have raises UsageError (E-USE-01)."""
-    names = inspect.signature(function).parameters
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if unknown := {name: value for name, value in kwargs.items() if name not in names}:
-            raise unknown_arguments(function.__name__, unknown, tuple(names)[1:])
-        return function(*args, **kwargs)
-
-    return call

@@ -80,7 +80,7 @@ COMMAND_LINE_ONLY = frozenset(
 )
 """Flags that Python has no keyword for; they stay in the text."""
 _LISTS = ("keep", "lora_skip", "loras", "parts")
-_PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
+PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _FREE = frozenset("--base --image --keep --last-image --lora --negative".split())
 """Flags whose values are texts, files or patterns: a plain word after one is a part of the sentence."""
@@ -88,7 +88,7 @@ _VIDEO = re.compile(r"(?:/|\.(?:mp4|webm|gif|png|mov|mkv|webp))$")
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|(?:[^\s,;()\"']|,(?=[^\s,;]))+"
 _COMMAND = rf"(?<![\w`/.-])`?ascendit [a-z]+(?: (?:{_VALUE}))*`?"
-_NO_VALUE = rf"(?!-|`|(?:{'|'.join(_PROSE.split())})(?=[\s,;)]|$))"
+_NO_VALUE = rf"(?!-|`|(?:{'|'.join(PROSE.split())})(?=[\s,;)]|$))"
 _FLAG = rf"(?<![\w-])(?P<flag>--[a-z][a-z-]*|-o)(?![\w-])(?:[ =](?P<value>{_NO_VALUE}(?:{_VALUE})))?"
 _TEXT = re.compile(rf"(?P<command>{_COMMAND})|{_FLAG}")
 _REPEATED = re.compile(r"\b(\w+)=\[([^]]*)\], \1=\[")

@@ -19,6 +19,8 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 
+REPORT_SUFFIXES = (".html", ".json")
+"""Extensions of report files: a page with plots, or the data."""
 MIN_WRAPPED = 24
 """Minimum width of a column whose cells are wrapped."""
 
@@ -78,6 +80,14 @@ def human_bytes(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+SLOW = 0.1  # GiB/s; below, the unit is that of the number
+
+
+def pace_text(speed: float) -> str:
+    """Bytes per second as text: `1.25 GiB/s`, `14.1 MiB/s`."""
+    return f"{human_bytes(int(speed))}/s" if speed < SLOW * 2**30 else f"{speed / 2**30:.2f} GiB/s"
+
+
 def counted(number: int, noun: str) -> str:
     """A count with its noun: `1 file`, `2 files`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -132,13 +142,13 @@ def json_text(data: Any) -> str:
 
 
 def short_path(path: Path) -> str:
-    """A path as text: relative if it is below the working directory. Does not begin with a hyphen."""
+    """A path as text: relative below the working directory. No flag, and no name of `model_folder`."""
     absolute = Path(os.path.abspath(path))
     try:
         text = str(absolute.relative_to(Path.cwd()))
     except (ValueError, OSError):
         return str(absolute)
-    return f"./{text}" if text.startswith("-") else text
+    return f"./{text}" if text == "demo" or text.startswith(("-", "hf:", "ms:")) else text
 
 
 def shell_line(args: Iterable[str]) -> str:

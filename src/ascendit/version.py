@@ -14,3 +14,12 @@ def installed(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ascendit and its main libraries, read without importing them."""
+    import platform
+
+    packages = ("torch", "diffusers", "transformers")
+    libraries = dict.fromkeys(packages, "not installed") | installed(*packages)
+    return {"python": platform.python_version(), "ascendit": __version__, **libraries}

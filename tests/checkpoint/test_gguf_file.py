@@ -193,7 +193,7 @@ def original_shape(*sizes: int) -> bytes:
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "a pointer of git-lfs": (b"version https://git-lfs", "not a GGUF file: it begins with b'vers'"),
+    "another file": (b"version 3", "not a GGUF file: it begins with b'vers'"),
     "only the magic": (b"GGUF", "needs 4 bytes at byte 4 of 4"),
     "no counts": (b"GGUF" + number(3), "needs 8 bytes at byte 8 of 8"),
     "version 1": (raw(version=1), "GGUF version 1; versions 2 and 3 are read"),

@@ -301,6 +301,14 @@ def test_a_wan_cascade(tmp_path: Path, prefix: str) -> None:
     assert layout_of(alone) == ("wan", [("transformer", alone.name)])
 
 
+@pytest.mark.parametrize(("high", "low"), [("HighNoise", "LowNoise"), ("high_noise", "low_noise")])
+def test_folders_with_one_gguf_file_each(tmp_path: Path, high: str, low: str) -> None:
+    for folder in (low, high):
+        touch(tmp_path / folder / f"Wan2.2-T2V-A14B-{folder}-Q4_K_M.gguf")
+    layout = recognise(tmp_path)
+    assert layout.kind == "wan" and [part.path.parent.name for part in layout.experts] == [high, low]
+
+
 def test_one_expert_of_a_cascade(tmp_path: Path) -> None:
     write(tmp_path / "high_noise_model" / "config.json", WAN_CONFIG)
     e = refused(tmp_path, "E-CKP-02")

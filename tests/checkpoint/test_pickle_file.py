@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import shlex
 import struct
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def other_tensors() -> dict[str, Any]:
         "E-CKP-04 quantized": {"a": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)},
         "E-CKP-04 meta": {"a": torch.zeros(2, device="meta")},
         "E-CKP-02 repeats": {"a": x.expand(3, 4)},
-        "E-CKP-02 metadata": {"a": torch._neg_view(x)},
+        "E-CKP-02 negated, convert it": {"a": torch._neg_view(x)},
         "E-CKP-02 one tensor": x,
         "E-CKP-02 one list": [x],
         "E-CKP-02 dicts without tensors": {"a": 1, "b": {"c": [x]}},
@@ -206,6 +207,37 @@ def test_the_commands_of_the_errors_convert_the_file(tmp_path: Path) -> None:
         with RowReader() as reader:
             tensor = reader.read_tensor(read_header(tmp_path / f"{name}.safetensors")["a"])
         assert torch.equal(tensor, x.expand_as(tensor))
+
+
+def test_the_command_finds_the_only_dict_with_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.arange(3.0)[:, None]
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"model": {"a": x, "n": 1}}, {"_use_new_zipfile_serialization": False}),
+        ({"generator": {"state_dict": {"a": x.expand(3, 4)}}, "epoch": 1}, {}),
+        ({"a": torch._neg_view(x)}, {}),
+        ({"model": {"epoch": 1}}, {"_use_new_zipfile_serialization": False}),
+        ({"model": {"a": x}, "ema": {"a": x}}, {"_use_new_zipfile_serialization": False}),
+    ]
+    for value, options in cases:
+        (tmp_path / "x.safetensors").unlink(missing_ok=True)
+        error = refused(saved(tmp_path / "x.pth", value, **options), "E-CKP-02")
+        command = shlex.split(error.fix.removeprefix("convert it: "))
+        monkeypatch.setattr(sys, "argv", command[2:])
+        if "model" in value and "a" not in value["model"]:
+            with pytest.raises(SystemExit, match="0 dicts have tensors"):
+                exec(command[2], {})
+            assert not (tmp_path / "x.safetensors").exists()
+            continue
+        if "ema" in value:
+            with pytest.raises(SystemExit, match="2 dicts have tensors.*model.*ema"):
+                exec(command[2], {})
+            sys.argv.append("ema")
+        exec(command[2], {})
+        with RowReader() as reader:
+            tensor = reader.read_tensor(read_header(tmp_path / "x.safetensors")["a"])
+        assert torch.equal(tensor, flat(value)["a"])
 
 
 # ---- malicious pickles --------------------------------------------------------------------------
@@ -384,7 +416,7 @@ ARCHIVES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "encrypted": ("encrypted", lambda data: data.replace(b"\x14\x03\x14\0\0\0", b"\x14\x03\x14\0\x01\0")),
     "byte order": ("the byte order", lambda data: data.replace(b"little", b"bigbig")),
     "tar": ("tar archive", lambda data: b"sys_info" + bytes(249) + b"ustar" + bytes(300)),
-    "text": ("not a safetensors file", lambda data: b"<html>not here</html>"),
+    "web page": ("a web page, not weights", lambda data: b"<html>not here</html>"),
     "a longer header": ("truncated", lambda data: struct.pack("<Q", 0x04034B50) + data),
 }
 

@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "seven bytes": (b"\x01" * 7, "too short for a header"),
     "header beyond the file": (raw({}, length=5000), "truncated: header of 5000 bytes"),
     "impossible header length": (raw({}, length=2**60), "not a safetensors file"),
-    "web page": (b"<html>not found</html>", "not a safetensors file"),
+    "web page": (b"<html>not found</html>", "a web page, not weights"),
     "garbage": (raw(b"{garbage"), "header is not JSON"),
     "not utf-8": (raw(b"\xff\xff"), "header is not JSON"),
     "nested too deep": (raw(b"[" * 100_000), "header is not JSON"),

@@ -488,3 +488,19 @@ def test_algo_of_the_environment_applies_only_to_npus(run, fake, tmp_path, monke
     args = ["--device", "twin:a5", "--set", "attention=fusion", "-o", tmp_path / "c.mp4"]
     assert run("generate", "--demo", "a cat", *args).code == 0
     assert fake.loaded[2][1]["attention"] == "fusion"
+
+
+@pytest.mark.parametrize(
+    ("flag", "following"), [("--negative", "--dry-run"), ("-o", "--json"), ("--set", "--lora")]
+)
+def test_a_flag_is_no_value_of_another(run, flag, following):
+    ended = run("generate", "--demo", "a red circle", flag, following)
+    long = "--output" if flag == "-o" else flag
+    assert ended.code == 2 and f"{long} without a value before {following}" in ended.err + ended.out
+    assert f"or omit {long}" in ended.err + ended.out
+
+
+def test_a_group_without_a_file_names_the_flags(run):
+    ended = run("generate", "--demo", "a red circle", "--lora-skip", "image", "--dry-run")
+    assert ended.code == 2 and "--lora-skip image without a LoRA" in ended.err
+    assert "add --lora FILE, or omit --lora-skip\n" in ended.err

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,30 @@ def test_ctrl_c_keeps_the_complete_videos_and_names_the_command_for_the_others(
     fix = next(line for line in ended.err.splitlines() if line.startswith("  try    "))
     assert run(*shlex.split(fix.removeprefix("  try    "))[1:]).code == 0
     assert [name for name in videos(folder) if name[0] == "a"] == [f"a_s{i}.mp4" for i in range(5)]
+
+
+def test_ctrl_c_names_a_command_for_each_remaining_prompt(run, fake, folder, monkeypatch):
+    Path("p.txt").write_text("a cat; big\na dog\na cow")
+    with monkeypatch.context() as patched:
+        fails_for(fake, patched, lambda: os.kill(os.getpid(), signal.SIGINT), 2)
+        ended = run("generate", "--demo", "--prompts", "p.txt", "--seed", "1,2,3", "-o", "a.mp4")
+    assert ended.code == 130 and videos(folder) == ["a_1_s1.mp4"]
+    line = next(line for line in ended.err.splitlines() if line.startswith("  try    "))
+    words = shlex.split(line.removeprefix("  try    ").replace("; ascendit ", " | ascendit "))
+    commands = [list(group) for bar, group in groupby(words, "|".__eq__) if not bar]
+    assert len(commands) == 3
+    assert all(run(*command[1:]).code == 0 for command in commands)
+    assert videos(folder) == [f"a_{row}_s{seed}.mp4" for row in (1, 2, 3) for seed in (1, 2, 3)]
+    made = [(r.prompt, r.seed) for r in fake.requests[1:]]
+    assert made[-3:] == [("a cow", 1), ("a cow", 2), ("a cow", 3)] and ("a cat; big", 3) in made
+
+
+@pytest.mark.parametrize("output", ["a.mp4", "new/"])
+def test_a_prompt_that_is_repeated_gets_a_command_for_each_row(run, fake, folder, monkeypatch, output):
+    Path("p.txt").write_text("a cat\na cat")
+    fails_for(fake, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT), 1)
+    ended = run("generate", "--demo", "--prompts", "p.txt", "--seed", "1,2", "-o", output)
+    assert ended.code == 130 and ended.err.count("--seed 1,2 ") == 2
 
 
 def test_a_dry_run_lists_the_videos(run, fake, folder):

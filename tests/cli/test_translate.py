@@ -45,6 +45,18 @@ LINES = [
         "generate --demo --prompt_file p.txt --num_videos_per_prompt 2",
         "ascendit generate --demo --prompts p.txt --num-videos 2",
     ),
+    (  # parts in single files, as LightX2V and ComfyUI name them
+        "generate --demo cat --vae_path v.pth --text_encoder=u.gguf --high_noise_model h.gguf "
+        "--low_noise_ckpt l.gguf --clip_name c.safetensors --lora_path a.safetensors --lora_scale 0.5",
+        "ascendit generate cat --demo --part vae=v.pth --part text_encoder=u.gguf --part transformer=h.gguf "
+        "--part transformer_2=l.gguf --part c.safetensors --lora a.safetensors:0.5",
+    ),
+    ("generate --demo cat --lora-strength 0.5", "ascendit generate cat --demo --lora FILE:0.5"),
+    (
+        "repack w.gguf --text_encoder_path u.gguf -o out --base demo",
+        "ascendit repack w.gguf text_encoder=u.gguf -o out --base demo",
+    ),
+    ("quantize demo -o out --scheme mxfp8 --vae_path v.pth", "ascendit quantize demo -o out --scheme mxfp8"),
     (  # vLLM-Omni
         "generate --model demo --prompt cat --boundary-ratio 0.9 --fps 8 --vae-use-tiling "
         "--cfg-parallel-size 2",
@@ -68,6 +80,89 @@ LINES = [
     ("generate --demo cat --stepz 3", "ascendit generate cat --demo --steps 3"),
     ("generate --prompt cat --seed 3 --task t2v", "ascendit generate MODEL cat --seed 3"),
     ("inspect demo --layer", "ascendit inspect demo --layers"),
+    # several values of one flag
+    ("generate --demo cat --sample_guide_scale 4 3.5", "ascendit generate cat --demo --guidance 4,3.5"),
+    ("generate --demo cat --video_size 64 48", "ascendit generate cat --demo --size 64x48"),
+    ("generate --demo cat --seeds 1 2", "ascendit generate cat --demo --seed 1,2"),
+    (
+        "generate --demo --lora_paths a.safetensors b.safetensors --prompt cat",
+        "ascendit generate cat --demo --lora a.safetensors --lora b.safetensors",
+    ),
+    (
+        "quantize demo --ignore a.* b.* --save_path o --quant_type w8a8",
+        "ascendit quantize demo --keep 'a.*' --keep 'b.*' -o o --scheme int8",
+    ),
+    # one side of the size, the model and the prompt
+    ("generate --demo cat --height=64", "ascendit generate cat --demo --size 64x64"),
+    ("generate --demo cat --width 48", "ascendit generate cat --demo --size 48x64"),
+    ("generate -m DIR -p x", "ascendit generate DIR x"),
+    ("generate -m DIR -p x --width 64", "ascendit generate DIR x"),
+    ("generate --demo cat --ckpt_dir demo", "ascendit generate demo cat"),
+    ("generate --ckpt_dir demo", "ascendit generate demo PROMPT"),
+    ("generate --demo cat -p dog", "ascendit generate dog --demo"),
+    ("generate demo cat -p dog", "ascendit generate demo dog"),
+    ("generate demo cat --prompt-file p.txt", "ascendit generate demo --prompts p.txt"),
+    ("generate --demo -p cat --prompt-file p.txt", "ascendit generate --demo --prompts p.txt"),
+    # a flag with a value is no switch, and one letter is no prefix
+    ("generate --demo cat -i x.png", "ascendit generate cat --demo --image x.png"),
+    ("generate --demo cat -s 7", "ascendit generate --help"),
+    ("generate --demo cat --quality 8", "ascendit generate cat --demo"),
+    ("generate --demo cat --quieter 8", "ascendit generate --help"),
+    ("generate --demo cat -n 3 -y", "ascendit generate cat --demo --num-videos 3 --overwrite"),
+    # values that the flag refuses
+    ("generate --demo cat --scheduler normal", "ascendit generate cat --demo"),
+    ("generate --demo cat --num_frames x", "ascendit generate cat --demo"),
+    ("generate --demo cat --attention_backend SAGE_ATTN", "ascendit generate cat --demo"),
+    ("generate --demo cat --attention_backend fa", "ascendit generate cat --demo"),
+    (
+        "generate --demo cat --attention_backend fa --device_type npu",
+        "ascendit generate cat --demo --set attention=fusion --device npu",
+    ),
+    ("generate --demo cat --precision fp8", "ascendit generate cat --demo --scheme fp8"),
+    ("generate --demo cat --data-type video", "ascendit generate cat --demo"),
+    ("generate --demo cat --device_ids 0,1", "ascendit generate cat --demo"),
+    ("generate --demo cat --output_dir out", "ascendit generate cat --demo -o out/"),
+    ("generate --demo cat --save_file out", "ascendit generate cat --demo -o out.mp4"),
+    ("generate --demo cat --base_seed -1", "ascendit generate cat --demo"),
+    ("generate --demo cat --lora_weight 0.5", "ascendit generate cat --demo"),
+    ("repack demo -o x --format gguf", "ascendit repack demo -o x"),
+    ("repack demo -o x --format original", "ascendit repack demo -o x --to wan"),
+    # what the command requires
+    ("convert demo", "ascendit repack demo -o DST"),
+    ("generate --demo a cat --frame_num 17", "ascendit generate --help"),
+    ("quantize demo -o x --w_bit 4 --a_bit 8", "ascendit quantize demo -o x --scheme mxfp4"),
+    ("quantize demo -o x --dtype fp8", "ascendit quantize demo -o x --scheme fp8"),
+    ("quantize demo -o x --group_size 32", "ascendit quantize demo -o x --scheme mxfp8"),
+    ("quantize demo -o x --scheme int8 --to wan", "ascendit quantize demo -o x --scheme int8"),
+    ("inspect demo --compare x", "ascendit inspect demo --diff x"),
+    ("inspect demo --tensors", "ascendit inspect demo --layers"),
+]
+OTHERS = {
+    "--embedded-cfg-scale 6": "",
+    "--slg_layers 9": "",
+    "--riflex_freq_index 6": "",
+    "--video-quality 8": "",
+    "--log-level debug": "",
+    "--gpu 0": "",
+    "--tiling": "",
+    "--vae_fsdp": "",
+    "--gpu-only": "",
+    "--audio a.wav": "",
+    "--quant_config q.json": "",
+    "--max-shard-size 5GB": "",
+    "--first_frame_image a.png": " --image a.png",
+    "--moe_boundary 0.9": " --set boundary_ratio=0.9",
+    "--negative_prompts blur": " --negative blur",
+    "--frames-per-second 16": " --fps 16",
+    "--count 3": " --num-videos 3",
+    "--n_samples 3": " --num-videos 3",
+    "--quant-dit-path x.safetensors": " --part transformer=x.safetensors",
+    "--lora_weight s.safetensors": " --lora s.safetensors",
+    "--fp8_e4m3fn-unet": " --scheme fp8",
+}
+"""Flag of another tool -> its translation after `ascendit generate cat --demo`; empty: advice only."""
+LINES += [
+    (f"generate --demo cat {flag}", f"ascendit generate cat --demo{new}") for flag, new in OTHERS.items()
 ]
 
 
@@ -86,6 +181,23 @@ def test_each_note_says_what_a_flag_is(run):
     assert "--task: the folder of the model says its task" in needs
 
 
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("generate --demo x --scheduler normal", "--solver needs unipc or dpm++ or euler or renoise"),
+        ("generate --demo x --attn_impl sage", "--set attention needs fusion or fused_infer"),
+        ("generate --demo x --quality 8", "--crf 18 sets the quality"),
+        ("generate --demo x -p y", "the argument x is replaced"),
+        ("generate -p x --width 64", "--size needs both, as --size 832x480"),
+        ("quantize demo -o x --to wan", "--to is a flag of ascendit repack"),
+    ],
+)
+def test_a_note_says_why_a_flag_is_left_out(run, line, note):
+    ended = run(*shlex.split(line))
+    needs = ended.err.splitlines()[1] if ended.code == 2 else ""
+    assert note in needs
+
+
 def test_an_unknown_flag_without_a_translation_gets_the_help(run):
     ended = run("generate", "--demo", "x", "--qwertz", "8")
     assert ended.err.splitlines()[-1] == "  try    ascendit generate --help"
@@ -94,6 +206,10 @@ def test_an_unknown_flag_without_a_translation_gets_the_help(run):
 def test_a_seed_of_minus_one_is_omitted(run):
     ended = run("generate", "--demo", "x", "--seed", "-1")
     assert ended.code == 2 and ended.err.endswith("try    omit --seed for a random one\n")
+
+
+def test_a_dash_is_no_output(run):
+    assert run("generate", "--demo", "x", "-o", "-", "--dry-run").err.endswith("try    -o out.mp4\n")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

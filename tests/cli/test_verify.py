@@ -146,6 +146,12 @@ def test_bad_calls(run, painter, args, got):
     assert ended.code == 2 and ended.err.startswith(f"error[E-USE-01]: {got}")
 
 
+def test_the_name_of_a_report_says_its_kind(run, painter, tmp_path):
+    ended = run("verify", "--demo", "--adherence", "--report", tmp_path / "r.txt")
+    assert ended.code == 2 and "needs  a name that ends in .html" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_report_is_not_overwritten(run, painter, tmp_path):
     (tmp_path / "r.json").write_text("mine")
     ended = run("verify", "--demo", "--adherence", "--report", tmp_path / "r.json")

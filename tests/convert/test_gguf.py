@@ -11,7 +11,7 @@ import tiny
 import torch
 from convert import models
 from safetensors.torch import load_file, save_file
-from stored import load_transformer
+from stored import load_transformer, read
 from torch import Tensor
 
 import ascendit
@@ -117,6 +117,21 @@ def test_a_file_without_the_3d_convolution_is_refused_by_its_name(tmp_path: Path
         repack(tmp_path / "wan.gguf", tmp_path / "out")
     assert e.value.code == "E-CKP-04" and "GGUF" in e.value.got
     assert e.value.got.endswith("1 missing (patch_embedding.weight)") and "fix_5d_tensors" in e.value.fix
+
+
+def test_a_wrong_original_shape_of_the_patch_embedding_is_named(tmp_path: Path) -> None:
+    weights = {f"{to_wan(name)}": value for name, value in models.tensors(CONFIG).items()}
+    arrays = {name: (gguf_files.stored(value, "F16"), "F16") for name, value in weights.items()}
+    name = "patch_embedding.weight"
+    n, channels, *_ = weights[name].shape
+    for shape in ((2, channels, 1, 2, n), (channels, n, 1, 2, 2), (2, 2, 1, channels, n)):
+        path = tmp_path / f"{shape[0]}-{shape[-1]}.gguf"
+        gguf_files.write(path, arrays, original_shapes={name: shape})
+        with pytest.raises(CheckpointError, match="patch_embedding.weight has the shape") as e:
+            read(path)
+        assert e.value.code == "E-CKP-04" and f"{path} (GGUF" in e.value.got
+        assert f"{list(shape)}, which does not fit patch_embedding.bias [{n}]" in e.value.got
+        assert "fix_5d_tensors" in e.value.fix
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from ascendit.errors import AscenditError, UsageError
 from ascendit.names import to_wan
 from ascendit.progress import Progress
 
-SHAPE: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
+SHAPE: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 1, "num_inference_steps": 2, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,22 @@ def test_the_record_of_parts_alone(cascade: Path, tmp_path: Path) -> None:
     assert "Linear layers" not in card and "Bits per weight" not in card
     command = json.loads((tmp_path / "out" / "ascendit.json").read_text())["command"]
     assert command == f"ascendit repack {WEIGHTS} -o out --base {cascade.name} --copy"
+
+
+def test_a_name_chooses_the_part_of_an_all_in_one_file(
+    cascade: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    encoder = load_file(cascade / "text_encoder" / "model.safetensors")
+    tensors = load_file(files["transformer"])
+    tensors |= {f"text_encoders.umt5xxl.transformer.{name}": x * 1.5 for name, x in encoder.items()}
+    save_file(tensors, tmp_path / "all.safetensors")
+    one, other = f"high={tmp_path / 'all.safetensors'}", f"text_encoder={tmp_path / 'all.safetensors'}"
+    report = repack([one, other], tmp_path / "out", base=cascade)
+    assert [x.name for x in report.experts] == ["transformer"]
+    result = written(tmp_path / "out", "text_encoder")
+    assert {n: x.tolist() for n, x in result.items()} == {n: (x * 1.5).tolist() for n, x in encoder.items()}
+    with pytest.raises(UsageError, match="has the tensors of a transformer"):
+        read_part_files([f"vae={tmp_path / 'all.safetensors'}"])
 
 
 def test_a_file_in_place_of_quantized_weights(cascade: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_quantize_on_a_screen() -> None:
         "Also           vae, LICENSE",
         "Engine         mindie",
         "Warning        mind the gap",
-        "Time           2.0 s, 0.00 GiB/s",
+        "Time           2.0 s, 3.0 MiB/s",
         "Output         out",
         "Next           ascendit generate out 'a cat'",
     ]
@@ -173,7 +173,7 @@ def test_repack_on_a_screen() -> None:
         "Size         1.0 MiB   8.01 bits/weight",
         "Also         vae",
         "Warning      mind the gap",
-        "Time         1.0 s, 0.00 GiB/s",
+        "Time         1.0 s, 1.0 MiB/s",
         "Output       out",
     ]
     [expert] = REPACKED.experts

@@ -6,8 +6,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from ascendit.convert.report import QuantizedExpert, QuantizeReport, StoredLayer
 from ascendit.convert.report_page import quantize_page
+from ascendit.pages import charts
 
 EXPERT = QuantizedExpert(
     name="transformer",
@@ -26,6 +29,13 @@ REPORT = QuantizeReport(
     dry_run=False,
     seconds=2.0,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plots, which take seconds, have tests of their own."""
+    for name in ("bars", "by_depth", "grid"):
+        monkeypatch.setattr(charts, name, lambda *args: f"<svg>{len(args)}</svg>")
 
 
 def test_the_page_of_quantize() -> None:

@@ -42,6 +42,16 @@ def test_an_invalid_name_is_refused(name):
     assert "cuda:N" in e.value.needs and "twin:a5" in e.value.needs
 
 
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("gpu", "cuda"), ("gpu:1", "cuda"), ("Ascend", "npu"), ("mps", "cpu"), ("twin", "twin:a5")],
+)
+def test_the_fix_for_a_name_of_another_tool(name, device):
+    with pytest.raises(UsageError) as e:
+        parse_device(name)
+    assert e.value.fix == f'device="{device}"'
+
+
 def test_names_are_parsed_without_torch():
     code = "import sys, ascendit.device.device as b; b.parse_device('twin:a5'); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

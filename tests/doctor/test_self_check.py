@@ -330,3 +330,4 @@ def test_the_real_child(capsys: pytest.CaptureFixture[str]) -> None:
     main("npu", 0)
     refusal = json.loads(capsys.readouterr().out.removeprefix(MARK))
     assert refusal["refused"]["code"] == "E-ENV-03"
+    assert refusal["refused"]["try"].endswith("or --device twin:a5, with the same calls")

@@ -63,6 +63,8 @@ def test_a_folder_and_its_copy(tmp_path: Path) -> None:
     assert result.same and result.changes == ()
     assert result.lines()[-1] == "Result     same headers and configs"
     assert f"Values     {NOT_COMPARED} (see --values)" in result.lines()
+    command = replace(result, values=ValueDiff(())).page().about["command"]
+    assert command.endswith(" --values --report FILE.html")
     assert f"Hashes     {NOT_COMPARED}" in replace(result, values=ValueDiff(())).lines()
 
 

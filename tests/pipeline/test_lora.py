@@ -122,8 +122,9 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 # ---- loading equals a folder with the LoRA -------------------------------------------------------
 
 
+QUICK = [(scheme, "everything") for scheme in ("bf16", "int8", "mxfp4")]
 GRID = [
-    pytest.param(scheme, case, marks=[] if case == "everything" else pytest.mark.slow)
+    pytest.param(scheme, case, marks=[] if (scheme, case) in QUICK else pytest.mark.slow)
     for scheme in ("bf16", *QUANTIZED)
     for case in CASES
 ]
@@ -252,6 +253,14 @@ def test_stored_quantized_layers_are_refused(cascade: Path, files: dict[str, Pat
     ("code", "lora", "text"),
     [
         ("E-USE-02", "nowhere.safetensors", "no LoRA file at nowhere.safetensors"),
+        (
+            "E-USE-02",
+            "hf:org/name@v2/a.safetensors",
+            "hf download org/name a.safetensors --revision v2, and",
+        ),
+        ("E-USE-02", "ms:org/name:0.5", "modelscope download org/name, and"),
+        ("E-USE-02", "https://host/a.safetensors", "curl -LO https://host/a.safetensors"),
+        ("E-USE-02", "mid=a.safetensors", 'instead of mid=, as loras=["low=a.safetensors"]'),
         ("E-USE-01", "{style}:nan", "has the weight nan"),
         ("E-USE-01", "{style}:strong", "a number after the last colon"),
         ("E-LRA-01", "{other}", "blocks.9"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from wan_defaults import SINGLE
 
 from ascendit.errors import UNSAFE, UsageError
-from ascendit.pipeline.output_names import default_name, names_of, slug
+from ascendit.pipeline.output_names import _different, default_name, names_of, slug
 from ascendit.pipeline.request import MAX_SEED, GenerateRequest, resolve
 
 WHEN = datetime(2026, 11, 20, 19, 30, 12)
@@ -100,3 +101,11 @@ def test_names_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"'a\.avi'") as e:
         names_of("a.avi", two, [1, 2], WHEN)
     assert e.value.fix == 'save("a.mp4")'
+
+
+def test_many_equal_names_take_linear_time() -> None:
+    start = time.process_time()
+    paths = [Path("d/a-2.mp4"), *[Path("d/a.mp4")] * 5000]
+    names = _different(paths)
+    assert time.process_time() - start < 1
+    assert names[:4] == ["d/a-2.mp4", "d/a.mp4", "d/a-3.mp4", "d/a-4.mp4"] and len({*names}) == 5001

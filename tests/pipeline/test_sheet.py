@@ -62,7 +62,11 @@ def test_text_without_a_font_is_said(
     monkeypatch.setattr(sheet, "FONTS", ("none.ttf",))
     with caplog.at_level(logging.WARNING, "ascendit"):
         contact_sheet(video(prompt="\U0001f431 a cat"))
+        contact_sheet(video(prompt="猫"))
+        contact_sheet(video(prompt="猫\U0001f431"))
     assert "no font on this machine has \U0001f431" in caplog.text
+    fonts = [record.getMessage().partition("such as ")[2] for record in caplog.records]
+    assert fonts == ["fonts-symbola", "fonts-noto-cjk", "fonts-noto-cjk and fonts-symbola"]
     sheet._system_fonts.cache_clear()
 
 

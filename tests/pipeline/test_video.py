@@ -378,6 +378,13 @@ def test_metadata_can_be_omitted(tmp_path: Path, name: str) -> None:
         assert b"circle" not in file.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["metadata", "overwrite"])
+def test_a_switch_of_save_takes_no_text(tmp_path: Path, name: str) -> None:
+    with refused(UsageError, "E-USE-01", f'{name}="x"' if name == "metadata" else name, "true"):
+        make().save(tmp_path / "out.png", **{name: "x"})  # type: ignore[arg-type]
+    assert not [*tmp_path.iterdir()]
+
+
 def test_video_without_request(tmp_path: Path) -> None:
     data = read_metadata(Video(scene(), 8).save(tmp_path / "out.mp4"))
     assert (data["prompt"], data["seed"], data["request"], data["replay"]) == (None,) * 4

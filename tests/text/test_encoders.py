@@ -37,6 +37,8 @@ def test_words_that_the_demo_was_not_trained_on(tokenizer: Any, caplog: pytest.L
         "the text encoder does not know: cat, plays, piano, circles; its vocabulary: a, against, "
     )
     (text,) = warnings_of(tokenizer, "红色的圆 moves right", True, caplog)
+    (symbols,) = warnings_of(tokenizer, "a \U0001f431, \u2764 + (red) circle!", True, caplog)
+    assert "does not know: \U0001f431, \u2764, +; its" in symbols
     assert "does not know: 红色的圆; " in text and "triangle" in text and "<unk>" not in text
     assert SPECS["ascendit-demo"].few_words and sum(spec.few_words for spec in SPECS.values()) == 1
 

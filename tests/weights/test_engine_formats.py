@@ -258,8 +258,12 @@ def test_target_formats() -> None:
     with pytest.raises(UsageError, match='to="wan" with engine="sglang"') as e:
         target_format("sglang", "wan")
     assert "sglang 0.5.23 reads these names" in e.value.needs
-    with pytest.raises(UsageError, match='to="comfy"'):
+    with pytest.raises(UsageError, match='to="comfy"') as e:
         target_format(None, "comfy")
+    assert e.value.fix == 'to="wan", or omit to'
+    with pytest.raises(UsageError) as e:
+        target_format("vllm")
+    assert e.value.fix == 'engine="vllm-omni"'
 
 
 def test_model_kind_and_wan_config() -> None:

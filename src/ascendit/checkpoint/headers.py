@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -14,10 +15,14 @@ from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
 from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
+from ascendit.report import shell_line
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _FORMATS = {SUFFIX: "GGUF", **dict.fromkeys(PICKLED, "torch.save, or of safetensors")}
 """Ending of a name -> the formats that a file with it has."""
+POINTER = (rb"version https://git-lfs", "a pointer of Git LFS")
+WEB_PAGE = (rb"(?i)\s*<(?:!doctype )?html", "a web page")
+"""Start of a file, and the kind of file: what a failed download leaves."""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -34,6 +39,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
+            if error := _placeholder(path, f.peek(64)):
+                raise error
             if path.suffix == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
                 return read_gguf(path, f, size, state).tensors
             if is_archive(f.peek(8)[:8]):
@@ -127,6 +134,21 @@ def _entry(path: Path, name: str, entry: object, offset: int, state: FileState) 
 
 def _naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _placeholder(path: Path, start: bytes) -> CheckpointError | None:
+    """The error E-CKP-02 for a file that a download left in place of the weights; else None."""
+    again = "download the file itself, for example with `hf download`, and compare its sha256"
+    pull = shell_line(["git", "-C", str(path.parent), "lfs", "pull"])
+    for (pattern, kind), fix in ((POINTER, pull), (WEB_PAGE, again)):
+        if re.match(pattern, start):
+            return CheckpointError(
+                f"{path} is {kind}, not weights",
+                needs="the file itself: safetensors, GGUF or an archive of torch.save",
+                fix=fix,
+                code="E-CKP-02",
+            )
+    return None
 
 
 def _broken(path: Path, problem: str) -> CheckpointError:

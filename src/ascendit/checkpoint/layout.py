@@ -253,8 +253,8 @@ def _cascade(root: Path) -> Recognised | None:
     folders: dict[str, list[Path]] = {name: [] for name in WAN_FOLDERS.values()}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         for name in WAN_FOLDERS.values():
-            # msModelSlim before June 2026: `t2v_high_noise_model`.
-            if re.fullmatch(rf"(?:\w+_)?{name}", folder.name):
+            # msModelSlim before June 2026: `t2v_high_noise_model`; folders of GGUF files: `HighNoise`.
+            if re.fullmatch(rf"(?:\w+_)?{name}|{name.split('_')[0]}[-_]?noise", folder.name, re.IGNORECASE):
                 folders[name].append(folder)
     if not any(folders.values()):
         return None

@@ -3,7 +3,8 @@
     transformer=Wan2.2-High-Q4_K_M.gguf  transformer_2=Wan2.2-Low-Q4_K_M.gguf  umt5-xxl-encoder-Q8_0.gguf
 
 Without a name, the tensors of a file say which component it is. Of two transformers, the high-noise expert is
-the one with `high` in its name, and the low-noise expert the one with `low`.
+the one with `high` in its name, and the low-noise expert the one with `low`. Of an all-in-one checkpoint, the
+name chooses the component: `text_encoder=FILE`, and without a name it is the transformer.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS, Part, noise_of
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, Layout, recognise
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
+from ascendit.checkpoint.stored_kinds import parts_in
+from ascendit.checkpoint.trust import PART_CLASSES
 from ascendit.errors import UsageError
 
 PART_NAMES = {
@@ -59,7 +63,7 @@ def read_part_files(files: Sequence[str | Path], num_experts: int = 1) -> Layout
 
 
 def _part_of(path: str, name: str | None) -> Part:
-    """The component in one file, called `name` if that fits its tensors."""
+    """The component in one file, called `name` if that fits its tensors: of several, the one of that name."""
     layout = recognise(model_folder(path))
     if len(layout.parts) != 1 or not layout.root.is_file():
         raise UsageError(
@@ -72,6 +76,9 @@ def _part_of(path: str, name: str | None) -> Part:
         return part
     if {name, part.name} <= set(EXPERTS):
         return replace(part, name=name)
+    if name in parts_in(read_header(layout.root)):
+        row = PART_CLASSES[name]
+        return Part(name, layout.root, row.library, row.classes[0], files=(layout.root,))
     raise UsageError(
         f"{name}={path}, but the file has the tensors of a {part.name}",
         needs=f"a file with the weights of a {name}",

@@ -132,8 +132,9 @@ def _typed(
     storage: object, offset: object, shape: object, strides: object, *options: object
 ) -> PickledTensor:
     """`_rebuild_tensor_v2`. `options`: requires_grad, hooks, metadata."""
-    if not isinstance(storage, Storage) or storage.dtype is None or any(options[2:]):
-        raise PickleDataError("a tensor with an unknown storage or metadata")
+    if not isinstance(storage, Storage) or storage.dtype is None:
+        raise PickleDataError("a tensor with an unknown storage")
+    _check_metadata(options[2:])
     return _tensor(storage, storage.dtype, offset, shape, strides)
 
 
@@ -149,9 +150,19 @@ def _untyped(
 ) -> PickledTensor:
     """`_rebuild_tensor_v3`. `options`: requires_grad, hooks, dtype, metadata."""
     dtype = options[2].dtype if len(options) > 2 and isinstance(options[2], _Type) else None
-    if not isinstance(storage, Storage) or dtype is None or any(options[3:]):
-        raise PickleDataError("a tensor with an unknown storage, dtype or metadata")
+    if not isinstance(storage, Storage) or dtype is None:
+        raise PickleDataError("a tensor with an unknown storage or dtype")
+    _check_metadata(options[3:])
     return _tensor(storage, dtype, offset, shape, strides)
+
+
+def _check_metadata(metadata: tuple[object, ...]) -> None:
+    """Raise ConvertibleError for metadata such as the negative bit, which changes the numbers."""
+    match metadata:
+        case ({"neg": True} | {"conj": True},):
+            raise ConvertibleError("a tensor that is stored negated or conjugated, such as a view of torch")
+    if any(metadata):
+        raise PickleDataError("a tensor with unknown metadata")
 
 
 def _tensor(storage: Storage, dtype: str, offset: object, shape: object, strides: object) -> PickledTensor:

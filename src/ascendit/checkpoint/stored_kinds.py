@@ -2,7 +2,7 @@
 
 `interpret` returns the tensors of a file as the rest of ascendit reads them: floats of other encodings get an
 `Encoding`, names of quantized layers become canonical roles, markers are dropped. Kinds that are not read are
-refused by their names. `KINDS` is the only table of kinds. Imports no torch.
+refused by their names. `kind_table.KINDS` is the only table of kinds. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,157 +14,31 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ascendit.checkpoint import fp8_files
-from ascendit.checkpoint.fp8_files import COMFY_FORMATS, FP8, LAYER_MARKER, MARKER, Tensors
+from ascendit.checkpoint.fp8_files import (
+    COMFY_FORMATS,
+    FP8,
+    INPUT_SCALES,
+    LAYER_MARKER,
+    MARKER,
+    WEIGHT_SCALES,
+    Tensors,
+)
+from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_ROLES, DeclaredScheme
 from ascendit.checkpoint.pickle_file import convert_command
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.mx.stored_floats import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
+from ascendit.quant.schemes import METHOD, QUANTIZED
 from ascendit.report import counted, group_by, shell_line
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One kind of file."""
-
-    label: str
-    """Name of the kind in messages."""
-    marks: str
-    """How it is recognised, for the documentation."""
-    read_as: str = ""
-    """Scheme or dtype of its weights after reading; "": refused."""
-    requantized: bool = False
-    """Whether its values have lost precision already, although they are read as floats."""
-    roles: str = ""
-    """Pattern of the last component of a name that only files of this refused kind have."""
-    methods: tuple[str, ...] = ()
-    """Values of `quant_method` in config.json; refused if tensors are not floats."""
-
-
-KINDS: dict[str, Kind] = {
-    "fp8": Kind(
-        label="plain fp8",
-        marks="`F8_E4M3` or `F8_E5M2` tensors, no scales, no manifest",
-        read_as="BF16",
-        requantized=True,
-    ),
-    "comfy-scaled-fp8": Kind(
-        label="ComfyUI scaled fp8",
-        marks="`scaled_fp8`, `<layer>.scale_weight`, optional `scale_input`",
-        read_as="BF16",
-        requantized=True,
-    ),
-    "comfy-quant-fp8": Kind(
-        label="ComfyUI comfy_quant fp8",
-        marks="`<layer>.comfy_quant`, or `_quantization_metadata` in the header, with `weight_scale`",
-        read_as="BF16",
-        requantized=True,
-    ),
-    "scaled-e5m2": Kind(
-        label="scaled fp8 (e5m2)",
-        marks="`F8_E5M2` weights with a float `<layer>.weight_scale`",
-        read_as="BF16",
-        requantized=True,
-    ),
-    "static-fp8": Kind(
-        label="fp8 with static scales of activations",
-        marks="`F8_E4M3` weights with `weight_scale` and `input_scale` (modelopt, compressed-tensors)",
-        read_as="scheme fp8, without the `input_scale`",
-    ),
-    "mxfp4-f4": Kind(
-        label="MXFP4 in F4 tensors",
-        marks="`F4` weights with `weight_scale` in `F8_E8M0` or `U8`",
-        read_as="scheme mxfp4",
-    ),
-    "turbodiffusion": Kind(
-        label="TurboDiffusion or rCM",
-        marks="`<layer>.int8_weight` with `<layer>.scale`; `attn_op.local_attn.proj_l`; "
-        "`patch_embedding` [N, K]",
-        read_as="scheme int8_block or floats, with dense attention",
-    ),
-    "gguf": Kind(
-        label="GGUF", marks="the first bytes of the file", read_as="BF16 or float32", requantized=True
-    ),
-    "gguf-floats": Kind(
-        label="GGUF", marks="the same, without block types", read_as="the dtypes of its tensors"
-    ),
-    "pickle": Kind(
-        label="PyTorch pickle",
-        marks="the first bytes of the file, usually `.pth`, `.pt`, `.bin`, `.ckpt`",
-        read_as="the dtypes of its tensors",
-    ),
-    "all-in-one": Kind(
-        label="all-in-one checkpoint",
-        marks="`model.diffusion_model.` beside `vae.`, `text_encoders.`",
-        read_as="one part; the others are named",
-    ),
-    "comfy-quant": Kind(
-        label="ComfyUI comfy_quant",
-        marks="`<layer>.comfy_quant` with a format other than float8, such as int8 convrot, nvfp4, mxfp8",
-    ),
-    "nvfp4": Kind(
-        label="NVFP4 (modelopt or compressed-tensors)",
-        marks="`weight_scale_2`, `weight_global_scale`, or `F8_E4M3` scales of packed weights",
-        roles="weight_scale_2|weight_global_scale|input_global_scale",
-    ),
-    "bitsandbytes": Kind(
-        label="bitsandbytes (nf4, fp4 or int8)",
-        marks="`absmax`, `quant_map`, `quant_state.bitsandbytes__nf4`, `SCB`",
-        roles=r"absmax|quant_map|nested_absmax|nested_quant_map|bitsandbytes__\w+|SCB",
-        methods=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
-    ),
-    "modelopt": Kind(
-        label="modelopt (simulated quantization)",
-        marks="`weight_quantizer._amax`, `input_quantizer._amax`",
-        roles="_amax|_pre_quant_scale",
-    ),
-    "quanto": Kind(
-        label="quanto",
-        marks="`<layer>.weight._data`, `<layer>.weight._scale`",
-        roles="_data|_scale|_shift",
-        methods=("quanto",),
-    ),
-    "torchao": Kind(
-        label="torchao",
-        marks="`<layer>._weight_qdata`",
-        roles=r"_\w+_qdata|qdata|tensor_impl",
-        methods=("torchao",),
-    ),
-    "nunchaku": Kind(
-        label="nunchaku (SVDQuant)",
-        marks="`qweight` with `wscales`, `smooth_factor`, `proj_down`",
-        roles="wscales|wzeros|wtscale|wcscales|smooth_factor|smooth_factor_orig|proj_down|proj_up",
-        methods=("svdquant", "nunchaku", "nunchaku_lite"),
-    ),
-    "compressed-tensors": Kind(
-        label="compressed-tensors (packed)",
-        marks="`weight_packed`, `weight_shape`, `weight_zero_point`",
-        roles="weight_packed|weight_shape|weight_zero_point|weight_g_idx",
-    ),
-    "gptq-awq": Kind(
-        label="GPTQ or AWQ",
-        marks="`qweight` with `qzeros`, `scales`",
-        roles="qweight|qzeros",
-        methods=("gptq", "awq", "auto-round", "auto_round"),
-    ),
-    "hqq": Kind(label="HQQ", marks="`W_q`", roles="W_q", methods=("hqq",)),
-    "sdnq": Kind(
-        label="SDNQ",
-        marks="`svd_up`, `zero_point`, or int8 weights with `<layer>.scale`",
-        roles="svd_up|svd_down|zero_point",
-        methods=("sdnq",),
-    ),
-    "training": Kind(
-        label="training checkpoint",
-        marks="`optimizer.`, `lr_scheduler.`, or `ema.` beside other weights",
-    ),
-}
-"""Kind -> its row. Rows with `roles` are tried in this order."""
 
 VOCABULARY = "spiece_model"
 """The vocabulary of a tokenizer, which ComfyUI's files of a text encoder contain as bytes."""
 _SCALES = frozenset({*SCALE_ROLES, "mul_scale", "scale_weight", "scale"})
+_READ_SCALES = frozenset({*_SCALES, *INPUT_SCALES}) - {"scale"}
+_METHODS = frozenset({*QUANTIZED, METHOD, "compressed-tensors", "modelopt"})
+"""Values of `quant_method` whose files are read."""
 _PARTS = {
     "vae": r"vae|first_stage_model",
     "text_encoder": r"text_encoders?|cond_stage_model|conditioner",
@@ -247,17 +121,21 @@ def interpret(
     _refuse_training(stored.tensors)
     roles = {name.rpartition(".")[2] for name in stored.tensors}
     quantization = config.get("quantization_config")
-    described = described or isinstance(quantization, dict)
+    manifest, described = described, described or isinstance(quantization, dict)
     stored = _container(stored)
     comfy = _comfy(stored, roles, described=described)
     if comfy is not None:
         return comfy
-    _refuse_quantizer(stored, roles, quantization if isinstance(quantization, dict) else {})
+    _refuse_quantizer(
+        stored, roles, quantization if isinstance(quantization, dict) else {}, manifest=manifest
+    )
     if "int8_weight" in roles or any(_of_turbodiffusion(*item) for item in stored.tensors.items()):
         return _turbodiffusion(stored)
     dtypes = {info.dtype for info in stored.tensors.values()}
     if "F4" in dtypes:
         return _f4(stored)
+    if "I8" in dtypes and not dtypes & FP8 and "input_scale" in roles and not described:
+        return _static(stored, "static-int8")
     return _fp8(stored, roles, described=described) if dtypes & FP8 else stored
 
 
@@ -272,15 +150,20 @@ def _add(stored: Stored, kind: str, tensors: dict[str, TensorInfo], *notes: str)
 
 def _one_part(stored: Stored) -> Stored:
     """The tensors of its part; all of them unless the file has those of several parts."""
-    by_part = group_by(stored.tensors, _part_of)
+    by_part = parts_in(stored.tensors)
     own = stored.part if stored.part in _PARTS else "transformer"
-    if len(by_part) < 2 or own not in by_part or "transformer" not in by_part:
-        return stored
-    if naming_of(by_part["transformer"]) is None:
+    if own not in by_part:
         return stored
     others = [f"{name} ({counted(len(names), 'tensor')})" for name, names in by_part.items() if name != own]
     note = f"the file also has {' and '.join(others)}, which are not read from it"
     return _add(stored, "all-in-one", {name: stored.tensors[name] for name in by_part[own]}, note)
+
+
+def parts_in(names: Collection[str]) -> dict[str, list[str]]:
+    """Part -> its tensors in an all-in-one checkpoint; empty for other files."""
+    by_part = group_by(names, _part_of)
+    wan = len(by_part) > 1 and naming_of(by_part.get("transformer", [])) is not None
+    return by_part if wan else {}
 
 
 def _part_of(name: str) -> str:
@@ -375,15 +258,15 @@ def _fp8(stored: Stored, roles: Collection[str], *, described: bool) -> Stored:
     if floats and "F8_E5M2" in weights:
         label = KINDS["scaled-e5m2"].label
         return _add(stored, "scaled-e5m2", fp8_files.scaled(tensors, label, {}, required=False))
-    return _static(stored) if "input_scale" in roles else stored
+    return _static(stored, "static-fp8") if "input_scale" in roles else stored
 
 
-def _static(stored: Stored) -> Stored:
+def _static(stored: Stored, kind: str) -> Stored:
     """Drop the static scales of activations, which ascendit computes for each token."""
     dropped = [name for name in stored.tensors if name.endswith(".input_scale")]
     kept = {name: info for name, info in stored.tensors.items() if name not in dropped}
     note = f"{counted(len(dropped), 'input_scale')} not used: activations get a scale for each token"
-    return _add(stored, "static-fp8", kept, note)
+    return _add(stored, kind, kept, note)
 
 
 def _f4(stored: Stored) -> Stored:
@@ -442,11 +325,13 @@ def _turbodiffusion(stored: Stored) -> Stored:
 # ---- kinds that are refused -----------------------------------------------------------------------
 
 
-def _refuse_quantizer(stored: Stored, roles: Collection[str], quantization: Mapping[str, Any]) -> None:
-    """Raise CheckpointError (E-CKP-04) for the files of other quantizers."""
+def _refuse_quantizer(
+    stored: Stored, roles: Collection[str], quantization: Mapping[str, Any], *, manifest: bool
+) -> None:
+    """Raise CheckpointError (E-CKP-04) for the files of other quantizers. `manifest`: it declares schemes."""
     tensors = stored.tensors
     method = quantization.get("quant_method", quantization.get("method"))
-    integers = any(info.dtype not in FLOAT_DTYPES for info in tensors.values())
+    integers = any(info.dtype not in {*FLOAT_DTYPES, "I64"} for info in tensors.values())
     for kind in KINDS.values():
         marks = sorted(role for role in roles if kind.roles and re.fullmatch(kind.roles, role))
         names = [n for n in tensors if n.rpartition(".")[2] in marks]
@@ -458,10 +343,29 @@ def _refuse_quantizer(stored: Stored, roles: Collection[str], quantization: Mapp
         names = [n for n in tensors if n.endswith(".scale") and _weight_of(tensors, n).dtype in ("I8", "U8")]
         if names:
             raise _refused(stored, KINDS["sdnq"].label, names)
+    if names := _other_scales(tensors):
+        raise _refused(stored, KINDS["other-scales"].label, names)
+    if integers and isinstance(method, str) and method.lower() not in _METHODS and not manifest:
+        raise _refused(stored, f"{method:.60}", [])
 
 
 def _weight_of(tensors: Tensors, scale: str) -> TensorInfo:
     return tensors.get(f"{scale.rpartition('.')[0]}.weight", tensors[scale])
+
+
+def _other_scales(tensors: Tensors) -> list[str]:
+    """The scales of other names beside quantized weights without one that is read."""
+    names = []
+    for name in tensors:
+        owner, _, role = name.rpartition(".")
+        layer = owner.removesuffix(".weight")
+        weight = tensors.get(f"{layer}.weight")
+        if "scale" not in role or (owner == layer and role in _READ_SCALES) or weight is None:
+            continue
+        scaled = any(f"{layer}.{read}" in tensors for read in (*WEIGHT_SCALES, "weight_scale_inv"))
+        if weight.dtype in ("I8", "U8", *FP8) and not scaled:
+            names.append(name)
+    return names
 
 
 def _scaled_bytes(tensors: Tensors) -> list[str]:

@@ -81,7 +81,7 @@ class TensorInfo:
     container: Literal["safetensors", "gguf", "pickle"] = field(
         default="safetensors", compare=False, repr=False
     )
-    """The format of the file, whatever its name is."""
+    """The format of the file, which its name need not tell."""
 
     def __post_init__(self) -> None:
         assert self.strides is None or len(self.strides) == len(self.shape), self

@@ -83,7 +83,7 @@ class Expert:
     """`quantization_config` of config.json, as stored."""
     origin: Origin
     kinds: tuple[str, ...] = ()
-    """The kinds of its file, keys of `stored_kinds.KINDS`."""
+    """The kinds of its file, keys of `kind_table.KINDS`."""
     notes: tuple[str, ...] = ()
     """Tensors of the file that are not used."""
 
@@ -136,10 +136,9 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     with naming_kind(stored_as):
         schemes = quantization.declared_schemes(tensors) if quantization else {}
         layers = read_layers(tensors, schemes | declared)
-    config, problem = _config(part, tensors, layers)
+    config, problem = _config(part, tensors, layers, label)
     expected = expected_tensors(_config_with_heads(config, tensors))
     layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
-    label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     _check_tensors(label, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
@@ -198,7 +197,7 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
 
 
 def _config(
-    part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
+    part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer], label: str
 ) -> tuple[dict[str, Any], str | None]:
     """(Diffusers config, problem). A stored Diffusers config is checked, and used unchanged."""
     original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
@@ -207,7 +206,30 @@ def _config(
         TransformerConfig.read(part.folder / "config.json", config)
         WanConfig.from_dict(config)
         return config, None
+    _check_patch(label, tensors)
     return diffusers_config(part.config, _decoded_shapes(tensors, layers))
+
+
+def _check_patch(label: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise TensorMismatch for a patch embedding that does not fit its bias and the output layer, because a
+    config that is derived from it would be wrong. The metadata of a GGUF file may have another shape of it.
+    """
+    patch, *others = (
+        tensors.get(name) for name in ("patch_embedding.weight", "patch_embedding.bias", "proj_out.weight")
+    )
+    bias, out = others
+    if patch is None or len(patch.shape) != 5:
+        return
+    volume = math.prod(patch.shape[2:])
+    fits = bias is None or bias.shape == patch.shape[:1]
+    if fits and (out is None or not out.shape or (volume and out.shape[0] % volume == 0)):
+        return
+    beside = ", ".join(f"{info.name} {list(info.shape)}" for info in others if info)
+    raise TensorMismatch(
+        f"{label}: {patch.name} has the shape {list(patch.shape)}, which does not fit {beside}",
+        needs="a patch embedding [N, C, T, H, W] with a bias [N], and T * H * W output rows per channel",
+        checks={"misshapen": (patch.name,)},
+    )
 
 
 def _check_tensors(

@@ -25,7 +25,7 @@ class Shards:
     """All tensors, in the order of the files and of the bytes in each file."""
     files: tuple[Path, ...]
     kinds: tuple[str, ...] = ()
-    """The kinds of the files of a part that a library runs, keys of `stored_kinds.KINDS`."""
+    """The kinds of the files of a part that a library runs, keys of `kind_table.KINDS`."""
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.main import completion
+from ascendit.cli.main import completion, value_of_flag
 from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
@@ -29,8 +29,8 @@ def _flag(
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
     names = names or f"--{name.replace('_', '-')}"
-    complete = completion(names.split()[-1])
-    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, autocompletion=complete)
+    settings: dict[str, Any] = {"autocompletion": completion(names.split()[-1]), "callback": value_of_flag}
+    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, **settings)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
     return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 

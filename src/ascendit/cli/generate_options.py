@@ -6,6 +6,7 @@ Precedence: flags > --set > environment > --config (`merge`).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
-from ascendit.foreign import KEYWORD_OF, hint, normal, value_for
+from ascendit.foreign import COMMAND_ADVICE, FLAG_FOR, KEYWORD_OF, ON, hint, normal, value_for
 from ascendit.geometry import FrameRate, frame_rate
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
@@ -53,6 +54,27 @@ MEANINGS = {
     "seconds": "Length in seconds, instead of num_frames. Command line only.",
 }
 """Key -> its meaning, for keys that differ from a flag or have none."""
+
+FLAG_ONLY = {
+    "size": "--size",
+    "guidance": "--guidance",
+    "seeds": "--seed",
+    "output": "-o",
+    "sheet": "--sheet",
+    "num_videos": "--num-videos",
+    "prompts": "--prompts",
+    "config": "--config",
+    "latents": "--latents",
+}
+"""Name of a flag that is no key of `--set` -> the flag."""
+SWITCHES = {
+    "overwrite": "--overwrite",
+    "dry_run": "--dry-run",
+    "keep_latents": "--keep-latents",
+    "demo": "--demo",
+    "json": "--json",
+}
+"""Name of a flag without a value -> the flag."""
 
 # A key removes these keys from sources of lower precedence.
 _REPLACES = {
@@ -120,7 +142,7 @@ def read_call(
                 flag_values |= split(flags[flag])
             except UsageError as e:
                 e.fix = (
-                    _own_value(flag, flags[flag], "demo" if demo else args[0] if len(args) == 2 else None)
+                    own_value(flag, flags[flag], "demo" if demo else args[0] if len(args) == 2 else None)
                     or e.fix
                 )
                 raise
@@ -152,7 +174,7 @@ def read_call(
     )
 
 
-def _own_value(flag: str, text: str, model: str | None) -> str | None:
+def own_value(flag: str, text: str, model: str | None) -> str | None:
     """`--size` or `--guidance` with a value of the model itself, for a fix; None for an unknown model."""
     from ascendit.pipeline.job import prepare_model
 
@@ -312,23 +334,66 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
 
 
 def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> UsageError:
-    name, allowed = unknown[0], [*KEYS]
-    value = layer[name] if isinstance(layer[name], str | int | float) else None
-    other = normal(name)
-    key = KEYWORD_OF.get(other)
-    if key is None and hint(name, None, allowed) is None:
-        key = next(iter(get_close_matches(other, KEYS, n=1)), None)
-    if key in KEYS:
-        text = value_for(key, value) or value
-        setting = f"{key} = {text}" if source.startswith("--config") else f"--set {key}={text}"
-        fix = f"{setting} instead of {name}" if value is not None else f"{key} instead of {name}"
-    elif key in SPLIT and value is not None:
-        fix = f"--{key} {value}"
-    else:
-        fix = hint(name, value, allowed) or "ascendit generate --help; all keys are in docs/cli.md"
-    near = get_close_matches(key or name, KEYS, n=SHOWN_KEYS, cutoff=0 if key else 1)
-    needs = f"a key of --set, as {', '.join((near or allowed)[:SHOWN_KEYS])}, .."
+    fixes = dict.fromkeys(filter(None, (_key_fix(name, layer[name], source) for name in unknown)))
+    near = get_close_matches(_key_of(unknown[0]) or unknown[0], KEYS, n=SHOWN_KEYS, cutoff=0 if fixes else 1)
+    needs = f"a key of --set, as {', '.join((near or [*KEYS])[:SHOWN_KEYS])}, .."
+    needs += "" if fixes else "; docs/cli.md lists all"
+    fix = ", ".join(fixes) or "ascendit generate --help"
     return UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
+
+
+def _key_fix(name: str, value: Any, source: str) -> str | None:
+    """The fix for an unknown key: its own key or flag, or advice; None without one."""
+    other, value = normal(name), value if isinstance(value, str | int | float) else None
+    key = KEYWORD_OF.get(other, other)
+    flag = SWITCHES.get(key) or FLAG_ONLY.get(key) or FLAG_FOR.get(other)
+    if flag in SWITCHES.values():
+        return (
+            f"omit {name}"
+            if value is not None and str(value).lower() not in ON
+            else f"{flag} instead of {name}"
+        )
+    if flag is not None:
+        return f"{flag}{'' if value is None else f' {shell_line([str(value)])}'} instead of {name}"
+    own = _key_of(name)
+    if own is None or own not in KEYS:
+        return hint(name, value, [*KEYS]) or (
+            f"omit {name}: {COMMAND_ADVICE[other]}" if other in COMMAND_ADVICE else None
+        )
+    if own == "guidance_scale" and "," in str(value):
+        return f"--guidance {value} instead of {name}"
+    text = value if value is None else value_for(own, value) or value
+    try:
+        check_values(typed_layer({} if text is None else {own: text}, source=source))
+    except UsageError:
+        text = None
+    return f"{own if text is None else _setting(own, text, source)} instead of {name}"
+
+
+def check_values(layer: Mapping[str, Any]) -> None:
+    """Raise UsageError (E-USE-01) for a typed value that LoadOptions refuses."""
+    load = {name: value for name, value in layer.items() if name in LoadOptions.model_fields}
+    if load.keys() - {"model"}:
+        LoadOptions(**{"model": "demo", **load})
+
+
+def _key_of(name: str) -> str | None:
+    """The key that another tool calls `name`, or that is spelled like it; None without one."""
+    other = normal(name)
+    if other in KEYWORD_OF:
+        return KEYWORD_OF[other]
+    is_advised = hint(name, None, [*KEYS]) is not None or other in COMMAND_ADVICE
+    return None if is_advised else next(iter(get_close_matches(other, KEYS, n=1, cutoff=0.75)), None)
+
+
+def _setting(key: str, value: str | int | float, source: str) -> str:
+    """A key with its value, as its source writes it: `--set`, TOML or a JSON row."""
+    if source == "--set":
+        setting = f"{key}={value}"
+        needs_quotes = re.search(r"[^\w@%+=:,./*-]", setting)
+        return f"--set {shell_line([setting]) if needs_quotes else setting}"
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{key} = {text}" if source.startswith("--config") else f'"{key}": {text}'
 
 
 def _typed(key: str, value: Any, source: str) -> Any:
@@ -336,6 +401,10 @@ def _typed(key: str, value: Any, source: str) -> Any:
     is_tuple = get_origin(kind) is tuple
     if (value is None or value == "none") and (is_tuple or kind != hint):
         return None
+    if key == "seed" and (seeds := re.fullmatch(r"\[?(\d+(?:[,-] ?\d+)+)]?", str(value))):
+        needs = "one number: --seed makes a video of each of several"
+        fix = f"--seed {seeds[1].replace(' ', '')}"
+        raise UsageError(f"{source}: seed={value}", needs=needs, fix=fix)
     is_name = isinstance(value, str) and (kind is bool or get_origin(kind) is Literal)
     if key in LoadOptions.model_fields and not is_name:
         return value  # LoadOptions validates it

@@ -30,6 +30,15 @@ class Planned:
     base_output: str | None = None
     """The `-o` of the call, from which the names of many videos are made."""
 
+    @property
+    def output_without_seed(self) -> str | None:
+        """The `-o` for several seeds of this prompt: `a_01_s7.mp4` is one of `a_01.mp4`; folders stay."""
+        base, path = self.base_output, Path(self.output)
+        if base is None or base.endswith("/") or os.path.isdir(base):
+            return base
+        seed = f"_s{self.prepared.request.seed}"
+        return str(path.with_stem(path.stem.removesuffix(seed)))
+
     def replay(self, *, allow_flat: bool, output: str | None = None, seeds: Sequence[int] = ()) -> str:
         """The command that makes this video. `seeds`: several, instead of its own."""
         flags = self.call.replay_flags(allow_flat=allow_flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ascendit.geometry import rate_text
 from ascendit.pipeline.job import load_model, run
 from ascendit.pipeline.sheet import Sheet
 from ascendit.progress import Progress
-from ascendit.report import beginning, counted
+from ascendit.report import beginning, counted, group_by
 
 if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline
@@ -196,19 +197,33 @@ def _stopped(
     paths: Sequence[Path],
     result: dict[str, Any],
 ) -> AscenditError:
-    """The error that ends the run, with the videos that are complete and the command for the others."""
+    """The error that ends the run, with the videos that are complete and the commands for the others."""
     shown = ", ".join(map(str, paths[:SHOWN_PATHS])) + (", .." if len(paths) > SHOWN_PATHS else "")
     error.got += f"; {len(paths)} of {counted(len(plan), 'video')} are complete" + (shown and f": {shown}")
     error.details = result
     if isinstance(error, Cancelled) and remaining:
-        first = remaining[0]
-        requests = [planned.prepared.request for planned in remaining]
-        same = len({r.model_copy(update={"seed": 0}).to_json() for r in requests}) == 1
-        seeds = [r.seed for r in requests] if same and len(requests) > 1 else []
         error.needs = "nothing: complete videos are kept, and no other file is left"
-        output = first.base_output if seeds else first.output
-        error.fix = first.replay(allow_flat=first.call.allow_flat, output=output, seeds=seeds)
+        error.fix = "; ".join(_commands(remaining))
     return error
+
+
+def _commands(remaining: Sequence[Planned]) -> list[str]:
+    """The commands for videos: one for those that differ only in their seeds."""
+    earlier: Counter[str] = Counter()
+
+    def key(planned: Planned) -> tuple[str, str | None, int]:
+        request = planned.prepared.request
+        earlier[request.to_json()] += 1
+        same = request.model_copy(update={"seed": 0}).to_json()
+        return same, planned.output_without_seed, earlier[request.to_json()]
+
+    groups, commands = group_by(remaining, key), []
+    for group in groups.values():
+        first, requests = group[0], [planned.prepared.request for planned in group]
+        seeds = [request.seed for request in requests] if len(group) > 1 else []
+        output = first.output_without_seed if seeds else first.output
+        commands.append(first.replay(allow_flat=first.call.allow_flat, output=output, seeds=seeds))
+    return commands
 
 
 def _save_sheet(sheet: Sheet, out: Output) -> dict[str, Any]:

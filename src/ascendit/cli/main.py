@@ -27,6 +27,7 @@ from ascendit.errors import (
     out_of_memory,
 )
 from ascendit.option_text import command_line
+from ascendit.report import REPORT_SUFFIXES
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -39,7 +40,6 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
-REPORT_SUFFIXES = (".html", ".json")
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
@@ -49,33 +49,38 @@ ALIASES = {"help": "--help", "version": "--version"}
 """Words that are accepted for a flag, as in `ascendit help generate`."""
 
 
-COMPLETED = frozenset(
-    ("--defaults", "--device", "--emulate", "--fit", "--for", "--preset", "--recipe", "--scheme")
-    + ("--solver", "--text-on", "--to", "MODEL")
-)
-"""Flags, and MODEL, with values that a shell completes."""
+def _of(module: str) -> Any:
+    """A module of ascendit, imported when a value is completed."""
+    return importlib.import_module(f"ascendit.{module}")
+
+
+def _option_values(name: str) -> Iterable[str]:
+    """The values of a field of LoadOptions whose type is a Literal."""
+    return get_args(
+        _of("validation").non_optional(_of("pipeline.options").LoadOptions.model_fields[name].annotation)
+    )
+
+
+COMPLETED: dict[str, Callable[[], Iterable[str]]] = {
+    "MODEL": lambda: ["demo", *(spec.hub for spec in _of("family").SPECS.values() if spec.hub != "demo")],
+    "--scheme": lambda: _of("quant.schemes").QUANTIZED,
+    "--recipe": lambda: _of("quant.recipe").recipe_names(),
+    "--for": lambda: _of("quant.engines").ENGINES,
+    "--to": lambda: get_args(_of("names").Naming),
+    "--preset": lambda: _of("family").PRESETS,
+    "--solver": lambda: get_args(_of("family").Solver),
+    "--fit": lambda: get_args(_of("pipeline.fit").Fit),
+    "--device": lambda: _of("device.device").WITHOUT_INDEX,
+    "--emulate": lambda: _option_values("emulate"),
+    "--text-on": lambda: _option_values("text_on"),
+    "--defaults": lambda: _option_values("defaults"),
+}
+"""Flag, or MODEL, with values that a shell completes -> these values."""
 
 
 def values_of(flag: str) -> list[str]:
     """The values of a flag, or of MODEL, that a shell completes; empty for any other."""
-    from ascendit import family
-    from ascendit.quant import engines, recipe, schemes
-
-    values: dict[str, Callable[[], Iterable[str]]] = {
-        "MODEL": lambda: ["demo", *(spec.hub for spec in family.SPECS.values() if spec.hub != "demo")],
-        "--scheme": lambda: schemes.QUANTIZED,
-        "--recipe": recipe.recipe_names,
-        "--for": lambda: engines.ENGINES,
-        "--to": lambda: ("diffusers", "wan"),
-        "--preset": lambda: family.PRESETS,
-        "--solver": lambda: get_args(family.Solver),
-        "--fit": lambda: ("crop", "pad", "stretch"),
-        "--device": lambda: ("cpu", "cuda", "npu", "twin:a2", "twin:a3", "twin:a5"),
-        "--emulate": lambda: ("decode-on-use", "decode-once"),
-        "--text-on": lambda: ("cpu", "device", "drop"),
-        "--defaults": lambda: ("model", "folder"),
-    }
-    return list(values[flag]()) if flag in values else []
+    return list(COMPLETED[flag]()) if flag in COMPLETED else []
 
 
 def completion(name: str) -> Callable[[str], list[str]] | None:
@@ -89,6 +94,17 @@ def completion(name: str) -> Callable[[str], list[str]] | None:
     return complete
 
 
+def value_of_flag(ctx: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+    """The value of a flag. Raises UsageError (E-USE-01) if it is another flag of the command."""
+    flags = {name for other in ctx.command.params for name in other.opts}
+    for text in map(str, value if isinstance(value, list | tuple) else [value]):
+        if text in flags:
+            name, example = max(param.opts, key=len), getattr(param, "metavar", None) or "VALUE"
+            fix = f"{name} {example} {text}, or omit {name}"
+            raise UsageError(f"{name} without a value before {text}", needs=f"{name} {example}", fix=fix)
+    return value
+
+
 def flag(shown: str, help: str) -> Any:
     """Make a flag for `Annotated`.
 
@@ -96,7 +112,8 @@ def flag(shown: str, help: str) -> Any:
     """
     names = shown.replace(",", "").split()
     metavar = None if names[-1].startswith("-") else names.pop()
-    return typer.Option(*names, metavar=metavar, help=help, autocompletion=completion(names[-1]))
+    settings: dict[str, Any] = {"autocompletion": completion(names[-1]), "callback": value_of_flag}
+    return typer.Option(*names, metavar=metavar, help=help, **settings)
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL, autocompletion=completion("MODEL"))]
@@ -274,7 +291,7 @@ def _usage(error: Any, args: Sequence[str]) -> UsageError:
     from ascendit.cli.translate import repaired
 
     group = typer.main.get_command(app)
-    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error):  # type: ignore[attr-defined]
+    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error, values_of):  # type: ignore[attr-defined]
         needs, fix = hint
         return UsageError(error.format_message(), needs=needs, fix=fix)
     return UsageError(error.format_message(), needs=usage, fix=_parameter_fix(error) or f"{command} --help")

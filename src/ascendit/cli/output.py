@@ -16,7 +16,7 @@ import typer
 
 from ascendit.errors import AscenditError, escaped
 from ascendit.report import json_text
-from ascendit.version import __version__, installed
+from ascendit.version import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,12 +202,3 @@ def internal_error(error: BaseException, output: Output) -> dict[str, str]:
         "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
         "log": log.name,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, ascendit and its main libraries, read without importing them."""
-    import platform
-
-    packages = ("torch", "diffusers", "transformers")
-    libraries = dict.fromkeys(packages, "not installed") | installed(*packages)
-    return {"python": platform.python_version(), "ascendit": __version__, **libraries}

@@ -12,14 +12,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ascendit.errors import escaped
 from ascendit.progress import Progress
-from ascendit.report import human_bytes
+from ascendit.report import human_bytes, pace_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 EXPERT_TITLES = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
 RECENT_STEPS = 8
-SLOW = 0.1  # GiB/s; below, the unit is that of the number
 NARROW, BAR = 80, 24  # columns; a narrower terminal shows no bar
 REDRAW = 0.1  # seconds; a conversion reports every few MiB
 
@@ -102,11 +101,10 @@ def _joined(parts: Mapping[str, tuple[str, ...]], lengths: Mapping[str, int]) ->
 def _byte_parts(event: Progress) -> dict[str, tuple[str, ...]]:
     share = 100 * event.step // max(event.total, 1)
     speed, eta = event.speed, event.eta
-    pace = f"{human_bytes(int(speed))}/s" if speed < SLOW * 2**30 else f"{speed / 2**30:.2f} GiB/s"
     return {
         "head": (f"{event.stage}  {share} %",),
         "amount": (f"{human_bytes(event.step)} of {human_bytes(event.total)}", ""),
-        "pace": (pace if speed else "", ""),
+        "pace": (pace_text(speed) if speed else "", ""),
         "eta": (f"eta {show_seconds(eta)}" if eta else "", ""),
     }
 

@@ -36,7 +36,7 @@ Lora = Annotated[
     list[str] | None,
     flag(
         "--lora FILE[:WEIGHT]",
-        "LoRA to fold in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
+        "LoRA to fold in first; high=FILE or low=FILE for one expert; repeatable.",
     ),
 ]
 LoraSkip = Annotated[

@@ -13,26 +13,47 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from ascendit.foreign import ADVICE_FOR, COMMAND_OF, KEYWORD_OF, NO_VALUE, SETTINGS, normal, value_for
+from ascendit.cli.accepted import complete, own_size, refusal
+from ascendit.foreign import (
+    ADVICE_FOR,
+    BITS,
+    COMMAND_ADVICE,
+    COMMAND_OF,
+    FLAG_FOR,
+    KEYWORD_OF,
+    NO_VALUE,
+    ON,
+    PATTERN_OF,
+    SETTINGS,
+    normal,
+    translated,
+    value_for,
+)
 from ascendit.option_text import FLAGS, SET_ONLY, SETTABLE, SWITCHES
 from ascendit.report import shell_line
 
+Values = Callable[[str], Sequence[str]]
 BOOLEANS = ("true", "false", "0", "1", "yes", "no", "on", "off")
-ON = ("", "true", "1", "yes", "on")
 SPECIAL = {"output": "-o", "dst": "-o", "config": "--config", "size": "--size", "seconds": "--seconds"}
 SPECIAL |= {"timesteps": "--timesteps", "guidance_scale": "--guidance"}
 SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
 POSITIONAL = ("model", "prompt")
-MANY = {
-    **dict.fromkeys(
-        "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt batch_size num_samples"
-        " n_iter".split(),
-        "--num-videos",
-    ),
-    **dict.fromkeys("prompt_file prompt_path prompts_file from_file prompt_txt".split(), "--prompts"),
-}
-"""Name in another tool -> the flag of `generate`, which Python does not have."""
 COMMON = {"-q": False, "--quiet": False, "-v": False, "--verbose": False, "-h": False, "--help": False}
+_NUMBER = r"\d+(?:\.\d+)?"
+_FILE = r"\S+\.(?:safetensors|pt|pth|bin|ckpt)(?::\S+)?"
+LISTS = {
+    "guidance_scale": (_NUMBER, ","),
+    "timesteps": (_NUMBER, ","),
+    "seed": (r"\d+", ","),
+    "seeds": (r"\d+", ","),
+    "size": (r"\d+", "x"),
+    "loras": (_FILE, None),
+    "keep": (r"\S*[.*]\S*", None),
+}
+"""Keyword with several values in other tools, one after another -> their pattern, and the text between them.
+
+None: the flag is repeated.
+"""
 
 
 @dataclass
@@ -43,29 +64,67 @@ class Line:
     positional: dict[str, str] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
     size: dict[str, str] = field(default_factory=dict)
+    bits: dict[str, str] = field(default_factory=dict)
+    """Bits of weights (w) and activations (a)."""
+    device: str = "cpu"
     notes: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     """Flags without a translation."""
 
     def args(self) -> list[str]:
         """Positional arguments first, then the flags."""
-        size = [str(x) for x in (self.size.get("width", "W"), self.size.get("height", "H"))]
-        named = [self.positional[name] for name in POSITIONAL if name in self.positional]
-        arguments = [*named, *self.arguments] if "model" in self.positional else [*self.arguments, *named]
-        return [*arguments, *self.flags, *(["--size", "x".join(size)] if self.size else [])]
+        names = POSITIONAL[:1] if "--prompts" in self.flags else POSITIONAL
+        named = [self.positional[name] for name in names if name in self.positional]
+        arguments = self._arguments()
+        if dropped := self.arguments[len(arguments) :]:
+            self.notes.append(f"the argument {shell_line(dropped)} is replaced")
+        first = [*named, *arguments] if "model" in self.positional else [*arguments, *named]
+        flags = [flag for flag in self.flags if flag != "--demo" or "model" not in self.positional]
+        return [*first, *_with_weights(flags), *self._size(first), *self._scheme()]
+
+    def _arguments(self) -> list[str]:
+        """The other arguments, without a prompt that a flag replaces."""
+        if "prompt" not in self.positional and "--prompts" not in self.flags:
+            return self.arguments
+        return [] if {"--demo", "model"} & {*self.flags, *self.positional} else self.arguments[:1]
+
+    def _size(self, arguments: Sequence[str]) -> list[str]:
+        if not self.size:
+            return []
+        model = "demo" if "--demo" in self.flags else arguments[0] if arguments else None
+        if size := own_size(self.size, model):
+            return ["--size", size]
+        self.notes.append("--size needs both, as --size 832x480")
+        return []
+
+    def _scheme(self) -> list[str]:
+        """The scheme of the bits, unless a flag names it."""
+        if not self.bits or {"--scheme", "--recipe"} & {*self.flags}:
+            return []
+        w, a = self.bits.get("w", self.bits.get("a")), self.bits.get("a", self.bits.get("w"))
+        scheme = value_for("scheme", f"w{w}a{a}")
+        return [] if scheme is None else ["--scheme", scheme]
 
 
-def translate(args: Sequence[str], name: str, options: Mapping[str, bool]) -> Line:
-    """Translate the arguments of the command `name`. `options`: its flags, and whether they have a value."""
-    line = Line()
-    for flag, value in _pairs(args, options):
+def translate(
+    args: Sequence[str], name: str, options: Mapping[str, bool], values: Values = lambda _: ()
+) -> Line:
+    """Translate the arguments of the command `name`. `options`: its flags, and whether they have a value.
+
+    `values`: flag -> its values, if they are a list.
+    """
+    line, pairs = Line(), [*_pairs(args, options)]
+    for flag, value in pairs:
+        if flag and value and translated(flag)[0] == "device":
+            line.device = value_for("device", value) or value
+    for flag, value in pairs:
         if not flag:
             line.arguments.append(value or "")
         elif flag in options:
             value = value.replace("*", "x") if value and flag == "--size" else value
             line.flags += [flag, *([] if value is None else [value])]
         else:
-            _replace(line, flag, value, name, options)
+            _replace(line, flag, value, name, options, values)
     return line
 
 
@@ -82,9 +141,22 @@ def _pairs(args: Sequence[str], options: Mapping[str, bool]) -> Iterator[tuple[s
         elif equals:
             yield flag, value
         elif remaining and _takes(flag, remaining[0], options):
-            yield flag, remaining.pop(0)
+            value, more = remaining.pop(0), [] if flag in options else _more(flag, remaining)
+            joint = LISTS[KEYWORD_OF.get(normal(flag), normal(flag))][1] if more else None
+            yield from (
+                (flag, x) for x in ([value, *more] if joint is None else [joint.join([value, *more])])
+            )
         else:
             yield flag, None
+
+
+def _more(flag: str, remaining: list[str]) -> list[str]:
+    """The second and later values of a flag with several, which are removed from `remaining`."""
+    pattern, _ = LISTS.get(KEYWORD_OF.get(normal(flag), normal(flag)), ("", None))
+    more: list[str] = []
+    while pattern and remaining and re.fullmatch(pattern, remaining[0]):
+        more.append(remaining.pop(0))
+    return more
 
 
 def _takes(flag: str, following: str, options: Mapping[str, bool]) -> bool:
@@ -95,44 +167,103 @@ def _takes(flag: str, following: str, options: Mapping[str, bool]) -> bool:
     return not re.match(r"--?[A-Za-z]", following)
 
 
-def _replace(line: Line, flag: str, value: str | None, name: str, options: Mapping[str, bool]) -> None:
+def _replace(
+    line: Line, flag: str, value: str | None, name: str, options: Mapping[str, bool], values: Values
+) -> None:
     """Add the translation of one flag that the command does not have, with a note."""
     other, written = normal(flag), " ".join(filter(None, (flag, value)))
-    same = f"--{other.replace('_', '-')}"
-    keyword = KEYWORD_OF.get(other, other)
-    if same in options and (options[same] or value is None):
-        new = [same, *([] if value is None else [value])]
-    elif keyword in POSITIONAL and value is not None:
+    keyword, _ = translated(other, value)
+    if keyword in POSITIONAL and value is not None:
         line.positional[keyword] = value
         line.notes.append(f"{flag} is the argument {keyword.upper()}")
-        return
     elif keyword in ("width", "height") and "--size" in options and value is not None:
         line.size[keyword] = value
         line.notes.append(f"{flag} is a part of --size WxH")
-        return
-    elif other in SETTINGS and "--set" in options:
-        new = _setting(SETTINGS[other], value, options)
-    elif (many := MANY.get(other)) in options and value is not None:
-        new = [str(many), value]
-    elif advice := ADVICE_FOR.get(other):
-        line.notes.append(f"{flag}: {advice.removeprefix('omit it: ')}")
-        return
+    elif other in BITS and value is not None and name == "quantize":
+        line.bits[BITS[other]] = value
+        line.notes.append(f"{flag}: the scheme sets bits and blocks")
+    elif keyword == "seed" and (value or "").startswith("-"):
+        line.notes.append(f"{written}: a random seed is the default")
+    elif other in SETTINGS and "--set" in options and (value or "").lower() not in ON:
+        line.notes.append(f"{flag} is not needed")
     else:
-        new = _option(keyword, value, name, options)
-        if not new and (close := get_close_matches(same, options, n=1, cutoff=0.75)):
-            new = [close[0], *([value] if value and options[close[0]] else [])]
-            new = [] if options[close[0]] and not value else new
-        if not new:
+        refusals = []
+        for new in _candidates(other, value, name, options):
+            reason = refusal(name, new, values(new[0]), line.device)
+            if reason is None:
+                (line.flags if new[0].startswith("-") else line.arguments).extend(new)
+                is_argument = "" if new[0].startswith("-") else "the argument "
+                line.notes.append(f"{written} is {is_argument}{shell_line(new)} here")
+                return
+            key = new[1].partition("=")[0] if new[0] == "--set" else ""
+            shown, reason = f"{new[0]} {key}".strip(), re.sub(r"^\w+: ", "", reason)
+            refusals.append(f"{written}: {shown} needs {reason}")
+        if advice := COMMAND_ADVICE.get(other) or ADVICE_FOR.get(other):
+            line.notes.append(f"{flag}: {advice.removeprefix('omit it: ')}")
+        elif refusals:
+            line.notes.append(refusals[0])
+        else:
             line.unknown.append(flag)
-            line.notes.append(f"{flag} is not a flag of ascendit {name}")
-            return
-    line.flags += new
-    line.notes.append(f"{written} is {shell_line(new)} here" if new else f"{flag} is not needed")
+            line.notes.append(_unknown(flag, name))
 
 
-def _setting(setting: str, value: str | None, options: Mapping[str, bool]) -> list[str]:
-    if (value or "").lower() not in ON:
-        return []
+def _unknown(flag: str, name: str) -> str:
+    return f"{flag} is not a flag of ascendit {name}"
+
+
+def _candidates(other: str, value: str | None, name: str, options: Mapping[str, bool]) -> Iterator[list[str]]:
+    """The arguments that may replace a flag, the likely ones first; their values are not checked."""
+    same = f"--{other.replace('_', '-')}"
+    keyword, text = translated(other, value)
+    if same in options and options[same] is (value is not None):
+        yield [same, *([] if value is None else [value])]
+    if other in SETTINGS and "--set" in options:
+        yield _setting(SETTINGS[other], options)
+    if (flag := FLAG_FOR.get(other)) in options and options[str(flag)] is (value is not None):
+        yield [str(flag), *([] if value is None else [value])]
+    if other in PATTERN_OF and value:
+        if new := _file_or_weight(keyword, str(text), name, options):
+            yield new
+    elif new := _option(keyword, value, name, options):
+        yield [new[0], *(_folder(other, text) for text in new[1:])] if new[0] == "-o" else new
+        if new[0] == "-o" and "." not in new[1]:
+            yield ["-o", f"{new[1].rstrip('/')}.mp4"]
+    if keyword == "dtype" and value and "--scheme" in options:
+        yield ["--scheme", value_for("scheme", value) or value]
+    if keyword == "scheme" and value and "--to" in options:
+        yield ["--to", value_for("to", value) or value]
+    if len(other) < 3 or {other} & {*ADVICE_FOR, *COMMAND_ADVICE}:
+        return
+    alike = [flag for flag, has_value in options.items() if has_value is (value is not None)]
+    for flag in get_close_matches(same, alike, n=1, cutoff=0.75):
+        yield [flag, *([] if value is None else [value])]
+
+
+def _folder(other: str, value: str) -> str:
+    """An output of another tool; the name of a folder ends in /."""
+    is_folder = re.search(r"dir(?:ectory)?$|folder$", other) and not value.endswith("/")
+    return f"{value}/" if is_folder else value
+
+
+def _file_or_weight(keyword: str, text: str, name: str, options: Collection[str]) -> list[str]:
+    """The argument for a component's file or a LoRA's weight; empty if the command `name` has none for it."""
+    if FLAGS[keyword] in options:
+        return [FLAGS[keyword], text]
+    return [text] if keyword == "parts" and name == "repack" else []
+
+
+def _with_weights(flags: list[str]) -> list[str]:
+    """`flags` with the weight of `--lora FILE:0.5` at the other `--lora`, if there are others."""
+    loras = [n for n, flag in enumerate(flags) if flag == "--lora"]
+    weights = [n for n in loras if flags[n + 1].startswith("FILE:")]
+    if not weights or len(weights) == len(loras):
+        return flags
+    weight = flags[weights[-1] + 1].removeprefix("FILE")
+    texts = [f"{text}{weight}" if n and flags[n - 1] == "--lora" else text for n, text in enumerate(flags)]
+    return [text for n, text in enumerate(texts) if not {n, n - 1} & {*weights}]
+
+
+def _setting(setting: str, options: Mapping[str, bool]) -> list[str]:
     keyword, _, text = setting.partition("=")
     flag = FLAGS.get(keyword)
     return [flag, text] if flag is not None and flag in options else ["--set", setting]
@@ -140,8 +271,6 @@ def _setting(setting: str, value: str | None, options: Mapping[str, bool]) -> li
 
 def _option(keyword: str, value: str | None, name: str, options: Mapping[str, bool]) -> list[str]:
     """The flag of a keyword with its value; empty if this command has none for it."""
-    if keyword == "seed" and (value or "").startswith("-"):
-        return []
     if (switch := SWITCH_OF.get(keyword)) in options and (value or "").lower() in ON:
         return [str(switch)]
     if value is None:
@@ -165,11 +294,11 @@ def options_of(command: Any) -> dict[str, bool]:
 
 
 def repaired(
-    args: Sequence[str], commands: Collection[str], parser: Callable[[str], Any], error: Any
+    args: Sequence[str], commands: Collection[str], parser: Callable[[str], Any], error: Any, values: Values
 ) -> tuple[str, str] | None:
     """(notes, the corrected command line) for an unknown flag or command of another tool, else None.
 
-    `error`: the usage error of typer. `parser`: name -> command.
+    `error`: the usage error of typer. `parser`: name -> command. `values`: flag -> its values.
     """
     first = next((n for n, arg in enumerate(args) if not arg.startswith("-")), None)
     if first is None:
@@ -188,10 +317,20 @@ def repaired(
         return f"-- before a prompt that begins with -: {prompt}", _line(
             name, _after_dashes(remaining, prompt)
         )
-    line = translate(remaining, name, options_of(parser(name)) | COMMON)
+    command = parser(name)
+    line = translate(remaining, name, options_of(command) | COMMON, values)
+    for flag in [flag for flag in line.unknown if flag not in COMMON]:
+        if owners := [other for other in commands if flag in options_of(parser(other))]:
+            line.unknown.remove(flag)
+            line.notes.remove(_unknown(flag, name))
+            line.notes.append(f"{flag} is a flag of ascendit {' and '.join(owners)}")
+    translated_args = line.args()
     if not (notes + line.notes) or (line.unknown and len(line.notes) == len(line.unknown)):
         return None
-    return "; ".join([*notes, *line.notes]), _line(name, line.args())
+    fixed = complete(name, translated_args, command, has_model="model" in line.positional)
+    return (
+        None if fixed is None else ("; ".join([*notes, *line.notes]), shell_line(["ascendit", name, *fixed]))
+    )
 
 
 def _line(name: str, args: list[str]) -> str:

@@ -43,7 +43,7 @@ def verify(
     ] = None,
     jobs: Annotated[int, flag("--jobs N", "With --quality: videos generated in parallel.")] = 1,
     report: Annotated[
-        Path | None, flag("--report FILE", "Write the results: a page with plots (.html), else JSON.")
+        Path | None, flag("--report FILE", "Write the results: a page with plots (.html), or JSON (.json).")
     ] = None,
     overwrite: Annotated[bool, flag("--overwrite", "Replace an existing report.")] = False,
     as_json: Json = False,
@@ -56,7 +56,7 @@ def verify(
     seeds = seeds if seeds is not None else 1 if quality else 2
     name = _check_call(model, demo=demo, checks=adherence + quality, seeds=seeds)
     if report is not None:
-        check_report_file(report, overwrite=overwrite, any_name=True)
+        check_report_file(report, overwrite=overwrite)
     if not quality:
         verify_adherence(out, name, range(seeds), limit, report, swap_experts)
         return

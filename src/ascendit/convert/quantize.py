@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
@@ -47,7 +48,6 @@ from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, St
 from ascendit.convert.report_page import quantize_page
 from ascendit.errors import UsageError
 from ascendit.family import Task
-from ascendit.foreign import checked_keywords
 from ascendit.pages.page import check_report_file, is_page, write_report
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
@@ -77,7 +77,7 @@ FLOAT_RECIPE = "none: float weights in the dtype of the source"
 """Shown as the recipe of a float folder."""
 
 
-@checked_keywords
+@checked_call
 @recording()
 def quantize(
     src: Path | str,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
@@ -37,7 +38,6 @@ from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.part_output import PartOutput, part_outputs
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import UsageError
-from ascendit.foreign import checked_keywords
 from ascendit.progress import Meter, OnProgress
 from ascendit.report import shell_line
 from ascendit.weights.applied_recipe import stored_warnings
@@ -54,7 +54,7 @@ REWRITE_LABELS = {
 }
 
 
-@checked_keywords
+@checked_call
 @recording()
 def repack(
     src: Path | str | Sequence[Path | str],

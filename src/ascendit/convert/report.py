@@ -15,6 +15,7 @@ from ascendit.report import (
     group_by,
     human_bytes,
     json_data,
+    pace_text,
     selected,
     short_path,
     titled,
@@ -102,7 +103,7 @@ class ConversionReport:
         rows += [["Warning", warning] for warning in self.warnings]
         if self.dry_run:
             return [*rows, ["Dry run", f"nothing written; the output would be {self.path}"]]
-        pace = f", {self.gib_per_s:.2f} GiB/s" if speed else ""
+        pace = f", {pace_text(self.gib_per_s * 2**30)}" if speed else ""
         return [*rows, ["Time", f"{self.seconds:.1f} s{pace}"]]
 
     def end_rows(self) -> list[list[str]]:

@@ -45,7 +45,10 @@ BACKENDS: Mapping[str, Backend] = {
     "npu": Backend(operators="npu", tensors="npu", dtype="bfloat16", has_float64=False),
     "twin": Backend(operators="npu", tensors="cpu", dtype="bfloat16", has_float64=False),
 }
-DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(f"twin:{chip}" for chip in CHIPS)
+TWINS = tuple(f"twin:{chip}" for chip in CHIPS)
+WITHOUT_INDEX = (*(kind for kind in BACKENDS if kind != "twin"), *TWINS)
+"""The names of devices, without those of the second and later ones."""
+DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(TWINS)
 
 
 @dataclass(frozen=True)
@@ -133,4 +136,5 @@ def parse_device(name: object) -> Device:
     kind, _, chip = text.partition(":")
     if text == "cpu" or (kind == "twin" and chip in CHIPS):
         return Device(kind, chip=chip or None)
-    raise UsageError(f"device {text!r}", needs=DEVICE_NAMES, fix="--device cpu")
+    similar = value_for("device", kind, BACKENDS.keys() - {"twin"}) or value_for("device", text, TWINS)
+    raise UsageError(f"device {text!r}", needs=DEVICE_NAMES, fix=option("device", similar or "cpu"))

@@ -39,6 +39,7 @@ from ascendit.doctor.operator_cases import (
 )
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.ops.open_device import open_device
+from ascendit.option_text import command_line
 from ascendit.report import group_by
 from ascendit.version import __version__, installed
 
@@ -217,7 +218,8 @@ def main(name: str, first: int) -> None:
     try:
         device = open_device(name)
     except AscenditError as e:
-        send(refused=e.as_dict())
+        with command_line():  # the parent rewrites the flags for its reader
+            send(refused=e.as_dict())
         return
     send(chip=device.chip)
     card = CheckedDevice(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.component import Part, read_json
 from ascendit.checkpoint.gguf_file import Value, general_metadata
 from ascendit.checkpoint.hub import model_folder
@@ -17,7 +18,6 @@ from ascendit.checkpoint.transformer import TensorMismatch
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.family import WanSpec, spec_of
-from ascendit.foreign import checked_keywords
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
@@ -26,7 +26,7 @@ from ascendit.pipeline.model_check import check_model
 from ascendit.progress import OnProgress
 
 
-@checked_keywords
+@checked_call
 def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | None = None) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 

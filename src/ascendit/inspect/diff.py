@@ -135,8 +135,8 @@ class Diff:
         sides = {"A": self.a, "B": self.b}
         about = {side: _side_text(_side(report)) for side, report in sides.items()}
         names = [report.layout.name for report in sides.values()]
-        command = shell_line(["ascendit", "inspect", names[0], "--diff", names[1], "--values", "--report"])
-        about |= {"command": command, "hashes": self._hash_text()}
+        args = ["ascendit", "inspect", names[0], "--diff", names[1], "--values", "--report", "FILE.html"]
+        about |= {"command": shell_line(args), "hashes": self._hash_text()}
         numbers = self.values.sections() if self.values is not None else ()
         rows = [(c.part, c.kind, c.name, _text(c.a), _text(c.b)) for c in self.changes]
         title = counted(len(rows), "difference")

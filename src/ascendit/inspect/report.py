@@ -267,7 +267,7 @@ class PartReport:
     metadata: Mapping[str, Value] = field(default_factory=dict)
     """The general metadata of its GGUF file."""
     kinds: tuple[str, ...] = ()
-    """The kinds of its files, keys of `stored_kinds.KINDS`; of an expert, in `expert`."""
+    """The kinds of its files, keys of `kind_table.KINDS`; of an expert, in `expert`."""
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 

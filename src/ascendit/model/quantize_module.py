@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.component import TRANSFORMER
 from ascendit.convert.report import QuantizedExpert
 from ascendit.errors import UsageError
-from ascendit.foreign import checked_keywords
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.linear import QuantLinear
 from ascendit.model.weight_loader import nbytes
@@ -197,7 +197,7 @@ class ModuleReport(QuantizedExpert):
         return [f"{self.name}: {self.counts()}   {mib[0]} -> {mib[1]}", *excluded]
 
 
-@checked_keywords
+@checked_call
 def quantize_(
     module: nn.Module,
     recipe_or_scheme: str | Path | Recipe,

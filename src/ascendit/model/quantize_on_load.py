@@ -13,6 +13,7 @@ from ascendit.checkpoint.tensor_info import DTYPE_BITS, common_dtype
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError
+from ascendit.option_text import option
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.report import shell_line
@@ -69,7 +70,7 @@ class Online:
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
-                    f"--keep {keep[0]} without a scheme",
+                    f"{option('keep', ' '.join(keep))} without a scheme",
                     needs="a scheme or a recipe: without one, every layer is loaded as stored",
                     fix="add --scheme mxfp8, or omit --keep",
                 )

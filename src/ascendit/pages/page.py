@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import os
-import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,9 @@ from typing import Any, NamedTuple
 from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import EnvironmentProblem, UsageError, escaped
 from ascendit.pages import charts
-from ascendit.report import json_text, shell_line, short_path
-from ascendit.version import __version__, installed
+from ascendit.report import REPORT_SUFFIXES, json_text, shell_line, short_path
+from ascendit.version import versions
 
-SUFFIXES = (".html", ".json")
-PACKAGES = ("torch", "diffusers", "transformers")
 _NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?/ ?[\d.]+)?(?: ?(?:dB|%|x|[KMG]iB|B))?(?: +[\d.]+%)?")
 Tone = str
 """`good`, `bad`, or "" for plain text."""
@@ -162,8 +159,7 @@ def _text(text: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = {"ascendit": __version__, "python": platform.python_version(), **installed(*PACKAGES)}
-    return {"versions": ", ".join(f"{name} {version}" for name, version in packages.items())}
+    return {"versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
 
 _STYLE = """
@@ -211,7 +207,7 @@ def check_report_file(
     `overwrite` is not set, or is a folder, E-USE-01 for another suffix; EnvironmentProblem: E-ENV-01 without
     matplotlib for a page, E-ENV-02 if the folder is not writable.
     """
-    if not any_name and file.suffix.lower() not in SUFFIXES:
+    if not any_name and file.suffix.lower() not in REPORT_SUFFIXES:
         raise UsageError(
             f"{flag} {file}",
             needs="a name that ends in .html (a page with plots) or .json",

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
@@ -78,6 +79,16 @@ class Pipeline:
         options = "".join(f", {name}={value!r}" for name, value in self.loaded.items() if name != "device")
         return f"Pipeline({self.source!r}: {text}{options})"
 
+    if not TYPE_CHECKING:  # a type checker reports these itself
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise attribute_error("'Pipeline' object", name, dir(self))
+
+        def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+            prompt = literal(args[0] if args else kwargs.get("prompt"))
+            call = EXAMPLES["generate"] if prompt in (None, "None") else f"pipe.generate({prompt})"
+            raise UsageError("a call of the pipeline", needs="a method", fix=call)
+
     @property
     def experts(self) -> dict[str, WanTransformer]:
         """The experts by name, high noise first."""
@@ -96,6 +107,7 @@ class Pipeline:
         picture = size_source(self.defaults, fields, pixels or {})
         return resolve(self.defaults, prompt, picture=picture, **fields)
 
+    @checked_call
     def generate(
         self,
         prompt: str,

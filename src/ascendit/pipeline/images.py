@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ascendit.checkpoint.headers import POINTER, WEB_PAGE
 from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import describe_fit, fit_picture
@@ -355,8 +356,8 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (rb"(?is)\s*(?:<\?xml.*?|<!--.*?-->\s*)*<svg|\x1f\x8b", "an SVG drawing", _CONVERT),
     (rb"%PDF", "a PDF file", "pdftoppm -png -singlefile {} image"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file", _CONVERT),
-    (rb"version https://git-lfs", "a pointer of Git LFS", "git lfs pull"),
-    (rb"(?i)\s*<(?:!doctype )?html", "a web page", "download the image itself, not the page that shows it"),
+    (*POINTER, "git lfs pull"),
+    (*WEB_PAGE, "download the image itself, not the page that shows it"),
     (rb"\xff\x0a|\0\0\0\x0cJXL", "a JPEG XL file", _CONVERT),
     (rb"PK\x03\x04", "a ZIP archive", "unpack it, and pass one image"),
 )

@@ -18,6 +18,7 @@ from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 from ascendit import geometry
+from ascendit.arguments import checked_call, unknown_arguments
 from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
@@ -28,13 +29,12 @@ from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
-from ascendit.foreign import unknown_arguments
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
 from ascendit.pipeline.fit import describe_fit
 from ascendit.pipeline.images import FIELDS, Pictures, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import SAVE, GenerateRequest, check, check_names, resolve
+from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 from ascendit.weights.lora.fold import lora_report, lora_sources
@@ -252,6 +252,7 @@ def _of_another_model(got: str, kept: KeptLatents) -> UsageError:
     return UsageError(got, needs="the model of the run", fix=f"omit MODEL and --demo, or pass {model}")
 
 
+@checked_call
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
@@ -262,9 +263,7 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     """
     if unknown := {name: options[name] for name in options if name not in LoadOptions.model_fields}:
         allowed = {*LoadOptions.model_fields, "on_progress"} - {"model"}
-        raise unknown_arguments(
-            "load", unknown, allowed, {"generate": {*GenerateRequest.model_fields}, **SAVE}
-        )
+        raise unknown_arguments("load", unknown, allowed)
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -97,8 +97,12 @@ def names_of(
 
 def _different(paths: Sequence[Path]) -> list[str]:
     """`paths` as text, with `-2`, `-3` .. in names that occur again."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    numbers: dict[Path, Iterator[int]] = {}
     for path in paths:
-        later = (str(path.with_stem(f"{path.stem}-{n}")) for n in count(2))
-        names.append(str(path) if str(path) not in names else next(x for x in later if x not in names))
-    return names
+        name = str(path)
+        later = numbers.setdefault(path, count(2))
+        while name in names:
+            name = str(path.with_stem(f"{path.stem}-{next(later)}"))
+        names[name] = None
+    return [*names]

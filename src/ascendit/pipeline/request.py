@@ -13,13 +13,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
+from ascendit.arguments import unknown_arguments
 from ascendit.errors import RequestError, UsageError
 from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
-from ascendit.foreign import unknown_arguments
 from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.fit import Fit, size_for
-from ascendit.pipeline.options import LoadOptions, load_args
+from ascendit.pipeline.options import load_args
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.report import shell_line
 from ascendit.validation import Checked
@@ -221,17 +221,11 @@ def resolve(
     return request
 
 
-SAVE = {"save": ("metadata", "overwrite")}
-"""The keywords of `Video.save`, for the hints of other functions."""
-
-
 def check_names(fields: Mapping[str, Any]) -> None:
     """Raise UsageError (E-USE-01) for a name that is neither a field of GenerateRequest nor `preset`."""
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := {name: fields[name] for name in sorted(set(fields) - allowed - {"preset"})}:
-        raise unknown_arguments(
-            "generate", unknown, {*allowed, "on_progress"}, {"load": {*LoadOptions.model_fields}, **SAVE}
-        )
+        raise unknown_arguments("generate", unknown, {*allowed, "preset", "on_progress"})
 
 
 def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:

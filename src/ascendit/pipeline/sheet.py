@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 FONTS = (
     *("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "SourceHanSansSC-Regular.otf", "wqy-microhei.ttc"),
     *("wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "msyh.ttc", "simhei.ttf", "PingFang.ttc"),
+    *("Symbola_hint.ttf", "Symbola.ttf", "seguisym.ttf"),
     *("Arial Unicode.ttf", "DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf"),
 )
 """Fonts of systems, tried for text that Pillow's own font lacks."""
@@ -189,9 +191,12 @@ def _font(text: str) -> Any:
         return own
     best = min((own, *_system_fonts()), key=lambda font: len(_missing(font, text)))
     if missing := _missing(best, text):
+        letters = any(unicodedata.category(c).startswith("L") for c in missing)
+        symbols = any(unicodedata.category(c).startswith("S") for c in missing)
         log.warning(
-            "no font on this machine has %s: the sheet shows boxes; install one, such as fonts-noto-cjk",
+            "no font on this machine has %s: the sheet shows boxes; install one, such as %s",
             " ".join(sorted(missing)[:10]),
+            " and ".join([*["fonts-noto-cjk"] * (letters or not symbols), *["fonts-symbola"] * symbols]),
         )
     return best
 

@@ -23,15 +23,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.file_copy import check_writable, nearest_folder, write_error
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.foreign import checked_keywords
 from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, rate_text
 from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, CRF, WRITERS, Encoding, import_library
 from ascendit.report import human_bytes, json_text, shell_line
+from ascendit.validation import bad_value
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
@@ -152,7 +153,7 @@ class Video:
         flags = ["--allow-flat"] if self.warnings else []
         return self.request.replay_line(model, load=self.loaded, flags=flags)
 
-    @checked_keywords
+    @checked_call
     def save(
         self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False, crf: int | None = None
     ) -> Path:
@@ -168,6 +169,9 @@ class Video:
         output; EnvironmentProblem: E-ENV-01 if the library is missing, E-ENV-02 if the folder is not
         writable, E-ENV-04 if the disk is full. After a failure, including Ctrl-C, no partial file remains.
         """
+        for name, switch in (("metadata", metadata), ("overwrite", overwrite)):
+            if not isinstance(switch, bool):
+                raise bad_value(name, switch, bool)
         record = self.describe() if metadata else None
         text = json_text(record) + "\n"
         # Lone surrogates, from a prompt that is not valid text, become JSON escapes.
@@ -208,6 +212,9 @@ def check_output(
     `shape`: (frames, height, width). `sidecar`: content of the `.json` beside the video, None for no `.json`;
     before the run, the keys of `SAME`.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        needs = f"a text or a pathlib.Path that ends in {EXTENSIONS}"
+        raise UsageError(f"path {path!r}", needs=needs, fix='video.save("out.mp4")')
     try:
         target = locate(path, shape[0])
         _check_format(target, shape, fps)
@@ -242,6 +249,7 @@ def locate(path: AnyPath, num_frames: int) -> OutputTarget:
     if is_format:
         return OutputTarget(file, suffix[1:], file.with_suffix(".json"))
     name = file.with_suffix(".mp4") if file.name.strip(".") else file / "out.mp4"
+    name = file.with_name("out.mp4") if file.name == "-" else name
     rule = f"a name that ends in {EXTENSIONS}"
     raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=_option(name))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,6 +29,12 @@ def clean_prompt(text: str) -> str:
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, and its symbols that are not punctuation, as emoji."""
+    parts = re.findall(r"\w+|[^\w\s]", text)
+    return [part for part in parts if re.match(r"\w", part) or unicodedata.category(part)[0] == "S"]
 
 
 class TextEncoder:
@@ -108,7 +115,7 @@ class TextEncoder:
         unk = self.tokenizer.unk_token_id
         if self.few_words:
             vocabulary = {"a", *(x[1:] for x in self.tokenizer.get_vocab() if len(x) > 2 and x[0] == "▁")}
-            unknown = [w for w in re.findall(r"\w+", prompt.lower()) if w not in vocabulary]
+            unknown = [w for w in _words(prompt.lower()) if w not in vocabulary]
             ending = f"; its vocabulary: {', '.join(sorted(vocabulary))}"
         elif unk is not None and bool((ids == unk).any()):
             unknown = [w for w in prompt.split() if unk in self.tokenizer(w)["input_ids"]]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS, noise_of
+from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.stored_kinds import KINDS, kinds_text
+from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.errors import UsageError

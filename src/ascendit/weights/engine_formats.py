@@ -30,6 +30,7 @@ from ascendit.checkpoint.quant_metadata import CONFIG_KEY, FLOAT, MANIFEST_FILE,
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
+from ascendit.foreign import value_for
 from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
@@ -156,17 +157,18 @@ def target_format(engine: str | None, to: str | None = None) -> TargetFormat:
     """
     namings = {None: ("diffusers", "wan"), "mindie": ("wan",)}.get(engine, ("diffusers",))
     if engine is not None and engine not in ENGINE_FORMATS:
+        similar = value_for("engine", engine, ENGINE_FORMATS)
         raise UsageError(
             f"--for {engine}",
             needs=f"one of {', '.join(ENGINE_FORMATS)}",
-            fix="omit --for to write ascendit's own format",
+            fix=f"--for {similar}" if similar else "omit --for to write ascendit's own format",
         )
     if to is not None and to not in namings:
         reader = f"{engine} {ENGINES[engine].version} reads" if engine else "ascendit writes"
         raise UsageError(
             f"--to {to}" + (f" with --for {engine}" if engine else ""),
             needs=f"{' or '.join(namings)}: {reader} these names",
-            fix=f"--to {namings[0]}, or omit --to",
+            fix=f"--to {value_for('to', to, namings) or namings[0]}, or omit --to",
         )
     if engine is not None:
         return ENGINE_FORMATS[engine]

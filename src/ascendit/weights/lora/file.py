@@ -28,6 +28,7 @@ from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError, UsageError
+from ascendit.report import shell_line
 from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key, without_wrappers
 
 if TYPE_CHECKING:
@@ -74,12 +75,7 @@ def open_file(path: Path) -> LoraFile:
     CheckpointError: those of `read_header`, E-LRA-01 for a file without keys.
     """
     if not path.exists():
-        raise UsageError(
-            f"no LoRA file at {path}",
-            needs="FILE[:WEIGHT], transformer=FILE[:WEIGHT] or transformer_2=FILE[:WEIGHT]",
-            fix="correct the path",
-            code="E-USE-02",
-        )
+        raise _missing(str(path))
     if path.is_dir() or path.suffix not in SUFFIXES:
         raise _not_a_lora(path)
     infos, beside = read_header(path), read_values(path)
@@ -105,6 +101,33 @@ def adapter_file(path: Path) -> Path:
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
+
+
+def _missing(text: str) -> UsageError:
+    """The error for a path without a file, as the name of a repository, a URL or an unknown expert."""
+    needs = "FILE[:WEIGHT], transformer=FILE[:WEIGHT] or transformer_2=FILE[:WEIGHT]"
+    fix = "correct the path"
+    hub, _, rest = text.partition(":")
+    name, equals, file = text.partition("=")
+    if hub in ("hf", "ms", "http", "https"):
+        needs = "a file on this machine; ascendit downloads models, but no LoRA files"
+        fix = f"{_download(hub, rest)}, and pass the path of the file"
+    elif equals and name.isidentifier():
+        example = shell_line([f"low={file}"])
+        fix = f"correct the path, or write high= or low= instead of {name}=, as --lora {example}"
+    return UsageError(f"no LoRA file at {text}", needs=needs, fix=fix, code="E-USE-02")
+
+
+def _download(hub: str, rest: str) -> str:
+    """The shell command that downloads `hub:rest`, `org/name[@revision][/file]` or the rest of a URL."""
+    if hub.startswith("http"):
+        return shell_line(["curl", "-LO", f"{hub}://{rest.lstrip('/')}"])  # a path has lost one slash
+    org, _, others = rest.partition("/")
+    repo, _, file = others.partition("/")
+    repo, _, revision = repo.partition("@")
+    version = ["--revision", revision] if revision else []
+    program = "hf" if hub == "hf" else "modelscope"
+    return shell_line([program, "download", f"{org}/{repo}", *filter(None, [file]), *version])
 
 
 def _not_a_lora(path: Path) -> UsageError:
