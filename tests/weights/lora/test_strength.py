@@ -139,6 +139,13 @@ CASES: dict[str, tuple[Style, dict[str, Any], float | None, float]] = {
     "rs_lora": (DIFFUSERS, {"rs_lora": "1", "lora_alpha": "3"}, None, 1.5),
     "rank_stabilized": (DIFFUSERS, {"rank_stabilized": "yes", "lora_alpha": "3"}, None, 1.5),
     "use_rs_lora": (DIFFUSERS, {"lora_config": {"use_rs_lora": True, "lora_alpha": 3}}, None, 1.5),
+    "a kind of LoRA": (DIFFUSERS, {"lora_type": "rsLoRA", "lora_alpha": "3"}, None, 1.5),
+    "network_alphas of a text encoder": (
+        DIFFUSERS,
+        {"network_alphas": {"text_encoder.layers.0.q.alpha": 2}},
+        None,
+        1.0,
+    ),
     "useRsLoRA": (DIFFUSERS, {"lora_config": {"useRsLoRA": True, "loraAlpha": 3}}, None, 1.5),
     "rslora in another object": (DIFFUSERS, {"use_rslora": "1", "train": {"lora_alpha": 3}}, None, 1.5),
     "rslora, alpha in both": (BARE, {METADATA: config(use_rslora=True)}, 1.0, 0.5),
@@ -430,6 +437,18 @@ CONFLICTS: dict[str, tuple[Style, dict[str, Any], float | None, str]] = {
         {"net": {"unet_alpha": 2}},
         None,
         "header net unet_alpha: 2 may",
+    ),
+    "alphas of other layers": (
+        BARE,
+        {"network_alphas": {Q: 2}},
+        None,
+        "no alpha for this layer, but for others",
+    ),
+    "no alpha in a configuration of PEFT": (
+        BARE,
+        {METADATA: config(lora_alpha=None)},
+        None,
+        "lora_alpha: None",
     ),
     "scaling": (COMFYUI, {"scaling": "0.25"}, None, "header scaling: '0.25' may change"),
     "two adapters": (

@@ -114,7 +114,7 @@ def objects(
     """
     yield from _split(path, where, (), "", fields, 0, descend=not is_header)
     for name, text in fields.items() if is_header else ():
-        value = None if _is_other(name) else _decoded(path, name, text)
+        value = None if is_other(name) else _decoded(path, name, text)
         if isinstance(value, dict | list) and not _is_table(plain(name)):
             parents = () if plain(name) in CONFIG_KEYS else tuple(re.split(r"[./:]", name))
             yield from _split(path, f"{where} {name}", parents, "", value, 0)
@@ -141,7 +141,7 @@ def _split(
     for name, item in value.items():
         *outer, last = re.split(r"[./:]", str(name))
         scope = (*parents, *outer)
-        if any(_is_other(parent) for parent in (*scope, last)):
+        if any(is_other(parent) for parent in (*scope, last)):
             continue
         groups.setdefault(scope, []).append((f"{prefix}{name}", plain(last), item))
         item = _decoded(path, f"{where} {prefix}{name}", item) if descend else None
@@ -156,7 +156,7 @@ def _is_table(name: str) -> bool:
     return name.endswith(("alphas", *PATTERN_KEYS))
 
 
-def _is_other(name: str) -> bool:
+def is_other(name: str) -> bool:
     """Whether an object or a field is about a text encoder or the training."""
     name = plain(name)
     return bool(re.search(SKIPPED["text"].pattern, f"{name}.") or _OTHER_PARTS.search(name))
@@ -176,7 +176,7 @@ def _decoded(path: Path, name: str, value: Any) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
             about = re.match(r"\s*\{", value) and re.search(r"alpha\W*[:=]|rs_?lora", value, re.IGNORECASE)
-            if required or (about and not _is_other(name)):
+            if required or (about and not is_other(name)):
                 raise unusable_keys(path, 1, [Problem(name, f"not JSON ({e})")]) from e
             return value
     if required and not isinstance(value, dict | list | None):

@@ -42,9 +42,11 @@ from ascendit.weights.lora.fields import (
     invalid,
     is_absent,
     is_number,
+    is_other,
     is_set,
     number,
     objects,
+    plain,
     switch,
 )
 from ascendit.weights.lora.file import LoraFile, Problem, unusable_keys
@@ -191,6 +193,8 @@ class Settings:
             scales.insert(0, (scale_of(alpha, rank, root), alpha, "alpha tensors"))
         if not scales:
             problem = f"no alpha, but rsLoRA in {roots[True]}: the strength is unclear" if root else ""
+            if tables := [x.origin for x in items if x.alphas.values and not x.only_without_tensor]:
+                problem = f"no alpha for this layer, but for others in {tables[0]}"
             return Strength(1.0, rank, problem=problem)
         scale, alpha, origin = scales[0]
         tolerance = own.rounding if own else 1e-6
@@ -404,6 +408,8 @@ class _Scope:
                 alpha = number(path, origin, value)
                 table = {} if alpha is None else {"patch_embedding": alpha}
                 yield Setting(origin, expert, alphas=Patterns(table), only_without_tensor=True)
+            elif isinstance(value, str) and ROOT_KEY.match(plain(value)):  # such as lora_type = rslora
+                yield Setting(origin, expert, over_root=True)
             elif ROOT_KEY.search(name):
                 yield Setting(origin, expert, over_root=switch(path, origin, value))
             elif name in SCALE_KEYS and is_number(value) and float(value) != 1:
@@ -411,6 +417,8 @@ class _Scope:
             elif "alpha" in name and is_number(value):
                 raise _unclear(self.fields, written, value)
         if kind and not has_alpha:
+            if empty := [written for written, name, _ in self.fields.items if name in ALPHA_KEYS]:
+                raise _unclear(self.fields, empty[0], None)
             origin = f"PEFT's default in {self.fields.where}"
             ranks = None if rank else PEFT_DEFAULT
             yield Setting(origin, expert, alpha=PEFT_DEFAULT, rank=ranks, divisor=divisor, is_default=True)
@@ -458,6 +466,8 @@ class _Scope:
             raise invalid(path, origin, f"{written} = {value!r}", "a table of layer names")
         table = {}
         for layer, entry in {} if is_absent(value) else value.items():
+            if name not in PATTERN_KEYS and is_other(layer):
+                continue
             size = number(path, f"{origin} {layer!r}", entry, whole=name == "rank_pattern")
             if size is None:
                 raise invalid(path, origin, f"{layer!r} has {entry!r}", "a number")
