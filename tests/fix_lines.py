@@ -83,6 +83,7 @@ def command_problems(line: str) -> Iterator[str]:
     from ascendit.cli import main as cli
 
     args, _ = cli.common_flags(words[1:])
+    args = cli.with_report_value(args)
     args = [arg for arg in args if arg not in cli.COMMON]
     args = ["1" if re.fullmatch(r"N|S|X", word) else word for word in args]
     name = next((word for word in args if not word.startswith("-")), "")

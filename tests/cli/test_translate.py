@@ -134,6 +134,11 @@ LINES = [
     ("quantize demo -o x --dtype fp8", "ascendit quantize demo -o x --scheme fp8"),
     ("quantize demo -o x --group_size 32", "ascendit quantize demo -o x --scheme mxfp8"),
     ("quantize demo -o x --scheme int8 --to wan", "ascendit quantize demo -o x --scheme int8"),
+    (
+        "quantize demo -o x --scheme int8 --report --num-gpus 2",
+        "ascendit quantize demo -o x --scheme int8 --report",
+    ),
+    ("verify --model_path demo", "ascendit verify demo --quality"),
     ("inspect demo --compare x", "ascendit inspect demo --diff x"),
     ("inspect demo --tensors", "ascendit inspect demo --layers"),
 ]

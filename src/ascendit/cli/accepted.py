@@ -22,6 +22,11 @@ from ascendit.pipeline.video import locate
 _SPLIT_OF = {"--size": "size", "--guidance": "guidance", "--timesteps": "own_timesteps"}
 OUTPUT = ("-q", "--quiet", "-v", "--verbose")
 """Flags that every command has; its own parser does not."""
+ONE_OF = {
+    "quantize": (("--scheme", "--recipe"), ("--scheme", "mxfp8")),
+    "verify": (("--adherence", "--quality"), ("--quality",)),
+}
+"""Command -> flags of which it needs one, and the one to add."""
 OPEN = ("--recipe", "--device")
 """Flags with more values than a shell completes."""
 
@@ -108,9 +113,12 @@ def complete(name: str, args: Sequence[str], command: Any, *, has_model: bool = 
             flags += [param.opts[0], param.metavar or "VALUE"]
         elif not arguments:
             arguments = [(param.metavar or "MODEL").strip(".")]
-    if name == "quantize" and not {"--scheme", "--recipe"} & {*flags}:
-        flags += ["--scheme", "mxfp8"]
-    return [*arguments, *flags] if _parses(name, [*arguments, *flags], command) else None
+    alternatives, default = ONE_OF.get(name, ((), ()))
+    flags += [] if {*alternatives} & {*flags} else default
+    fixed = [*arguments, *flags]
+    if not _parses(name, fixed, command):
+        return None
+    return [arg for n, arg in enumerate(fixed) if arg or fixed[n - 1] != "--report"]  # it needs no value
 
 
 def _needed(flags: Sequence[str]) -> list[str]:
