@@ -76,7 +76,11 @@ def test_a_config_for_online_quantization_does_not_describe_the_weights(tmp_path
         ({}, "E-CKP-06", "names no quant_method"),
         ({"quant_method": "mxfp8", "ignored_layers": [1]}, "E-CKP-06", "not a list of names"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "E-CKP-04", "in tiles of [64, 64]"),
-        ({"quant_method": "gguf", "is_checkpoint_gguf_serialized": True}, "E-CKP-04", "quantized by gguf (config.json)"),
+        (
+            {"quant_method": "gguf", "is_checkpoint_gguf_serialized": True},
+            "E-CKP-04",
+            "quantized by gguf (config.json)",
+        ),
     ],
 )
 @pytest.mark.parametrize("with_manifest", [False, True])

@@ -38,7 +38,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             record_source(path, status)
             if error := _placeholder(path, f.peek(64)):
                 raise error
-            if path.suffix == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
+            if path.suffix.lower() == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
                 return read_gguf(path, f, size, state).tensors
             if is_archive(f.peek(8)[:8]):
                 return read_pickle_file(path, f, state).tensors
@@ -63,6 +63,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if position != size:
         raise _broken(path, f"{size - position} bytes follow the last tensor")
     return {info.name: info for info in infos}
+
+
+def begins_as_weights(path: Path) -> bool:
+    """Whether the first bytes of a file are those of GGUF, an archive of torch.save or safetensors.
+
+    Raises OSError.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start.startswith(MAGIC) or is_archive(start) or (start[8:] == b"{" and 2 <= length <= MAX_HEADER)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

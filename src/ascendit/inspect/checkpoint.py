@@ -71,7 +71,7 @@ def _part_report(checked: CheckedPart) -> PartReport:
 def _metadata(shards: Shards | None) -> dict[str, Value]:
     """The metadata of a GGUF file; empty for other files."""
     files = shards.files if shards else ()
-    return general_metadata(files[0]) if files and files[0].suffix == SUFFIX else {}
+    return general_metadata(files[0]) if files and files[0].suffix.lower() == SUFFIX else {}
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:

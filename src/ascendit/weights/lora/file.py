@@ -74,7 +74,7 @@ def open_file(path: Path) -> LoraFile:
             fix="correct the path",
             code="E-USE-02",
         )
-    if path.is_dir() or path.suffix != ".safetensors":
+    if path.is_dir() or path.suffix.lower() != ".safetensors":
         raise _not_safetensors(path)
     infos = read_header(path)
     keys = tuple(split_key(name) for name in infos if name not in IGNORED)
@@ -96,7 +96,7 @@ def _not_safetensors(path: Path) -> UsageError:
     if path.is_dir():
         files = sorted(p.name for p in path.glob("*.safetensors"))
         got = f"LoRA {path} is a folder" + (f" with {', '.join(files[:3])}" if files else "")
-    elif path.suffix in _PICKLES:
+    elif path.suffix.lower() in _PICKLES:
         got += ": a pickle can run arbitrary code when it is loaded"
         fix = "if you trust the file, save its tensors with safetensors.torch.save_file"
     return UsageError(got, needs="one .safetensors file, or a folder with only one", fix=fix)
