@@ -95,7 +95,6 @@ LATE = {
     ("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported",
     ("pipeline.job", "pipeline.load.open_accelerator"): "start-up: only CUDA and NPUs need torch",
     ("pipeline.memory", "ops.open_device.free_bytes"): "start-up: only CUDA and NPUs need torch",
-    ("checkpoint.reader", "mx.stored_floats.decode_rows"): "start-up: only encoded tensors need torch",
     ("checkpoint.hub", "checkpoint.modelscope.ENDPOINT"): "start-up: pydantic is needed for ms: names only",
     ("checkpoint.hub", "checkpoint.modelscope.download_model"): "start-up: pydantic is for ms: names only",
 }
@@ -116,7 +115,7 @@ LIGHT = (
     "geometry",
     "native.*",
     "mx.formats",
-    "mx.ggml",
+    "mx.stored_floats",
     "quant.*",
     "checkpoint.*",
     "convert.repack",

@@ -239,6 +239,9 @@ def test_a_real_original_model_loads_into_diffusers(model: str) -> None:
         ("model.head.head.weight", "wan", "proj_out.weight"),
         ("module._orig_mod.transformer.proj_out.bias", "diffusers", "proj_out.bias"),
         ("net.blocks.1.self_attn.o.weight", "wan", "blocks.1.attn1.to_out.0.weight"),
+        ("pipeline.network.inner_model.head.head.bias", "wan", "proj_out.bias"),
+        ("wan_model.dit_model.transformer_model.proj_out.bias", "diffusers", "proj_out.bias"),
+        ("transformer_1.dit2.proj_out.bias", "diffusers", "proj_out.bias"),
         ("ema.dit.patch_embedding.bias", "wan", "patch_embedding.bias"),
         ("_fsdp_wrapped_module.blocks.0.module.ffn.net.2.weight", "diffusers", "blocks.0.ffn.net.2.weight"),
         (

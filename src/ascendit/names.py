@@ -297,20 +297,35 @@ def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> st
 
 Naming = Literal["diffusers", "wan"]
 
-PREFIXES = (
-    *("model", "diffusion_model", "base_model", "transformer", "transformer_2", "dit", "net", "unet", "wan"),
-    *("denoiser", "backbone", "generator", "student", "pipe", "high_noise_model", "low_noise_model"),
+PREFIXES: dict[str, str | None] = {
+    **dict.fromkeys(
+        (
+            *("model", "base_model", "inner_model", "diffusion_model", "dit_model", "transformer_model"),
+            *("wan_model", "wan", "unet", "net", "network", "backbone", "denoiser", "generator", "student"),
+            *("pipe", "pipeline", "state_dict", "model_state_dict"),
+        )
+    ),
+    **dict.fromkeys(("transformer", "transformer_1", "dit", "high_noise_model"), "transformer"),
+    **dict.fromkeys(("transformer_2", "dit2", "low_noise_model"), "transformer_2"),
+}
+"""Components that tools add, in any order and number, before all names of a transformer -> the expert that
+they name. Several may also be before the names of another part.
+"""
+PARTS = (
     *("vae", "first_stage_model", "text_encoder", "text_encoders", "umt5xxl", "t5xxl", "cond_stage_model"),
-    *("clip_vision", "image_encoder", "state_dict", "model_state_dict"),
+    *("clip_vision", "image_encoder"),
 )
-"""Components that tools add, in any order and number, before all names of a part of a model."""
+"""Components before the names of the other parts of a model."""
 EMA = ("ema", "ema_model", "model_ema", "net_ema", "transformer_ema", "generator_ema", "unet_ema", "dit_ema")
 """Components before a moving average of the weights, which trainers store beside them or alone."""
-_PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *EMA])})\.)+")
-_WRAPPER = re.compile(
-    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+_PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *PARTS, *EMA])})\.)+")
+WRAPPERS = (
+    *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
 )
-"""Wrappers of modules in training: DDP, torch.compile, FSDP, activation checkpoints, DeepSpeed."""
+"""Wrappers of modules in training, anywhere in a name: DDP, torch.compile, FSDP, activation checkpoints,
+DeepSpeed.
+"""
+_WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 _WRAPPED = re.compile(r"\.linear(\.(?:weight(?:_\w+)?|bias))$|\.div(\.mul_scale)$")
 """msModelSlim moves a smoothed layer X to `X.linear` and adds `X.div.mul_scale`."""
 _HALF_TRANSLATED = re.compile(r"(\.attn[12]\.)to_((?:[qk]_rot|quant_type))$")
@@ -350,7 +365,7 @@ def unwrapped(name: str) -> str:
 
 
 def without_prefix(name: str) -> str:
-    """`name` without the prefixes in `PREFIXES` and `EMA`, and without wrappers of modules at any depth.
+    """`name` without the prefixes in `PREFIXES`, `PARTS` and `EMA`, and without `WRAPPERS` at any depth.
 
     For tensors of a transformer, a text encoder or a VAE, none of which has a module of these names at its
     top.

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ascendit.checkpoint import pickle_file, pickle_program
-from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.headers import read_header, read_values
 from ascendit.checkpoint.pickle_file import read_pickle_file
 from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.tensor_info import Encoding
@@ -139,6 +139,9 @@ def test_numbers_and_texts_beside_the_tensors_are_kept(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.pth", {"a": torch.ones(1), "alpha": 4.0, "rank": 8, "note": "x", "list": [1]})
     with open(file, "rb") as f:
         assert read_pickle_file(file, f, None).values == {"alpha": 4.0, "rank": 8, "note": "x"}
+    inner = {"a": torch.ones(1), "alpha": 4.0}
+    file = saved(tmp_path / "y.pth", {"x": {"model": inner, "epoch": 1}, "config": {"r": 8}, "alpha": 2})
+    assert read_values(file) == {"epoch": 1, "config": {"r": 8}, "alpha": 4.0}
 
 
 # ---- pickles that are no state dict -------------------------------------------------------------
@@ -413,7 +416,8 @@ ARCHIVES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "encrypted": ("encrypted", lambda data: data.replace(b"\x14\x03\x14\0\0\0", b"\x14\x03\x14\0\x01\0")),
     "byte order": ("the byte order", lambda data: data.replace(b"little", b"bigbig")),
     "tar": ("tar archive", lambda data: b"sys_info" + bytes(249) + b"ustar" + bytes(300)),
-    "text": ("not a safetensors file", lambda data: b"<html>not here</html>"),
+    "text": ("not a safetensors file", lambda data: b"404: not found, sorry"),
+    "web page": ("a web page", lambda data: b"<html>not here</html>"),
     "a longer header": ("truncated", lambda data: struct.pack("<Q", 0x04034B50) + data),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf_files
 import owned
 import pytest
 import torch
@@ -17,6 +18,7 @@ from owned import INPUTS, REFUSED, Owned
 from safetensors.torch import load_file, save_file
 from stored import read, refused
 
+from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.part_check import check_part
@@ -143,18 +145,43 @@ def test_a_quantized_file_of_another_tool_is_named_when_it_is_refused(tmp_path: 
     assert e.value.code == "E-QNT-01"
 
 
+@pytest.mark.parametrize("name", ["all of it.safetensors", "train.pth"])
 def test_the_command_that_drops_the_rest_of_a_training_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    file = REFUSED["weights and ema"][0]()
-    source = file.write(tmp_path / "all of it.safetensors")
+    file, source = REFUSED["weights and ema"][0](), tmp_path / name
+    if source.suffix == ".pth":
+        torch.save({"model": file.tensors, "step": 3}, source)
+    else:
+        file.write(source)
     with pytest.raises(CheckpointError) as e:
         read(source)
     command = shlex.split(e.value.fix.removeprefix("write one: "))
     assert command[:2] == ["python", "-c"]
     monkeypatch.setattr(sys, "argv", command[2:])
     exec(command[2], {})
-    assert values(read(tmp_path / "all of it-model.safetensors")).keys() == owned.base().keys()
+    assert values(read(tmp_path / f"{source.stem}-model.safetensors")).keys() == owned.base().keys()
+
+
+def test_the_first_bytes_of_a_file_say_what_it_is(tmp_path: Path) -> None:
+    """Not its name: the label and the metadata of a pickle and of a GGUF file named `.safetensors`."""
+    torch.save(owned.base(), tmp_path / "a.safetensors")
+    assert read(tmp_path / "a.safetensors").kinds == ("pickle",)
+    gguf_files.write_model(tmp_path / "b.gguf", owned.base(), "F32")
+    (tmp_path / "b.gguf").rename(tmp_path / "b.safetensors")
+    assert read(tmp_path / "b.safetensors").kinds == ("gguf-floats",)
+    (part,) = inspect(tmp_path / "b.safetensors").parts
+    assert part.metadata
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("a.pth", "torch.save, or of safetensors"), ("a.gguf", "GGUF"), ("a.safetensors", "safetensors")],
+)
+def test_a_missing_file_needs_one_of_its_own_format(tmp_path: Path, name: str, needs: str) -> None:
+    with pytest.raises(CheckpointError, match="missing") as e:
+        read_header(tmp_path / name)
+    assert e.value.needs == f"a complete file of {needs}"
 
 
 @pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant"])

@@ -149,6 +149,8 @@ def test_an_engine_that_reads_float_folders_gets_the_same_files(
     [
         ({"loras": []}, "E-QNT-01", "quantizes no layer"),
         ({"lora_skip": "image"}, "E-USE-05", "matches no key"),
+        ({"lora_skip": "image", "loras": []}, "E-USE-01", 'lora_skip=["image"] without a LoRA'),
+        ({"lora_skip": "nope", "loras": []}, "E-USE-01", "a group of keys: image, text, control"),
         ({"engine": "mindie"}, "E-ENG-01", "only quantized models"),
         ({"keep": ["blocks.0.*"]}, "E-USE-01", "keep with scheme bf16"),
         ({"report": True}, "E-USE-01", "report with scheme bf16"),
@@ -177,3 +179,29 @@ def test_a_dry_run_and_a_single_file_in_original_names(lora: Path, tmp_path: Pat
     quantize(file, tmp_path / "out", scheme="bf16", loras=[lora])
     assert_tensors(tmp_path / "out" / "transformer", expected(values, 1))
     assert values.keys() == expected_tensors(CONFIG).keys()
+
+
+def test_a_resumed_run_reads_the_same_alphas(model: Path, tmp_path: Path) -> None:
+    """The alphas of PEFT are in a file beside the weights. Exchanged, they change no count in the report."""
+
+    def stop(event: Progress) -> None:
+        if event.stage == "transformer_2":
+            raise KeyboardInterrupt
+
+    def save_alphas(first: int, second: int) -> None:
+        pattern = {Q: first, Q.replace("to_q", "to_k"): second}
+        fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "alpha_pattern": pattern}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    layers = (Q, Q.replace("to_q", "to_k"))
+    factors = {f"{layer}.lora_A.weight": DOWN for layer in layers}
+    factors |= {f"{layer}.lora_B.weight": UP for layer in layers}
+    save_file({f"transformer.{name}": x.clone() for name, x in factors.items()}, folder / "a.safetensors")
+    save_alphas(2, 8)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", scheme="bf16", loras=[folder], on_progress=stop)
+    save_alphas(8, 2)
+    with pytest.raises(UsageError, match="other options"):
+        quantize(model, tmp_path / "out", scheme="bf16", loras=[folder], resume=True)

@@ -6,6 +6,7 @@ The oracle is the folder whose weights the files have: the output has the same t
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS
+from wan_files import clip_state
 
 import ascendit
+from ascendit.checkpoint.component import noise_of
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.part_files import read_part_files, split_name
+from ascendit.checkpoint.part_files import read_part_files, split_name, with_part_files
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
-from ascendit.errors import AscenditError
+from ascendit.errors import AscenditError, UsageError
 from ascendit.names import to_wan
+from ascendit.progress import Progress
 
 SHAPE: dict[str, Any] = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2, "seed": 3}
 
@@ -105,6 +111,95 @@ def test_files_that_do_not_fit(
         ascendit.load(cascade, parts=names)
 
 
+def test_an_image_encoder(tiny_folder: Any, tmp_path: Path) -> None:
+    """In the names of Wan's own code, in which q, k and v are one tensor."""
+    base = tiny_folder("i2v_21")
+    state = load_file(base / "image_encoder" / "model.safetensors")
+    other = {name.removeprefix("vision_model."): x * 1.25 for name, x in state.items()}
+    save_file(clip_state(other), tmp_path / "clip.safetensors")
+    report = repack(tmp_path / "clip.safetensors", tmp_path / "out", base=base)
+    assert [part["name"] for part in report.parts] == ["image_encoder"] and not report.experts
+    tensors = written(tmp_path / "out", "image_encoder")
+    assert {n.removeprefix("vision_model."): x.tolist() for n, x in tensors.items()} == {
+        n: x.tolist() for n, x in other.items()
+    }
+    assert split_name("image_encoder=a.pth") == ("image_encoder", "a.pth")
+
+
+def test_the_other_expert_of_a_base_from_a_hub(
+    cascade: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is downloaded, unless all transformers are among the files."""
+    downloads: list[bool] = []
+
+    def fetch(name: str, *, experts: bool = True) -> Path:
+        downloads.append(experts)
+        if experts:
+            shutil.copy(cascade / "transformer" / WEIGHTS, folder / "transformer" / WEIGHTS)
+        return folder
+
+    folder = Path(shutil.copytree(cascade, tmp_path / "hub"))
+    (folder / "transformer" / WEIGHTS).unlink()
+    monkeypatch.setattr("ascendit.checkpoint.hub.fetch", fetch)
+    repack(list(files.values()), tmp_path / "both", base="hf:org/name", dry_run=True)
+    assert downloads == [False]
+    repack(f"low={files['transformer_2']}", tmp_path / "one", base="hf:org/name", dry_run=True)
+    assert downloads == [False, False, True]
+    (folder / "transformer" / WEIGHTS).unlink()
+    with pytest.raises(AscenditError, match="no diffusion_pytorch_model.safetensors") as e:
+        repack(f"low={files['transformer_2']}", tmp_path / "one", base=folder)
+    assert e.value.code == "E-CKP-02" and not (tmp_path / "one").exists()
+
+
+def test_a_stopped_run_resumes_with_its_parts(cascade: Path, tmp_path: Path) -> None:
+    def stop(event: Progress) -> None:
+        if event.stage == "vae":
+            raise KeyboardInterrupt
+
+    encoder = cascade / "text_encoder" / "model.safetensors"
+    sources = [f"vae={cascade / 'vae' / WEIGHTS}", f"text_encoder={encoder}"]
+    with pytest.raises(KeyboardInterrupt):
+        repack(sources, tmp_path / "out", base=cascade, on_progress=stop)
+    partial = tmp_path / ".out.partial" / "out" / "text_encoder" / "model.safetensors"
+    first = partial.stat().st_ino
+    with pytest.raises(UsageError, match="another source"):
+        repack(sources[1:], tmp_path / "out", base=cascade, resume=True)
+    repack(sources, tmp_path / "out", base=cascade, resume=True)
+    assert (tmp_path / "out" / "text_encoder" / "model.safetensors").stat().st_ino == first
+    for name, file in (("vae", cascade / "vae" / WEIGHTS), ("text_encoder", encoder)):
+        tensors, expected = written(tmp_path / "out", name), load_file(file)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[n], x) for n, x in expected.items())
+
+
+def test_the_record_of_parts_alone(cascade: Path, tmp_path: Path) -> None:
+    """It has the bytes of the parts, nothing about layers, and no local path."""
+    report = repack(f"vae={cascade / 'vae' / WEIGHTS}", tmp_path / "out", base=cascade, copy=True)
+    nbytes = sum(x.nbytes for x in load_file(cascade / "vae" / WEIGHTS).values())
+    assert report.as_dict()["bytes"] == nbytes
+    (size,) = (line for line in report.lines() if line.startswith("Size"))
+    assert "bits/weight" not in size and " 0 B" not in size
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Linear layers" not in card and "Bits per weight" not in card
+    command = json.loads((tmp_path / "out" / "ascendit.json").read_text())["command"]
+    assert command == f"ascendit repack {WEIGHTS} -o out --base {cascade.name} --copy"
+
+
+def test_a_file_in_place_of_quantized_weights(cascade: Path, tmp_path: Path) -> None:
+    """The config of the replaced expert describes its layers, not those of the file."""
+    folder = tmp_path / "int8"
+    quantize(cascade, folder, scheme="int8")
+    assert "quantization_config" in recognise(folder).experts[0].config
+
+    def schemes(*parts: str) -> list[set[str]]:
+        files = read_part_files(parts, 2)
+        experts = [read_expert(part) for part in with_part_files(recognise(folder), files).experts]
+        return [{layer.scheme for layer in expert.layers.values()} for expert in experts]
+
+    assert schemes(f"high={cascade / 'transformer' / WEIGHTS}") == [set(), {"int8"}]
+    assert schemes(f"low={folder / 'transformer' / WEIGHTS}") == [{"int8"}] * 2
+
+
 def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_path: Path) -> None:
     with pytest.raises(AscenditError) as e:
         repack(f"transformer_2={files['transformer']}", tmp_path / "out", base=tiny_folder("t2v_single"))
@@ -117,12 +212,25 @@ def test_a_file_of_another_model(files: dict[str, Path], tiny_folder: Any, tmp_p
         ("a.gguf", (None, "a.gguf")),
         ("high=a.gguf", ("transformer", "a.gguf")),
         ("low=a=b.gguf", ("transformer_2", "a=b.gguf")),
+        ("HIGH=a.gguf", ("transformer", "a.gguf")),
         ("vae=/x/y.pth", ("vae", "/x/y.pth")),
         ("x=y.gguf", (None, "x=y.gguf")),
     ],
 )
 def test_the_name_before_a_file(text: str, expected: tuple[str | None, str]) -> None:
     assert split_name(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "noise"),
+    [
+        *(("wan_low_noise", "low"), ("t2v-high-noise-Q4", "high"), ("Wan22_HighNoise", "high")),
+        *(("style_high", "high"), ("Low.v2", "low"), ("wan22LOWNOISE_x", "low")),
+        *(("slow_motion", None), ("highlight", None), ("high_and_low", None), ("", None)),
+    ],
+)
+def test_the_noise_level_in_a_name(stem: str, noise: str | None) -> None:
+    assert noise_of(stem) == noise
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from convert import exports
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wan_files import clip_state, vae_name
 
 from ascendit.convert.repack import repack
 from ascendit.inspect.checkpoint import inspect
@@ -89,6 +93,29 @@ def test_fp4_in_a_wider_dtype_has_equal_numbers(tmp_path: Path) -> None:
 
     other = exports.changed(exports.MXFP4, tmp_path / "other", widen)
     assert compared(exports.MXFP4, other).same
+
+
+def test_parts_compare_by_the_names_of_the_library(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Wan's names of a VAE and of an image encoder, in which q, k and v are one tensor."""
+    model = tiny_folder("i2v_21")
+    wan = Path(shutil.copytree(model, tmp_path / "wan"))
+    vae, clip = (
+        wan / "vae" / "diffusion_pytorch_model.safetensors",
+        wan / "image_encoder" / "model.safetensors",
+    )
+    config = json.loads((wan / "vae" / "config.json").read_text())
+    save_file({vae_name(name, config): x for name, x in load_file(vae).items()}, vae)
+    state = {name.removeprefix("vision_model."): x for name, x in load_file(clip).items()}
+    save_file(clip_state(state), clip)
+    result = diff(model, wan, values=True)
+    assert result.same and result.changes == ()
+    stored = load_file(clip)
+    stored["visual.transformer.1.attn.to_qkv.weight"][0, 0] += 1  # of q, the first of the three
+    save_file(stored, clip)
+    (row,) = compare_values(inspect(model), inspect(wan)).worst
+    assert row.differing == 1 and row.name == "encoder.layers.1.self_attn.q_proj.weight"
 
 
 def edited(tmp_path: Path, change: Any) -> ValueDiff:

@@ -24,6 +24,7 @@ from ascendit.family import SPECS
 from ascendit.model.linear import QuantLinear
 from ascendit.model.loader import load_expert
 from ascendit.ops.operators import bind
+from ascendit.option_text import command_line
 from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.options import LoadOptions
 from ascendit.quant.schemes import QUANTIZED
@@ -271,7 +272,12 @@ def test_a_file_for_a_missing_expert_and_a_skip_without_a_file(
     tiny_t2v_single: Path, files: dict[str, Path]
 ) -> None:
     assert "transformer_2" in refused("E-USE-01", tiny_t2v_single, loras=[f"low={files['style']}"]).got
-    assert 'loras=["FILE"]' in refused("E-USE-01", tiny_t2v_single, lora_skip="image").fix
+    error = refused("E-USE-01", tiny_t2v_single, lora_skip="image")
+    assert error.fix == 'add loras=["FILE"], or omit lora_skip'
+    with command_line("generate"):
+        assert "--lora-skip image without a LoRA" in str(error)
+        error = refused("E-USE-01", tiny_t2v_single, keep=["blocks.0.*"])
+        assert "--set keep=blocks.0.* without a scheme" in str(error)
     with pytest.raises(AscenditError, match="LoRA 7"):
         LoadOptions(model="demo", loras=[7])  # type: ignore[arg-type]
 
@@ -300,6 +306,9 @@ def test_a_warning_about_a_file_for_one_noise_level(
     assert report.warnings == (text,)
     report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[f"high={file}"], dry_run=True)
     assert report.warnings == ()
+    file = file.rename(tmp_path / "style_high.safetensors")
+    report = ascendit.quantize(cascade, tmp_path / "out", scheme="bf16", loras=[file], dry_run=True)
+    assert report.warnings == (text.replace("Wan22_HighNoise", "style_high"),)
 
 
 # ---- records -------------------------------------------------------------------------------------

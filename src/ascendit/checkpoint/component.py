@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +16,11 @@ from ascendit.errors import AscenditError, CheckpointError, is_out_of_memory
 
 TRANSFORMER = "WanTransformer3DModel"
 EXPERTS = ("transformer", "transformer_2")
+EXPERT_ALIASES = dict(zip(EXPERTS, EXPERTS, strict=True)) | dict(zip(("high", "low"), EXPERTS, strict=True))
+"""Names of the experts before `=`, in any case; `high` and `low` are their noise levels."""
+WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+"""Expert -> its folder in the original Wan format."""
+_NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)[_-]?noise", re.IGNORECASE)
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 100_000_000
 """Size limit of a JSON file in bytes. The index of the largest Wan model has 150 kB."""
@@ -61,6 +67,12 @@ class Part:
     def folder(self) -> Path:
         """The folder with its JSON files."""
         return self.path.parent if self.files == (self.path,) else self.path
+
+
+def noise_of(stem: str) -> str | None:
+    """`high` or `low`, if the name of a file names one of them, without its ending; None for both."""
+    named = {(a or b).lower() for a, b in _NOISE.findall(stem)}
+    return named.pop() if len(named) == 1 else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

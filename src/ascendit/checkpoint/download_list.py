@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ascendit.checkpoint.component import EXPERTS, STEM, read_json, stays_inside
+from ascendit.checkpoint.component import EXPERTS, STEM, WAN_FOLDERS, read_json, stays_inside
 from ascendit.checkpoint.layout import INDEX_FILE
-from ascendit.checkpoint.weight_sets import has_weight_suffix
+from ascendit.checkpoint.weight_sets import PICKLED, has_weight_suffix
 from ascendit.errors import UsageError
 from ascendit.names import listed
 from ascendit.report import shell_line
@@ -23,16 +23,18 @@ TOP_FILES = (
     *("quant_model_*.json", f"{STEM}.safetensors.index.json"),
 )
 """Read or copied by ascendit. A pattern that begins with a letter matches files at the top only."""
-_ORIGINAL = ("transformer", "transformer_2", "*high_noise_model", "*low_noise_model")
+_ORIGINAL = (*EXPERTS, *(f"*{folder}" for folder in WAN_FOLDERS.values()))
 """Folders of transformers in a repository without `model_index.json`."""
 _SUFFIXES = (".json", ".model", ".txt")
 """Configs, and the vocabularies of tokenizers."""
 _STEMS = (STEM, "model", "quant_model_weight*")
 """Names of weight files, without `.safetensors`."""
 _USELESS = (
-    "msgpack h5 ckpt onnx bin pt pth pkl gguf ot tflite xml png jpg jpeg gif webp svg mp4 mov webm zip tar gz"
+    *PICKLED,
+    *".gguf .pkl .msgpack .h5 .onnx .ot .tflite".split(),
+    *".xml .png .jpg .jpeg .gif .webp .svg .mp4 .mov .webm .zip .tar .gz".split(),
 )
-SKIPPED = tuple(f"*.{e}" for ending in _USELESS.split() for e in (ending, ending.upper()))
+SKIPPED = tuple(f"*{e}" for ending in _USELESS for e in (ending, ending.upper()))
 """Never downloaded, even if an index lists them: weights in other formats, of which most repositories also
 have safetensors, pictures, videos."""
 NESTED = "*/*/*"
@@ -52,7 +54,7 @@ def weight_files(folder: Path, *, experts: bool = True) -> list[str]:
 
     Raises CheckpointError (E-CKP-06) for an index that is not a JSON object.
     """
-    parts = [part for part in _parts(folder) if experts or part not in (*EXPERTS, *_ORIGINAL)]
+    parts = [part for part in _parts(folder) if experts or part not in _ORIGINAL]
     if experts and not (folder / INDEX_FILE).is_file():
         parts.append("")
     patterns: list[str] = []

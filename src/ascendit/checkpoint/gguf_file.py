@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from ascendit.checkpoint.sources import FileState
 from ascendit.checkpoint.tensor_info import TORCH_DTYPES, Encoding, TensorInfo
 from ascendit.errors import CheckpointError, EnvironmentProblem
-from ascendit.mx.ggml import TYPES
+from ascendit.mx.stored_floats import TYPES
 
 MAGIC, SUFFIX = b"GGUF", ".gguf"
 VERSIONS = (2, 3)
@@ -250,6 +250,7 @@ def _infos(
                 end=first + nbytes,
                 state=state,
                 encoding=encoding,
+                container="gguf",
             )
         )
     return sorted(infos, key=lambda info: (info.start, info.end))

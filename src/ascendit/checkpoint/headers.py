@@ -13,13 +13,16 @@ from ascendit.checkpoint.gguf_file import MAGIC, SUFFIX, read_gguf
 from ascendit.checkpoint.pickle_file import is_archive, older_format, read_pickle_file
 from ascendit.checkpoint.sources import FileState, record_source
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TensorInfo
+from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
 from ascendit.report import shell_line
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_FORMATS = {SUFFIX: "GGUF", **dict.fromkeys(PICKLED, "torch.save, or of safetensors")}
+"""Ending of a name -> the formats that a file with it has."""
 POINTER = (rb"version https://git-lfs", "a pointer of Git LFS")
 WEB_PAGE = (rb"(?i)\s*<(?:!doctype )?html", "a web page")
-"""Start of a file, and the kind of file: what a failed download leaves."""
+"""Start of a file, and the kind of file: a failed download leaves them."""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -93,6 +96,18 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {}
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The values beside the tensors of a file of `torch.save`, see `PickleFile`; empty for other formats.
+
+    Raises CheckpointError (E-CKP-02) for a file that can no longer be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return read_pickle_file(path, file, None).values if is_archive(file.peek(8)[:8]) else {}
+    except OSError as e:
+        raise _broken(path, str(e.strerror)) from e
+
+
 def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
     """Read the header object at the start of a file of `size` bytes."""
     if len(prefix := file.read(8)) < 8:
@@ -150,7 +165,7 @@ def _placeholder(path: Path, start: bytes) -> CheckpointError | None:
 def _broken(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {problem}",
-        needs="a complete safetensors file",
+        needs=f"a complete file of {_FORMATS.get(path.suffix.lower(), 'safetensors')}",
         fix="download the file again and compare its size and sha256 with the source",
         code="E-CKP-02",
     )

@@ -80,7 +80,7 @@ KINDS: dict[str, Kind] = {
     ),
     "pickle": Kind(
         label="PyTorch pickle",
-        marks="`.pth`, `.pt`, `.bin`, `.ckpt`",
+        marks="the first bytes of the file, usually `.pth`, `.pt`, `.bin`, `.ckpt`",
         read_as="the dtypes of its tensors",
     ),
     "all-in-one": Kind(
@@ -138,7 +138,7 @@ KINDS: dict[str, Kind] = {
         methods=("gptq", "awq", "auto-round", "auto_round"),
     ),
     "marlin": Kind(label="Marlin", marks="`B` with `s`", roles="B|s", methods=("marlin",)),
-    "aqlm": Kind(label="AQLM", marks="`codes` with `codebooks`", roles="codes|codebooks", methods=("aqlm",)),
+    "aqlm": Kind(label="AQLM", marks="`codebooks`", roles="codebooks", methods=("aqlm",)),
     "hqq": Kind(label="HQQ", marks="`W_q`", roles="W_q", methods=("hqq",)),
     "sdnq": Kind(
         label="SDNQ",

@@ -18,6 +18,7 @@ from ascendit.checkpoint.component import (
     EXPERTS,
     STEM,
     TRANSFORMER,
+    WAN_FOLDERS,
     Part,
     irregular,
     read_json,
@@ -252,28 +253,27 @@ _CASCADES: dict[LayoutKind, LayoutKind] = {
     "transformer": "transformers-only",
 }
 """Kind of one transformer -> kind of a folder with two of them."""
-_NOISE = re.compile(r"(?:\w+_)?(?P<noise>high|low)_noise_model")
-"""`high_noise_model`; msModelSlim before June 2026: `t2v_high_noise_model`."""
 
 
 def _cascade(root: Path) -> Recognised | None:
     """A folder with one subfolder per expert, high noise and low noise, both of the same kind."""
-    folders: dict[str, list[Path]] = {"high": [], "low": []}
+    folders: dict[str, list[Path]] = {name: [] for name in WAN_FOLDERS.values()}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        if match := _NOISE.fullmatch(folder.name):
-            folders[match["noise"]].append(folder)
+        for name in WAN_FOLDERS.values():
+            # msModelSlim before June 2026: `t2v_high_noise_model`.
+            if re.fullmatch(rf"(?:\w+_)?{name}", folder.name):
+                folders[name].append(folder)
     if not any(folders.values()):
         return None
     if any(len(noise) != 1 for noise in folders.values()):
         names = [p.name for noise in folders.values() for p in noise]
         raise CheckpointError(
             f"{root} has {listed(names)}",
-            needs="one folder high_noise_model and one low_noise_model",
+            needs=f"one folder {' and one '.join(folders)}",
             fix="pass a folder with both experts of one model, or the folder of one expert to use it alone",
             code="E-CKP-02",
         )
-    ordered = zip((folders["high"][0], folders["low"][0]), EXPERTS, strict=True)
-    experts = {folder: _single_transformer(folder, name) for folder, name in ordered}
+    experts = {folders[name][0]: _single_transformer(folders[name][0], x) for x, name in WAN_FOLDERS.items()}
     kinds: set[LayoutKind] = set()
     parts: list[Part] = []
     for folder, expert in experts.items():

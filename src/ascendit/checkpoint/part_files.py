@@ -8,32 +8,29 @@ the one with `high` in its name, and the low-noise expert the one with `low`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ascendit.checkpoint.component import EXPERTS, Part
+from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS, Part, noise_of
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, Layout, recognise
+from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.errors import UsageError
 
 PART_NAMES = {
-    "transformer": "transformer",
-    "high": "transformer",
-    "transformer_2": "transformer_2",
-    "low": "transformer_2",
+    **EXPERT_ALIASES,
     "text_encoder": "text_encoder",
     "vae": "vae",
+    "image_encoder": "image_encoder",
 }
-"""Allowed before `=` -> component."""
-_NOISE = re.compile(r"(?<![a-z])(high|low)(?![a-z])|(high|low)_?noise", re.IGNORECASE)
+"""Allowed before `=`, in any case -> component."""
 
 
 def split_name(text: str | Path) -> tuple[str | None, str]:
     """(component or None, path) of `[NAME=]FILE`; FILE may contain `=`."""
     name, equals, path = str(text).partition("=")
-    part = PART_NAMES.get(name) if equals else None
+    part = PART_NAMES.get(name.strip().lower()) if equals else None
     return (part, path) if part else (None, str(text))
 
 
@@ -57,7 +54,7 @@ def read_part_files(files: Sequence[str | Path], num_experts: int = 1) -> Layout
         several = len(unnamed) > 1 or num_experts > 1
         _add(parts, replace(part, name=_expert_of(part.path)) if several else part)
     root = next(iter(parts.values())).path
-    ordered = dict.fromkeys(name for name in PART_NAMES.values() if name in parts)
+    ordered = dict.fromkeys(name for name in (*PART_NAMES.values(), *parts) if name in parts)
     return Layout("file", root, root.stem, {}, {name: parts[name] for name in ordered})
 
 
@@ -84,14 +81,13 @@ def _part_of(path: str, name: str | None) -> Part:
 
 def _expert_of(path: Path) -> str:
     """The expert in the name of a file. Raises UsageError (E-USE-01) if it names none, or both."""
-    named = {(a or b).lower() for a, b in _NOISE.findall(path.stem)}
-    if len(named) != 1:
+    if (noise := noise_of(path.stem)) is None:
         raise UsageError(
             f"{path} is one of two transformers, and its name does not say whether for high or low noise",
             needs="the expert of each transformer file",
             fix=f"pass it as transformer={path} (high noise) or transformer_2={path} (low noise)",
         )
-    return PART_NAMES[named.pop()]
+    return EXPERT_ALIASES[noise]
 
 
 def _add(parts: dict[str, Part], part: Part) -> None:
@@ -105,10 +101,11 @@ def _add(parts: dict[str, Part], part: Part) -> None:
 
 
 def with_part_files(layout: Layout, files: Layout) -> Layout:
-    """The pipeline `layout` with the components of `files` in place of its own; it keeps its configs.
+    """The pipeline `layout` with the components of `files` in place of its own.
 
-    Raises CheckpointError (E-CKP-01) for a layout that is not a pipeline, UsageError (E-USE-01) for a
-    component that it does not have, and for one transformer file and a pipeline with two experts.
+    A component keeps its config, without `quantization_config`, which describes the replaced weights. Raises
+    CheckpointError (E-CKP-01) for a layout that is not a pipeline, UsageError (E-USE-01) for a component that
+    it does not have.
     """
     layout.require_pipeline()
     if absent := [name for name in files.parts if name not in layout.parts]:
@@ -118,9 +115,13 @@ def with_part_files(layout: Layout, files: Layout) -> Layout:
             fix="pass another model, or omit the file",
         )
     parts = {
-        name: replace(part, path=files.parts[name].path, files=files.parts[name].files)
-        if name in files.parts
-        else part
+        name: _replaced(part, files.parts[name]) if name in files.parts else part
         for name, part in layout.parts.items()
     }
     return replace(layout, parts=parts)
+
+
+def _replaced(part: Part, file: Part) -> Part:
+    config = {key: value for key, value in part.config.items() if key != CONFIG_KEY}
+    config |= {key: value for key, value in file.config.items() if key == CONFIG_KEY}
+    return replace(part, path=file.path, files=file.files, index=file.index, config=config)

@@ -13,7 +13,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
-from ascendit.checkpoint.gguf_names import llama_cpp_names
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import naming_of, unwrapped
@@ -124,6 +123,36 @@ def _wan_umt5(names: Iterable[str]) -> dict[str, str]:
         elif number is not None and module in _UMT5_BLOCK:
             renamed[name] = f"encoder.block.{number}.{_UMT5_BLOCK[module]}.{role}"
     return renamed
+
+
+LLAMA_CPP_UMT5 = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "enc.blk.N.attn_norm": "encoder.block.N.layer.0.layer_norm",
+    **{f"enc.blk.N.attn_{x}": f"encoder.block.N.layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "enc.blk.N.attn_rel_b": "encoder.block.N.layer.0.SelfAttention.relative_attention_bias",
+    "enc.blk.N.ffn_norm": "encoder.block.N.layer.1.layer_norm",
+    "enc.blk.N.ffn_gate": "encoder.block.N.layer.1.DenseReluDense.wi_0",
+    "enc.blk.N.ffn_up": "encoder.block.N.layer.1.DenseReluDense.wi_1",
+    "enc.blk.N.ffn_down": "encoder.block.N.layer.1.DenseReluDense.wo",
+}
+"""Module in llama.cpp -> module in transformers; `N` is the number of a block."""
+_LLAMA_CPP_BLOCK = re.compile(r"(?<=^enc\.blk\.)(0|[1-9][0-9]{0,3})(?=\.)")
+
+
+def llama_cpp_names(names: Collection[str]) -> dict[str, str]:
+    """Stored name -> name in a UMT5EncoderModel, for the tensors of llama.cpp's encoder among `names`."""
+    if not any(name.startswith("enc.blk.") for name in names):
+        return {}  # token_embd is in every language model
+    gated = any(name.endswith(".ffn_gate.weight") for name in names)
+    translated = {}
+    for name in names:
+        block = _LLAMA_CPP_BLOCK.search(name)
+        module = _LLAMA_CPP_BLOCK.sub("N", name).removesuffix(".weight")
+        if name.endswith(".weight") and (new := LLAMA_CPP_UMT5.get(module)):
+            new = new if gated else new.replace("wi_1", "wi")
+            translated[name] = f"{new.replace('N', block[0]) if block else new}.weight"
+    return translated
 
 
 # ---- the VAE ------------------------------------------------------------------------------------

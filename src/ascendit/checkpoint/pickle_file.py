@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import zipfile
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +57,7 @@ class PickleFile:
     tensors: dict[str, TensorInfo]
     """In the order of their bytes. Tied tensors have the same bytes."""
     values: dict[str, Any]
-    """Numbers, texts and None beside the tensors, such as an alpha."""
+    """Numbers, texts, None and dicts beside the tensors and around their dict, such as an alpha."""
 
 
 def is_archive(first: bytes) -> bool:
@@ -81,7 +81,7 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
             raise PickleDataError(f"data.pkl of {end - start:,} bytes")
         file.seek(start)
         top = evaluate(file.read(end - start), CALLS, storages(members))
-        content = _choose(path, top)
+        content, values = _choose(path, top)
         named = {_name(name): value for name, value in content.items() if isinstance(value, PickledTensor)}
     except UnknownGlobalError as e:
         raise _unknown_global(path, str(e)) from e
@@ -91,9 +91,6 @@ def read_pickle_file(path: Path, file: BinaryIO, state: FileState | None) -> Pic
         raise _broken(path, str(e) or type(e).__name__) from e
     infos = [_info(path, name, tensor, state) for name, tensor in named.items()]
     infos.sort(key=lambda info: (info.start, info.end))
-    values = {
-        n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, str | int | float | None)
-    }
     return PickleFile({info.name: info for info in infos}, values)
 
 
@@ -107,7 +104,15 @@ def _name(name: object) -> str:
 
 def _info(path: Path, name: str, tensor: PickledTensor, state: FileState | None) -> TensorInfo:
     return TensorInfo(
-        name, tensor.dtype, tensor.shape, path, tensor.start, tensor.end, state, strides=tensor.strides
+        name,
+        tensor.dtype,
+        tensor.shape,
+        path,
+        tensor.start,
+        tensor.end,
+        state,
+        strides=tensor.strides,
+        container="pickle",
     )
 
 
@@ -187,8 +192,8 @@ def _check_byte_order(file: BinaryIO, members: Mapping[str, tuple[int, int]]) ->
 # ---- the state dict -----------------------------------------------------------------------------
 
 
-def _choose(path: Path, top: object) -> dict[Any, Any]:
-    """The only dict in the pickle that has tensors; programs save it beside numbers and other dicts."""
+def _choose(path: Path, top: object) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The only dict in the pickle that has tensors, and the values beside them and around it."""
     if not isinstance(top, dict):
         kind = "one tensor" if isinstance(top, PickledTensor) else f"one {type(top).__name__}"
         raise _no_state_dict(path, kind)
@@ -208,7 +213,18 @@ def _choose(path: Path, top: object) -> dict[Any, Any]:
         raise _no_state_dict(path, "dicts without tensors")
     if len(chosen) > 1:
         raise _several(path, chosen)
-    return next(iter(chosen.values()))
+    ((keys, item),) = chosen.items()
+    values, outer = _values(top), top
+    for key in keys:
+        del values[key]
+        outer = outer[key]
+        values |= _values(outer)
+    return item, values
+
+
+def _values(item: dict[Any, Any]) -> dict[str, Any]:
+    kinds = (str, int, float, dict, type(None))
+    return {name: value for name, value in item.items() if isinstance(name, str) and isinstance(value, kinds)}
 
 
 def _several(path: Path, chosen: Mapping[tuple[str, ...], dict[Any, Any]]) -> CheckpointError:
@@ -224,27 +240,29 @@ def _several(path: Path, chosen: Mapping[tuple[str, ...], dict[Any, Any]]) -> Ch
     )
 
 
-def convert_command(pickled: Path, file: Path, keys: tuple[str, ...] = ()) -> str:
+def convert_command(
+    pickled: Path, file: Path, keys: tuple[str, ...] = (), without: Sequence[str] = ()
+) -> str:
     """A command that writes the tensors of a pickle to a safetensors file, without running code.
 
     `keys`: path of the dict with the tensors; default: the only one that has some, else the command fails.
+    `without`: first components of the names of tensors that are omitted.
     """
+    select = "" if without else "d = [x for x in d if (*sys.argv[3:],) in ((), x[0])]; "
+    wanted = "t(v)" + (" and k.split('.')[0] not in sys.argv[3:]" if without else "")
     code = (
         "import sys, torch; from safetensors.torch import save_file; t = torch.is_tensor; "
-        "f = lambda d, *k: [(k, d)] * any(map(t, d.values())) "
-        "+ [x for n, v in d.items() if isinstance(v, dict) for x in f(v, *k, n)]; "
-        "d = f(torch.load(sys.argv[1], weights_only=True, map_location='cpu')); "
-        "d = [x for x in d if (*sys.argv[3:],) in ((), x[0])]; "
+        "f = lambda d, *k: [(k, d)] * any(map(t, d.values())) + [x for n, v in d.items() "
+        "if isinstance(v, dict) and isinstance(n, str) for x in f(v, *k, n)]; "
+        f"d = f(torch.load(sys.argv[1], weights_only=True, map_location='cpu')); {select}"
         "len(d) == 1 or sys.exit(f'{len(d)} dicts have tensors: {[k for k, _ in d]}; add the keys of one'); "
-        "save_file({k: v.clone().contiguous() for k, v in d[0][1].items() if t(v)}, sys.argv[2])"
+        f"save_file({{k: v.clone().contiguous() for k, v in d[0][1].items() if {wanted}}}, sys.argv[2])"
     )
     move = ""
-    if pickled == file:  # torch.load reads the name of the file, not its first bytes
-        move, pickled = (
-            shell_line(["mv", str(file), str(file.with_suffix(".pth"))]) + " && ",
-            file.with_suffix(".pth"),
-        )
-    return move + shell_line(["python", "-c", code, str(pickled), str(file), *keys])
+    if pickled.suffix == file.suffix:  # torch.load reads the name of the file, not its first bytes
+        renamed = pickled.with_suffix(".pth")
+        move, pickled = shell_line(["mv", str(pickled), str(renamed)]) + " && ", renamed
+    return move + shell_line(["python", "-c", code, str(pickled), str(file), *(without or keys)])
 
 
 # ---- errors -------------------------------------------------------------------------------------

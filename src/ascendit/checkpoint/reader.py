@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.sources import OpenFiles, unreadable
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, TORCH_DTYPES, Buffer, Encoding, TensorInfo
+from ascendit.mx.stored_floats import decode_rows
 
 if TYPE_CHECKING:
     import torch
@@ -156,8 +157,6 @@ class RowReader:
     ) -> None:
         """Decode `rows` rows of the shard from row `start` of the tensor, a few at a time."""
         import torch
-
-        from ascendit.mx.stored_floats import decode_rows
 
         if not len(view):
             return

@@ -23,13 +23,12 @@ from ascendit.checkpoint.fp8_files import (
     WEIGHT_SCALES,
     Tensors,
 )
-from ascendit.checkpoint.gguf_file import SUFFIX
 from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import BYTE_SCALES, FLOAT_DTYPES, SCALE_ROLES, DeclaredScheme
+from ascendit.checkpoint.pickle_file import convert_command
 from ascendit.checkpoint.tensor_info import TensorInfo
-from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError
-from ascendit.mx.ggml import TYPES
+from ascendit.mx.stored_floats import TYPES
 from ascendit.names import EMA, listed, naming_of, without_prefix
 from ascendit.quant.schemes import METHOD, QUANTIZED
 from ascendit.report import counted, group_by, shell_line
@@ -175,34 +174,37 @@ def _refuse_training(tensors: Tensors) -> None:
         extra |= group_by(averages, lambda name: name.partition(".")[0])
     if not extra:
         return
-    file = next(iter(tensors.values())).file
+    info = next(iter(tensors.values()))
     texts = [f"{counted(len(names), 'tensor')} under {prefix}." for prefix, names in extra.items()]
     raise CheckpointError(
-        f"{file} is a training checkpoint: beside the model it has {', '.join(texts)}",
+        f"{info.file} is a training checkpoint: beside the model it has {', '.join(texts)}",
         needs="a file with the weights of the model only",
-        fix=f"write one: {_without(file, list(extra))}",
+        fix="pass the file of the model alone"
+        if info.container == "gguf"
+        else f"write one: {_without(info, list(extra))}",
         code="E-CKP-04",
     )
 
 
-def _without(file: Any, prefixes: list[str]) -> str:
-    """A command that copies a safetensors file without the tensors under `prefixes`."""
+def _without(info: TensorInfo, prefixes: list[str]) -> str:
+    """A command that writes a safetensors file without the tensors under `prefixes`. `info`: one tensor."""
+    file, new = info.file, info.file.with_name(f"{info.file.stem}-model.safetensors")
+    if info.container == "pickle":
+        return convert_command(file, new, without=prefixes)
     code = (
         "import sys; from safetensors.torch import load_file, save_file; t = load_file(sys.argv[1]); "
         "save_file({k: v for k, v in t.items() if k.split('.')[0] not in sys.argv[3:]}, sys.argv[2])"
     )
-    return shell_line(
-        ["python", "-c", code, str(file), f"{file.with_suffix('')}-model.safetensors", *prefixes]
-    )
+    return shell_line(["python", "-c", code, str(file), str(new), *prefixes])
 
 
 def _container(stored: Stored) -> Stored:
-    suffixes = {info.file.suffix for info in stored.tensors.values()}
+    containers = {info.container for info in stored.tensors.values()}
     if any(info.encoding is not None and info.encoding.name in TYPES for info in stored.tensors.values()):
         stored = _add(stored, "gguf", stored.tensors)
-    elif SUFFIX in suffixes:
+    elif "gguf" in containers:
         stored = _add(stored, "gguf-floats", stored.tensors)
-    if suffixes & {*PICKLED}:
+    if "pickle" in containers:
         stored = _add(stored, "pickle", stored.tensors)
     return stored
 

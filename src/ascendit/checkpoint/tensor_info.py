@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ascendit.checkpoint.sources import FileState
 
@@ -77,6 +78,10 @@ class TensorInfo:
     """Elements in the file from one index to the next, on each axis; None: contiguous. The encoding of a
     strided tensor, if there is one, is a float dtype.
     """
+    container: Literal["safetensors", "gguf", "pickle"] = field(
+        default="safetensors", compare=False, repr=False
+    )
+    """The format of the file, whatever its name is."""
 
     def __post_init__(self) -> None:
         assert self.strides is None or len(self.strides) == len(self.shape), self

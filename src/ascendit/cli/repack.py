@@ -14,7 +14,8 @@ Sources = Annotated[
     typer.Argument(
         metavar="SRC...",
         help="Model folder or file in any layout, hf:org/name or ms:org/name; or files of components, each "
-        "[NAME=]FILE with NAME transformer, transformer_2, text_encoder or vae.",
+        "[NAME=]FILE with NAME transformer (or high), "
+        "transformer_2 (or low), text_encoder, vae or image_encoder.",
     ),
 ]
 Base = Annotated[

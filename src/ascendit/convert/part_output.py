@@ -62,7 +62,7 @@ class PartOutput:
         Raises the errors of `run_steps` and `ShardWriter`.
         """
         folder = staging.path / self.part.name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)  # by an earlier run that was stopped
         steps = self.steps
         writer = ShardWriter(
             folder,

@@ -53,7 +53,7 @@ class ConversionRecord:
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Path in the folder -> bytes."""
     schemes: Mapping[str, int]
-    """Scheme -> number of linear layers, over all experts."""
+    """Scheme -> number of linear layers, over all experts; empty if no transformer is converted."""
     bits_per_weight: float
     recipe: Mapping[str, Any] = field(default_factory=dict)
     loras: Sequence[Mapping[str, Any]] = ()
@@ -97,10 +97,12 @@ def model_card(record: ConversionRecord, name: str) -> str:
         **_licence(record.layout.root),
     }
     layers = ", ".join(f"{count} {scheme}" for scheme, count in record.schemes.items())
-    rows = [("Source", source_name(record.layout)), ("Linear layers", layers)]
-    rows.append(("Bits per weight", f"{record.bits_per_weight:.2f} (transformers, scales included)"))
+    rows = [("Source", source_name(record.layout))]
     if about := record.recipe.get("about"):
-        rows.insert(1, ("Recipe", f"{record.recipe['name']}: {about}"))
+        rows.append(("Recipe", f"{record.recipe['name']}: {about}"))
+    if record.schemes:
+        bits = f"{record.bits_per_weight:.2f} (transformers, scales included)"
+        rows += [("Linear layers", layers), ("Bits per weight", bits)]
     rows += [("LoRA", f"{lora['file']} with weight {lora['weight']:g}") for lora in record.loras]
     rows += [(key, version) for key, version in _versions().items()]
     lines = ["---", CardData(**front).to_yaml(), "---", "", f"# {_markdown(name)}", ""]
@@ -145,13 +147,18 @@ def source_name(layout: Layout) -> str:
     return layout.source or escaped(layout.name)
 
 
+def source_argument(layout: Layout) -> str:
+    """A model in a command line: `hf:org/name@rev` from a hub, else the name of its folder or file."""
+    hub = "ms" if "modelscope" in layout.root.parts else "hf"
+    return f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
+
+
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
     """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
     A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
-    hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    sources = [f"{hub}:{layout.source}" if layout.source else escaped(layout.name)]
+    sources = [source_argument(layout)]
     if layout.kind == "file":
         sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
         sources = sources if len(sources) > 1 else [escaped(layout.root.name)]
@@ -221,13 +228,14 @@ def _versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed("torch")}
 
 
-def read_base(base: Path | str, source: Layout | None = None) -> Layout:
-    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model.
+def read_base(base: Path | str, source: Layout | None = None, *, experts: bool = False) -> Layout:
+    """Read the layout of `--base`. `source`: a checkpoint with all transformers of the model. `experts`: also
+    download the transformers of the base.
 
     Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
     experts differs, and the errors of `model_folder` and `recognise`.
     """
-    layout = recognise(model_folder(base, experts=False))
+    layout = recognise(model_folder(base, experts=experts))
     if layout.kind != "diffusers":
         raise UsageError(
             f"--base {base} is {KIND_LABELS[layout.kind]}",

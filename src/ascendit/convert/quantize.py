@@ -61,7 +61,15 @@ from ascendit.weights.applied_recipe import (
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
-from ascendit.weights.lora.fold import Folds, LoraSource, lora_report, lora_sources, require_skipped
+from ascendit.weights.lora.fold import (
+    Folds,
+    LoraSource,
+    check_groups,
+    lora_report,
+    lora_sources,
+    require_skipped,
+)
+from ascendit.weights.lora.strength import ADAPTER_CONFIG
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
@@ -206,6 +214,7 @@ class QuantizeJob:
     def __post_init__(self) -> None:
         if self.calibrate is not None and self.smoothing:
             raise _two_smoothings()
+        check_groups(self.lora_skip, self.loras)
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
             self.others = OtherFiles.of(self.layout, copy=self.copy)
@@ -401,13 +410,13 @@ class QuantizeJob:
 
     def fingerprint(self) -> str:
         """A hash that is the same for two runs that write the same bytes."""
-        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes]
+        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.lora_skip, self.max_shard_bytes]
         parts += [self.loras, lora_report(self.loras, self.folds)]
         if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        more = [lora.path for lora in self.loras]
+        more = [path for lora in self.loras for path in (lora.path, lora.path.parent / ADAPTER_CONFIG)]
         more += self.others.copied if self.others else ()
         return fingerprint(self.planned.values(), parts, more=more)
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ascendit.checkpoint.component import EXPERTS, read_json
+from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
@@ -95,7 +95,7 @@ def repack(
     with Staging(
         dst,
         sources=plan.roots,
-        fingerprint=fingerprint(plan.outputs, (check, copy), plan.other_sources),
+        fingerprint=fingerprint(plan.outputs, (check, copy, plan.parts), plan.other_sources),
         resume=resume,
         needs_bytes=plan.nbytes,
         overwrite=overwrite,
@@ -111,7 +111,8 @@ def repack(
             plan.others.write(staging.path, staging.journal)
         if check:
             report = _check(report, plan, staging.path, on_progress)
-        flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
+        named = provenance.source_argument(plan.base) if plan.base else None
+        flags = [("--base", named), ("--to", to), ("--for", engine), ("--check", check), ("--copy", copy)]
         command = provenance.command_line("repack", plan.source, dst, flags)
         record = _record(plan, report, command, files)
         provenance.write_record_and_card(staging.path, record, dst.name, hash=check)
@@ -155,6 +156,7 @@ class RepackPlan:
             require_inside(pipeline)
             written = source.parts if source.kind == "file" else EXPERTS
             others = OtherFiles.of(pipeline, copy=copy, licences_only=True, written=written)
+            _check_linked(pipeline.parts[n] for n in others.components if source.kind == "file")
             others.record()
         return cls(
             source=source,
@@ -233,8 +235,18 @@ def _read_sources(
         return read_part_files(sources), None
     base_layout = provenance.read_base(base)
     source = read_part_files(sources, len(base_layout.experts))
+    if any(name not in source.parts for name in EXPERTS if name in base_layout.parts):
+        base_layout = provenance.read_base(base, experts=True)
     with_part_files(base_layout, source)
     return source, base_layout
+
+
+def _check_linked(parts: Iterable[Part]) -> None:
+    """Check the weights of components that stay as they are beside files. Raises the first problem."""
+    for part in (part for part in parts if part.has_weights):
+        shards = check_part(part)
+        if part.name in EXPERTS:
+            read_expert(part, shards)
 
 
 def _part_outputs(source: Layout, pipeline: Layout | None, base: Path | str | None) -> list[PartOutput]:

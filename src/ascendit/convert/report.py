@@ -75,9 +75,10 @@ class ConversionReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all written tensors, scales included, divided by the number of parameters."""
+        """Bits of the tensors of all experts, scales included, divided by the number of parameters."""
         num_weights: int = sum(expert.num_weights for expert in self.experts)
-        return 8 * self.bytes_after / max(num_weights, 1)
+        nbytes: int = sum(expert.bytes_after for expert in self.experts)
+        return 8 * nbytes / max(num_weights, 1)
 
     @property
     def bytes_done(self) -> int:
@@ -381,6 +382,12 @@ class RepackReport(ConversionReport):
     """Text encoder and VAE from files: name, file, tensors, bytes_before, bytes_after."""
 
     @property
+    def bytes_after(self) -> int:
+        """Bytes of the written tensors of all experts and parts."""
+        parts: int = sum(part["bytes_after"] for part in self.parts)
+        return super().bytes_after + parts
+
+    @property
     def checked(self) -> bool:
         """Whether all values were compared."""
         return all(expert.decoded_sha256 for expert in self.experts)
@@ -400,5 +407,6 @@ class RepackReport(ConversionReport):
         for part in self.parts:
             sizes = " -> ".join(human_bytes(part[key]) for key in ("bytes_before", "bytes_after"))
             rows += [(part["name"], [f"all {part['tensors']} tensors of {part['file']}, {sizes}"])]
-        rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
+        bits = f"   {self.bits_per_weight:.2f} bits/weight" if self.experts else ""
+        rows += [("Size", [f"{human_bytes(self.bytes_after)}{bits}"])]
         return columns([*titled(rows), *self.closing(self.linked), *self.end_rows()])

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ascendit.checkpoint.component import read_json
-from ascendit.checkpoint.gguf_file import SUFFIX, Value, general_metadata
+from ascendit.checkpoint.component import Part, read_json
+from ascendit.checkpoint.gguf_file import Value, general_metadata
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.layout_check import CheckedPart
+from ascendit.checkpoint.part_names import VISION_PREFIX
+from ascendit.checkpoint.part_tensors import EMBEDDINGS
+from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import TensorMismatch
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
@@ -58,7 +61,7 @@ def _part_report(checked: CheckedPart) -> PartReport:
         name=part.name,
         library=part.library,
         class_name=part.class_name,
-        tensors=tuple(shards.tensors.values()) if shards else (),
+        named=_named(part, shards) if shards else {},
         files=len(shards.files) if shards else 0,
         metadata=_metadata(shards),
         kinds=shards.kinds if shards else (),
@@ -68,10 +71,18 @@ def _part_report(checked: CheckedPart) -> PartReport:
     )
 
 
+def _named(part: Part, shards: Shards) -> dict[str, TensorInfo]:
+    """The tensors of a part by the names of one version of its library."""
+    tied = shards.tensors.keys() & EMBEDDINGS
+    renamed = {name: EMBEDDINGS[0] for name in tied} if part.name == "text_encoder" and len(tied) == 1 else {}
+    prefix = VISION_PREFIX if part.name == "image_encoder" else ""
+    return {renamed.get(n, n.removeprefix(prefix)): info for n, info in shards.tensors.items()}
+
+
 def _metadata(shards: Shards | None) -> dict[str, Value]:
     """The metadata of a GGUF file; empty for other files."""
-    files = shards.files if shards else ()
-    return general_metadata(files[0]) if files and files[0].suffix.lower() == SUFFIX else {}
+    info = next(iter(shards.tensors.values()), None) if shards else None
+    return general_metadata(info.file) if info is not None and info.container == "gguf" else {}
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:

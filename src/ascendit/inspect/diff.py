@@ -205,7 +205,7 @@ def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
             pairs = _expert_changes(one.summary, other.summary)
             configs = _expert_configs(one.summary.expert, other.summary.expert)
         else:
-            pairs = _tensor_changes({t.name: t for t in one.tensors}, {t.name: t for t in other.tensors})
+            pairs = _tensor_changes(one.named, other.named)
             configs = [_without_versions(report.layout.parts[name].config) for report in (a, b)]
         yield from (Change(name, *pair) for pair in pairs)
         yield from (Change(name, "config", *pair) for pair in _differing(*configs))
@@ -389,7 +389,7 @@ def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
 def _names_like(change: Change, part: PartReport) -> Iterable[str]:
     """All names in `part` of the kind that `change` names."""
     if part.summary is None:
-        return (t.name for t in part.tensors)
+        return part.named
     if change.kind == "attention":
         return part.summary.attentions
     return part.summary.linears if change.kind in LAYER_KINDS else part.summary.expert.tensors

@@ -252,7 +252,8 @@ class PartReport:
     name: str
     library: str
     class_name: str
-    tensors: tuple[TensorInfo, ...] = ()
+    named: Mapping[str, TensorInfo] = field(default_factory=dict)
+    """Name in the library -> tensor; stored names for a transformer, whose other names are in `expert`."""
     files: int = 0
     missing: tuple[str, ...] = ()
     """Tensors that the class needs and the files lack. This field and the next three: experts only."""
@@ -269,6 +270,11 @@ class PartReport:
     """The kinds of its files, keys of `kind_table.KINDS`; of an expert, in `expert`."""
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """All tensors; a stored one that is several in the library is there several times."""
+        return tuple(self.named.values())
 
     @cached_property
     def nbytes(self) -> int:
@@ -295,7 +301,7 @@ class PartReport:
         """One row per linear layer with a scheme and per other tensor."""
         if self.summary is not None:
             return self.summary.rows
-        return tuple(tensor_row(t.name, t) for t in self.tensors)
+        return tuple(tensor_row(name, t) for name, t in self.named.items())
 
     @cached_property
     def format(self) -> str:

@@ -13,7 +13,7 @@ from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
 from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
-from ascendit.mx.ggml import TYPES
+from ascendit.mx.stored_floats import TYPES
 from ascendit.names import grouped, sort_names
 from ascendit.quant.schemes import STORED_SCHEMES
 from ascendit.report import counted, group_by, selected

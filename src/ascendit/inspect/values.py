@@ -266,9 +266,9 @@ def compare_values(a: ModelReport, b: ModelReport, on_progress: OnProgress | Non
 
 
 def _stored(part: PartReport) -> dict[str, _Stored]:
-    """Name -> tensor: Diffusers names and decoded layers for an expert, stored names for other parts."""
+    """Name in the library -> tensor, the decoded layers of an expert among them."""
     if part.expert is None:
-        return {info.name: _plain(info) for info in part.tensors}
+        return {name: _plain(info) for name, info in part.named.items()}
     stored, used = {}, set()
     for name, layer in part.expert.layers.items():
         infos = [info for role, info in layer.tensors.items() if role != "bias"]

@@ -27,7 +27,7 @@ from ascendit.weights.applied_recipe import (
     stored_schemes,
 )
 from ascendit.weights.engine_formats import model_kind
-from ascendit.weights.lora.fold import Folds, LoraSource, require_skipped
+from ascendit.weights.lora.fold import Folds, LoraSource, check_groups, require_skipped
 from ascendit.weights.tensor_steps import schemes_of
 
 log = logging.getLogger("ascendit")
@@ -60,23 +60,18 @@ class Online:
     ) -> Online | None:
         """Parse the options; None means that weights are loaded as stored.
 
-        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe and `lora_skip` without a LoRA, and
-        the errors of `load_recipe`.
+        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe, and the errors of
+        `check_groups` and of `load_recipe`.
         """
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
-        if lora_skip and not loras:
-            raise UsageError(
-                f"lora_skip {' '.join(lora_skip)} without a LoRA",
-                needs="a LoRA file: lora_skip leaves out some of its keys",
-                fix="add --lora FILE, or omit lora_skip",
-            )
+        check_groups(lora_skip, loras)
         files = (tuple(loras), tuple(lora_skip))
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
-                    f"keep {' '.join(keep)} without a scheme",
+                    f"--keep {keep[0]} without a scheme",
                     needs="a scheme or a recipe: without one, every layer is loaded as stored",
-                    fix="add --scheme mxfp8, or omit keep",
+                    fix="add --scheme mxfp8, or omit --keep",
                 )
             return None if scheme is None and not loras else cls(None, (), force, *files, scheme is None)
         return cls(load_recipe(recipe or "default", scheme), keep, force, *files)

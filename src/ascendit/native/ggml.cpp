@@ -1,4 +1,4 @@
-// Decode block types of GGUF files to bfloat16: bit-identical to `mx.ggml.reference`, but for the payload of a NaN.
+// Decode block types of GGUF files to bfloat16: bit-identical to `mx.stored_floats.reference`, but for the payload of a NaN.
 //
 // A block is stored as one or two float16 factors and small integers. Every product of a factor and its integers fits
 // into the 24 bits of a float32, so a value is rounded at most twice: the difference of two products to float32, and

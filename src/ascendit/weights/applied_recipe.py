@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ascendit.checkpoint.component import EXPERTS, read_json
+from ascendit.checkpoint.component import EXPERTS, noise_of, read_json
 from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
 from ascendit.checkpoint.layout import RECORD_FILE
@@ -25,7 +24,6 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
-_NOISE = re.compile(r"(high|low)[_-]?noise", re.IGNORECASE)
 STORED_AS = "stored_as"
 """Key of the record."""
 TILES = "F8_E4M3"
@@ -119,7 +117,7 @@ def open_folds(
     loras: Sequence[LoraSource],
     *,
     experts: Collection[str] = EXPERTS,
-    skip: Collection[str] = (),
+    skip: Sequence[str] = (),
 ) -> Folds | None:
     """Match the LoRA files with the tensors of `expert`; None if there are no files.
 
@@ -136,8 +134,7 @@ def lora_warnings(loras: Sequence[LoraSource], folds: Iterable[Folds]) -> list[s
     folds, texts = list(folds), []
     for i, source in enumerate(loras):
         changed = [own for fold in folds if (own := fold.applied[i]) and own.num_keys]
-        if len(changed) > 1 and (match := _NOISE.search(source.path.stem)):
-            noise = match[1].lower()
+        if len(changed) > 1 and (noise := noise_of(source.path.stem)):
             texts.append(
                 f"{source.path.name} is added to both experts; for the {noise}-noise one: --lora {noise}=FILE"
             )

@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ascendit.checkpoint.component import STEM
+from ascendit.checkpoint.component import STEM, WAN_FOLDERS
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY, FLOAT, MANIFEST_FILE, manifest_for
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
@@ -34,8 +34,6 @@ from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import QUANTIZED, SCHEMES, STORED_SCHEMES
-
-WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 
 
 @dataclass(frozen=True, kw_only=True)

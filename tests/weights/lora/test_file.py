@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from convert.loras import save, shapes
 
-from ascendit.errors import AscenditError, CheckpointError, UsageError
-from ascendit.weights.lora.fold import Folds, LoraSource
+from ascendit.errors import AscenditError, CheckpointError
+from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
 from ascendit.weights.lora.strength import Patterns
 
 KEY = "transformer.blocks.0.attn1.to_q"
@@ -30,14 +31,54 @@ def test_no_file(tmp_path: Path) -> None:
     assert "transformer_2=FILE" in problem.needs
 
 
+ALPHA = {f"{KEY}.alpha": 4.0}
+PICKLES: dict[str, tuple[Any, float]] = {
+    "tensors": (PAIR, 2.0),
+    "the alpha of the layer": ({**PAIR, **ALPHA}, 4.0),
+    "its rsLoRA flag": ({**PAIR, **ALPHA, f"{KEY}.use_rslora_flag": True}, 4 * 2**0.5),
+    "one alpha": ({**PAIR, "lora_alpha": 3}, 3.0),
+    "an alpha around the tensors": ({"state_dict": PAIR, "alpha": 8, "epoch": 1}, 8.0),
+    "a configuration": ({"model": PAIR, "config": {"r": 2, "lora_alpha": 6}}, 6.0),
+    "views": ({name: tensor.t().clone().t() for name, tensor in PAIR.items()}, 2.0),
+    "a strided difference": ({f"{KEY}.diff": torch.ones(24, 24, 2)[:, :, 0]}, 1.0),
+}
+"""Name -> contents, and the sum of an element: two products of ones, times alpha / 2."""
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_is_read_without_running_it(tmp_path: Path, name: str) -> None:
+    contents, expected = PICKLES[name]
+    torch.save(contents, tmp_path / "adapter_model.bin")
+    torch.save({}, tmp_path / "training_args.bin")
+    folds = Folds.open([parse_lora(f"{tmp_path}:1.0")], "transformer", shapes())
+    zeros = torch.zeros(24, 24, dtype=torch.float64)
+    folded = folds.fold(f"{KEY.removeprefix('transformer.')}.weight", zeros, 0)
+    torch.testing.assert_close(folded, torch.full_like(zeros, expected), rtol=1e-12, atol=0)
+
+
+def test_a_strided_table_in_a_pickle(tmp_path: Path) -> None:
+    values = torch.arange(288.0).view(24, 12)[:, ::2].t()
+    torch.save({"blocks.0.diff_m": values}, tmp_path / "a.pt")
+    folds = Folds.open([LoraSource(tmp_path / "a.pt")], "transformer", shapes())
+    folded = folds.fold("blocks.0.scale_shift_table", torch.zeros(1, 6, 24), 0)
+    assert torch.equal(folded[0], values)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
-def test_a_pickle_is_refused_without_reading_it(tmp_path: Path, suffix: str) -> None:
+def test_a_pickle_with_code_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"cos\nsystem\n")
-    problem = error(path, "E-USE-01")
-    assert isinstance(problem, UsageError)
-    assert "a pickle can run arbitrary code" in problem.got
-    assert "safetensors.torch.save_file" in problem.fix
+    error(path, "E-CKP-02")
+    torch.save({**PAIR, "call": Path}, path)
+    assert "nothing of it was run" in error(path, "E-CKP-05").got
+
+
+def test_numbers_that_are_no_alpha(tmp_path: Path) -> None:
+    for i, value in enumerate((0.0, "x", 10**400, float("nan"), None)):
+        torch.save({**PAIR, f"{KEY}.alpha": value}, tmp_path / f"{i}.pt")
+        assert "is not a valid scale" in error(tmp_path / f"{i}.pt", "E-LRA-01").got
+    torch.save({**PAIR, "blocks.0.attn1.to_k.alpha": 4}, tmp_path / "a.pt")
+    assert "the factors that it scales are missing" in error(tmp_path / "a.pt", "E-LRA-01").got
 
 
 def test_a_folder_of_several_files_is_refused_and_they_are_listed(tmp_path: Path) -> None:
@@ -58,6 +99,12 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", PAIR).path
     path.write_bytes(path.read_bytes()[:-4])
     assert isinstance(error(path, "E-CKP-02"), CheckpointError)
+
+
+def test_a_pickle_with_the_name_of_a_safetensors_file(tmp_path: Path) -> None:
+    torch.save(PAIR, tmp_path / "a.safetensors")
+    folds = Folds.open([LoraSource(tmp_path / "a.safetensors")], "transformer", shapes())
+    assert folds.names == {"blocks.0.attn1.to_q.weight"}
 
 
 def test_no_tensors(tmp_path: Path) -> None:

@@ -519,6 +519,7 @@ OPTIONS = {
     "transformer=x.safetensors:0.8": ("x.safetensors", 0.8, "transformer"),
     "transformer_2=x.safetensors": ("x.safetensors", 1.0, "transformer_2"),
     "high=x.safetensors": ("x.safetensors", 1.0, "transformer"),
+    "Low=x.safetensors": ("x.safetensors", 1.0, "transformer_2"),
     "low=a=b.safetensors:1e-1": ("a=b.safetensors", 0.1, "transformer_2"),
 }
 

@@ -126,6 +126,10 @@ WRAPPED = [
     "transformer.blocks_3_attn1_to_q.lora_down.weight",
     "lycoris_model_blocks_3_self_attn_q.lora_down.weight",
     "_forward_module.student.blocks.3.self_attn.q.lora_A.weight",
+    "model_state_dict.model_ema.blocks.3.self_attn.q.lora_A.weight",
+    "net_ema.dit_ema.blocks.3.self_attn.q.lora_A.weight",
+    "unet_ema.transformer_ema.blocks.3.self_attn.q.lora_A.weight",
+    "lora_unet_model_ema_blocks_3_self_attn_q.lora_down.weight",
 ]
 """Keys of `blocks.3.attn1.to_q` in a part of a training loop."""
 

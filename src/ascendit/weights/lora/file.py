@@ -19,15 +19,16 @@ import math
 import operator
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.headers import read_header, read_values
 from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.weight_sets import PICKLED
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
+from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key, without_wrappers
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_KEYS = 5
 """Maximum number of keys listed in an error."""
-_ADAPTER_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+SUFFIXES = (".safetensors", *PICKLED)
+"""Endings of LoRA files."""
+_ADAPTER_STEMS = ("adapter_model", "pytorch_lora_weights")
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,17 @@ class LoraFile:
     path: Path
     infos: Mapping[str, TensorInfo]
     keys: tuple[LoraKey, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Alphas of layers that a pickle has as numbers, by key."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other values beside the tensors of a pickle."""
 
 
 def open_file(path: Path) -> LoraFile:
     """Read the header of a LoRA file.
 
-    Raises UsageError: E-USE-02 for a missing file, E-USE-01 for one that is not safetensors; CheckpointError:
-    E-CKP-02 for a damaged file, E-LRA-01 for a file without keys.
+    Raises UsageError: E-USE-02 for a missing file, E-USE-01 for one that has none of the `SUFFIXES`;
+    CheckpointError: those of `read_header`, E-LRA-01 for a file without keys.
     """
     if not path.exists():
         raise UsageError(
@@ -74,32 +80,40 @@ def open_file(path: Path) -> LoraFile:
             fix="correct the path",
             code="E-USE-02",
         )
-    if path.is_dir() or path.suffix.lower() != ".safetensors":
-        raise _not_safetensors(path)
-    infos = read_header(path)
-    keys = tuple(split_key(name) for name in infos if name not in IGNORED)
-    if not keys:
+    if path.is_dir() or path.suffix.lower() not in SUFFIXES:
+        raise _not_a_lora(path)
+    infos, beside = read_header(path), read_values(path)
+    values = {name: value for name, value in beside.items() if _scales_a_layer(name)}
+    keys = tuple(split_key(name) for name in (*infos, *values) if name not in IGNORED)
+    if not infos:
         raise unusable_keys(path, 0, [Problem("(none)", "the file has no tensors")])
-    return LoraFile(path, infos, keys)
+    return LoraFile(path, infos, keys, values, {n: x for n, x in beside.items() if n not in values})
+
+
+def _scales_a_layer(name: str) -> bool:
+    """Whether this is a key such as `blocks.0.attn1.to_q.alpha`, and not the alpha of all layers."""
+    return "." in without_wrappers(name)[0] and split_key(name).role in ("alpha", "rslora")
 
 
 def adapter_file(path: Path) -> Path:
-    """The adapter or only `.safetensors` file of a folder; other paths are returned unchanged."""
-    files = list(path.glob("*.safetensors")) if os.path.isdir(path) else []
-    files = [file for file in files if file.name in _ADAPTER_NAMES] or files
+    """The adapter or only LoRA file of a folder, safetensors first; other paths are returned unchanged."""
+    files = _files_in(path) if os.path.isdir(path) else []
+    files = [file for file in files if file.suffix == SUFFIXES[0]] or files
+    files = [file for file in files if file.stem in _ADAPTER_STEMS] or files
     return files[0] if len(files) == 1 else path
 
 
-def _not_safetensors(path: Path) -> UsageError:
-    got = f"LoRA {path} is not a .safetensors file"
-    fix = "pass the path of a .safetensors file"
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def _not_a_lora(path: Path) -> UsageError:
+    got = f"LoRA {path} is not a .safetensors file or one of torch.save"
     if path.is_dir():
-        files = sorted(p.name for p in path.glob("*.safetensors"))
-        got = f"LoRA {path} is a folder" + (f" with {', '.join(files[:3])}" if files else "")
-    elif path.suffix.lower() in _PICKLES:
-        got += ": a pickle can run arbitrary code when it is loaded"
-        fix = "if you trust the file, save its tensors with safetensors.torch.save_file"
-    return UsageError(got, needs="one .safetensors file, or a folder with only one", fix=fix)
+        names = ", ".join(file.name for file in _files_in(path)[:3])
+        got = f"LoRA {path} is a folder" + (f" with {names}" if names else "")
+    needs = f"one file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or a folder with one"
+    return UsageError(got, needs=needs, fix="pass the path of a .safetensors file")
 
 
 def unusable_keys(path: Path, total: int, problems: list[Problem]) -> CheckpointError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ascendit.checkpoint.component import EXPERTS
+from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import UsageError
@@ -29,6 +29,7 @@ from ascendit.report import group_by
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
     FACTORS,
+    SUFFIXES,
     Delta,
     LoraFile,
     Problem,
@@ -57,10 +58,6 @@ log = logging.getLogger("ascendit")
 
 # ---- the files and their experts ----------------------------------------------------------------
 
-EXPERT_NAMES = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
-    zip(("high", "low"), EXPERTS, strict=True)
-)
-"""Allowed before `=` -> expert; `high` and `low` are its noise levels."""
 _SYNTAX = (
     "FILE[:WEIGHT], or transformer=FILE[:WEIGHT] (also high=) and transformer_2=FILE[:WEIGHT] (also low=)"
 )
@@ -88,11 +85,15 @@ class LoraSource:
     def __str__(self) -> str:
         """The text that `parse_lora` reads."""
         path = str(self.path)
-        if path.partition("=")[0] in EXPERT_NAMES:  # the name of a file, not an expert
+        if _expert_of(path.partition("=")[0]):  # the name of a file, not an expert
             path = f"./{path}"
         text = f"{self.expert}={path}" if self.expert else path
         plain = self.weight == 1 and ":" not in text
         return text if plain else f"{text}:{self.weight!r}".removesuffix(".0")
+
+
+def _expert_of(name: str) -> str | None:
+    return EXPERT_ALIASES.get(name.strip().lower())
 
 
 def parse_lora(text: str) -> LoraSource:
@@ -101,7 +102,7 @@ def parse_lora(text: str) -> LoraSource:
     Raises UsageError (E-USE-01).
     """
     head, equals, tail = text.partition("=")
-    expert = EXPERT_NAMES.get(head.strip()) if equals else None
+    expert = _expert_of(head) if equals else None
     path = tail if expert else text
     file, colon, number = path.rpartition(":")
     weight = 1.0
@@ -109,7 +110,7 @@ def parse_lora(text: str) -> LoraSource:
         if colon:
             weight, path = float(number), file
     except ValueError:
-        if file.endswith(".safetensors"):
+        if file.endswith(SUFFIXES):
             got = f"LoRA weight {number!r} in {text!r}"
             raise _bad_source(got, "a number after the last colon") from None
     if not path:
@@ -165,7 +166,7 @@ class Folds:
         shapes: Shapes,
         *,
         experts: Collection[str] = EXPERTS,
-        skip: Collection[str] = (),
+        skip: Sequence[str] = (),
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
@@ -175,7 +176,7 @@ class Folds:
         another file type, an unknown group, or a file for an expert that the model does not have, E-USE-02
         for a missing file. The caller checks with `require_skipped` that each group has a key.
         """
-        check_groups(skip)
+        check_groups(skip, sources)
         targets = Targets(shapes)
         readers = [_read(source, expert, targets, experts, skip) for source in sources]
         deltas = [delta for reader in readers if reader for delta in reader.deltas]
@@ -236,13 +237,19 @@ def lora_report(sources: Sequence[LoraSource], folds: Mapping[str, Folds]) -> li
     ]
 
 
-def check_groups(skip: Collection[str]) -> None:
-    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`."""
+def check_groups(skip: Sequence[str], loras: Sequence[LoraSource]) -> None:
+    """Raise UsageError (E-USE-01) for a group that is not one of `SKIPPED`, and for one without a LoRA."""
     if unknown := [group for group in skip if group not in SKIPPED]:
         raise UsageError(
             f"--lora-skip {unknown[0]}",
             needs=f"a group of keys: {', '.join(SKIPPED)}",
             fix=f"use --lora-skip {next(iter(SKIPPED))}, or omit it",
+        )
+    if skip and not loras:
+        raise UsageError(
+            f"--lora-skip {skip[0]} without a LoRA",
+            needs="a LoRA file with keys to leave out",
+            fix="add --lora FILE, or omit --lora-skip",
         )
 
 
@@ -380,7 +387,7 @@ class DeltaReader:
             self.problem(next(iter(keys.values())), f"{problem} of {target}", _OTHER_MODEL)
             return None
         # A modulation table may lack the first axis of size 1: use the rows of the model.
-        return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
+        return {"diff": _reshaped(infos["diff"], shape)} if kind == "diff" else infos
 
     def _scale(
         self, kind: str, infos: dict[str, TensorInfo], target: str, group: dict[str, LoraKey]
@@ -393,9 +400,10 @@ class DeltaReader:
             return 1.0
         own = None
         if "alpha" in group:
-            info = self.file.infos[group["alpha"].name]
+            info = self.file.infos.get(group["alpha"].name)
+            rounding = ROUNDING.get(info.dtype, 1e-6) if info else 1e-6
             root = "rslora" in group and bool(self._scalar(group["rslora"], may_be_zero=True))
-            own = OwnAlpha(self._scalar(group["alpha"]), ROUNDING.get(info.dtype, 1e-6), root)
+            own = OwnAlpha(self._scalar(group["alpha"]), rounding, root)
         key = next(key for role, key in group.items() if role in infos)
         layer = target.removesuffix(".weight")
         names = (key.path, layer, to_wan(layer) or layer, key.name.partition(".lora_")[0])
@@ -406,15 +414,20 @@ class DeltaReader:
         return strength.scale
 
     def _scalar(self, key: LoraKey, *, may_be_zero: bool = False) -> float:
-        """The value of a tensor with one element."""
-        info = self.file.infos[key.name]
-        value = math.nan
-        if math.prod(info.shape) == 1 and info.dtype in (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero):
-            with RowReader() as reader:
-                value = float(reader.read_tensor(info).item())
+        """The value of a tensor with one element, or of a number beside the tensors."""
+        if info := self.file.infos.get(key.name):
+            value, text = math.nan, f"{info.dtype} {list(info.shape)}"
+            dtypes = (*FACTOR_DTYPES, *_INTEGERS, *["BOOL"] * may_be_zero)
+            if math.prod(info.shape) == 1 and info.dtype in dtypes:
+                with RowReader() as reader:
+                    value = float(reader.read_tensor(info).item())
+        else:
+            number = self.file.values[key.name]
+            text = f"{number!r:.60}"
+            value = float(number) if isinstance(number, int | float) and abs(number) < 1e300 else math.nan
         if math.isfinite(value) and (value or may_be_zero):
             return value
-        self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
+        self.problem(key, f"{text} is not a valid scale")
         return 1.0
 
     def _add_bias(self, weight: str, key: LoraKey, scale: float) -> None:
@@ -425,3 +438,10 @@ class DeltaReader:
             self.problem(key, f"{info.dtype} {list(info.shape)} does not match {bias}", _OTHER_MODEL)
         else:
             self.deltas.append(Delta("diff", bias, {"diff": info}, scale))
+
+
+def _reshaped(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """A tensor with another number of leading axes of size 1."""
+    extra = len(shape) - len(info.shape)
+    strides = info.strides and ((1,) * extra + info.strides)[max(-extra, 0) :]
+    return replace(info, shape=shape, strides=strides)

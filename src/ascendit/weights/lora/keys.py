@@ -15,35 +15,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ascendit.names import Shapes, to_wan
+from ascendit.names import EMA, PREFIXES, Shapes, to_wan
+from ascendit.names import WRAPPERS as MODULE_WRAPPERS
 
 WRAPPERS: dict[str, str | None] = {
-    **dict.fromkeys(
-        (
-            *("model.", "base_model.", "diffusion_model.", "unet.", "net.", "network.", "backbone."),
-            *("denoiser.", "pipe.", "pipeline.", "wan.", "wan_model.", "dit_model.", "transformer_model."),
-            *(
-                "generator.",
-                "generator_ema.",
-                "student.",
-                "ema.",
-                "ema_model.",
-                "state_dict.",
-                "inner_model.",
-            ),
-            *("lora.", "lora_unet.", "lora_dit.", "lycoris."),
-        )
-    ),
+    **{f"{name}.": expert for name, expert in (PREFIXES | dict.fromkeys(EMA)).items()},
+    **dict.fromkeys(("lora.", "lora_unet.", "lora_dit.", "lycoris.")),
     "lora_transformer.": "transformer",
-    "lora_transformer_2.": "transformer_2",
-    "transformer.": "transformer",
-    "dit.": "transformer",
-    "transformer_1.": "transformer",
     "lora_transformer_1.": "transformer",
-    "high_noise_model.": "transformer",
-    "transformer_2.": "transformer_2",
-    "dit2.": "transformer_2",
-    "low_noise_model.": "transformer_2",
+    "lora_transformer_2.": "transformer_2",
 }
 """Name of a module around the transformer -> its expert. A key may have several, in any order."""
 NAMES_ONE_EXPERT = (
@@ -51,11 +31,8 @@ NAMES_ONE_EXPERT = (
     *(wrapper for wrapper, expert in WRAPPERS.items() if expert == "transformer_2"),
 )
 """Wrappers that always mean one expert; `transformer.` and `dit.` do in files that also have one of these."""
-INNER_WRAPPERS = (
-    *("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.", "base_layer."),
-    *("_forward_module.", "module."),
-)
-"""Names that activation checkpoints, FSDP, torch.compile, PEFT and DDP insert anywhere in a key."""
+INNER_WRAPPERS = (*(f"{name}." for name in MODULE_WRAPPERS), "base_layer.")
+"""Names that training and PEFT insert anywhere in a key."""
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
 """Prefixes of a path with underscores, before other wrappers. VideoX-Fun writes a second underscore."""
 SUFFIXES = {

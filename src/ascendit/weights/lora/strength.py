@@ -8,6 +8,7 @@
 | header `lora_adapter_metadata`, PEFT's configuration as JSON, maybe with `transformer.` | Diffusers |
 | header `lora_config`, the same | finetrainers |
 | `adapter_config.json` in the folder | PEFT, diffusion-pipe |
+| numbers, texts and dicts in a pickle | programs with `torch.save`, in any of the ways above |
 
 Several of them may be present if they agree. Without any, alpha is the rank: scale 1. The scale is
 alpha / rank, or alpha / sqrt(rank) with rsLoRA.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS, read_json
+from ascendit.checkpoint.headers import read_metadata
 from ascendit.errors import CheckpointError
 from ascendit.report import counted
 from ascendit.weights.lora.file import LoraFile, Problem, unusable_keys
@@ -281,17 +283,20 @@ def _range(values: Collection[float]) -> str:
 
 
 def read_settings(file: LoraFile) -> Settings:
-    """Read the header of a LoRA file, and the configuration of PEFT in its folder.
+    """Read the header of a LoRA file or its values, and the configuration of PEFT in its folder.
 
     Raises CheckpointError: E-LRA-01 for settings that are invalid or not supported, E-CKP-06 for an
     `adapter_config.json` that is not a JSON object.
     """
-    header = _metadata(file.path)
+    header = read_metadata(file.path)
     items = list(_parse(file.path, "header", header))
     for name, value in header.items():
-        text = value.lstrip() if isinstance(value, str) else ""
-        if name in CONFIG_KEYS or (text.startswith("{") and '"lora_alpha"' in text):
+        if name in CONFIG_KEYS or (value.lstrip().startswith("{") and '"lora_alpha"' in value):
             items += _parse(file.path, f"header {name}", _json_object(file.path, name, value))
+    items += _parse(file.path, "pickle", file.settings)
+    for name, value in file.settings.items():
+        if name in CONFIG_KEYS or (isinstance(value, dict) and "lora_alpha" in value):
+            items += _parse(file.path, f"pickle {name}", _json_object(file.path, name, value))
     config = file.path.parent / ADAPTER_CONFIG
     if config.is_file() and (fields := read_json(config)).keys() & {"peft_type", "lora_alpha"}:
         items += _parse(file.path, ADAPTER_CONFIG, fields)
@@ -308,14 +313,6 @@ def _alpha_is_in_factors(header: Mapping[str, Any], keys: Iterable[LoraKey]) -> 
     """
     own = "sshs_model_hash" in header and "networks.lora" in str(header.get("ss_network_module", ""))
     return own and not any(key.flat or key.role == "alpha" for key in keys)
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    """`__metadata__` of a file whose header `read_header` has checked."""
-    with open(path, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    metadata = header.get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _json_object(path: Path, name: str, text: Any) -> dict[str, Any]:

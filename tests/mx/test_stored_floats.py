@@ -10,8 +10,17 @@ import pytest
 import torch
 from gguf_files import FACTORS, kind_of, random_blocks
 
-from ascendit.mx import ggml
-from ascendit.mx.stored_floats import DECODERS, decode_rows
+from ascendit.mx import stored_floats
+from ascendit.mx.stored_floats import (
+    COMPILED,
+    DECODERS,
+    PIECE,
+    TYPES,
+    decode_rows,
+    library,
+    reference,
+    to_bfloat16,
+)
 from ascendit.native.build import Built
 
 Blocks = np.ndarray
@@ -118,20 +127,20 @@ Path = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def by_reference(name: str, data: torch.Tensor) -> torch.Tensor:
-    return ggml.reference(name, data).to(torch.bfloat16)
+    return reference(name, data).to(torch.bfloat16)
 
 
 def compiled(name: str, data: torch.Tensor) -> torch.Tensor:
-    if ggml.library().library is None:
-        pytest.skip(ggml.library().reason)
+    if library().library is None:
+        pytest.skip(library().reason)
     out = torch.empty(data.numel() // block_sizes(name)[1] * block_sizes(name)[0], dtype=torch.bfloat16)
-    assert ggml.to_bfloat16(name, data, out)
+    assert to_bfloat16(name, data, out)
     return out
 
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [(name, by_reference) for name in FACTORS] + [(name, compiled) for name in ggml.COMPILED],
+    [(name, by_reference) for name in FACTORS] + [(name, compiled) for name in COMPILED],
 )
 def test_the_float64_oracle(name: str, path: Path) -> None:
     for label, blocks in blocks_of(name):
@@ -141,11 +150,11 @@ def test_the_float64_oracle(name: str, path: Path) -> None:
         assert bool(expected.isfinite().all()) == (label == "random")
 
 
-@pytest.mark.parametrize("name", ggml.TYPES)
+@pytest.mark.parametrize("name", TYPES)
 def test_every_type_is_one_that_the_package_decodes(name: str) -> None:
     values, nbytes = block_sizes(name)
     rng = np.random.default_rng(2)
-    blocks = rng.integers(0, 256, ((ggml.PIECE + 3) if name in ggml.COMPILED else 3, nbytes), dtype=np.uint8)
+    blocks = rng.integers(0, 256, ((PIECE + 3) if name in COMPILED else 3, nbytes), dtype=np.uint8)
     with np.errstate(all="ignore"):
         expected = gguf.quants.dequantize(blocks, kind_of(name))
     out = torch.empty(len(blocks), values, dtype=torch.float32)
@@ -157,7 +166,7 @@ def test_two_threads_decode_the_same() -> None:
     data = torch.from_numpy(random_blocks("Q4_K", (300, 1024))).view(-1)
     out = torch.empty(300 * 1024, dtype=torch.bfloat16)
     assert same(compiled("Q4_K", data), by_reference("Q4_K", data))
-    ggml.to_bfloat16("Q4_K", data, out, threads=2)
+    to_bfloat16("Q4_K", data, out, threads=2)
     assert same(out, by_reference("Q4_K", data))
 
 
@@ -165,7 +174,7 @@ def test_without_a_compiler_the_reference_decodes(monkeypatch: pytest.MonkeyPatc
     data = random_blocks("Q5_K", (8, 256))
     expected = torch.empty(8, 256, dtype=torch.bfloat16)
     decode_rows("Q5_K", memoryview(bytearray(data.tobytes())), None, expected)
-    monkeypatch.setattr(ggml, "library", lambda: Built(None, "no compiler"))
+    monkeypatch.setattr(stored_floats, "library", lambda: Built(None, "no compiler"))
     out = torch.empty(8, 256, dtype=torch.bfloat16)
     decode_rows("Q5_K", memoryview(bytearray(data.tobytes())), None, out)
-    assert torch.equal(out, expected) and set(ggml.TYPES) < set(DECODERS)
+    assert torch.equal(out, expected) and set(TYPES) < set(DECODERS)
