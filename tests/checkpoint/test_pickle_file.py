@@ -416,7 +416,8 @@ ARCHIVES: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "encrypted": ("encrypted", lambda data: data.replace(b"\x14\x03\x14\0\0\0", b"\x14\x03\x14\0\x01\0")),
     "byte order": ("the byte order", lambda data: data.replace(b"little", b"bigbig")),
     "tar": ("tar archive", lambda data: b"sys_info" + bytes(249) + b"ustar" + bytes(300)),
-    "web page": ("a web page, not weights", lambda data: b"<html>not here</html>"),
+    "text": ("not a safetensors file", lambda data: b"404: not found, sorry"),
+    "web page": ("a web page", lambda data: b"<html>not here</html>"),
     "a longer header": ("truncated", lambda data: struct.pack("<Q", 0x04034B50) + data),
 }
 

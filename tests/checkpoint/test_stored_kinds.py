@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -122,6 +123,19 @@ def test_reports_name_the_kind_and_the_loss(tmp_path: Path, caplog: pytest.LogCa
     (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "vae (1 tensor), which are not read from it" in warning
     assert copied.experts[0].rewritten == {"decoded to BF16": 10}
+
+
+def test_the_loss_is_still_reported_after_repack(tmp_path: Path) -> None:
+    source = INPUTS["all in one, scaled"]().write(tmp_path / "wan.safetensors")
+    repack(source, tmp_path / "r")
+    repack(tmp_path / "r", tmp_path / "again")
+    for folder in ("r", "again", "again/transformer"):
+        report = quantize(tmp_path / folder, tmp_path / "q", scheme="int8", dry_run=True)
+        assert any("their file (ComfyUI scaled fp8), not of BF16" in x for x in report.as_dict()["warnings"])
+    record = json.loads((tmp_path / "again" / "ascendit.json").read_text())
+    assert record["stored_as"] == {"transformer": ["comfy-scaled-fp8"]}
+    repack(owned.floats(str).write(tmp_path / "floats.safetensors"), tmp_path / "f")
+    assert "stored_as" not in json.loads((tmp_path / "f" / "ascendit.json").read_text())
 
 
 def test_a_quantized_file_of_another_tool_is_named_when_it_is_refused(tmp_path: Path) -> None:

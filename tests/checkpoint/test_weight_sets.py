@@ -22,6 +22,8 @@ STEM = "diffusion_pytorch_model"
         (["notes.txt"], None, []),
         (["a.safetensors"], None, ["a.safetensors"]),
         (["a.gguf"], None, ["a.gguf"]),
+        (["a.GGUF", "b.PTH"], None, ["a.GGUF"]),
+        (["a.SafeTensors", "b.gguf"], None, ["a.SafeTensors"]),
         (["Wan2.1_VAE.pth"], None, ["Wan2.1_VAE.pth"]),
         (["a.gguf", "a.pth", "a.safetensors"], None, ["a.safetensors"]),
         (["a.gguf", "a.pth"], None, ["a.gguf"]),

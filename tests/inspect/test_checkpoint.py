@@ -294,7 +294,7 @@ def test_folders_written_by_diffusers_are_complete(tiny_folder: Callable[[str], 
 
 DAMAGES = {
     "truncate_shard": ("E-CKP-02", "truncated"),
-    "not_safetensors": ("E-CKP-02", "not a safetensors file"),
+    "not_safetensors": ("E-CKP-02", "a web page, not weights"),
     "no_weights": ("E-CKP-02", "no diffusion_pytorch_model.safetensors"),
     "drop_tensor": ("E-CKP-04", "1 missing"),
     "extra_tensor": ("E-CKP-04", "1 unexpected"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ascendit.checkpoint.component import EXPERTS, STEM, WAN_FOLDERS, read_json, stays_inside
 from ascendit.checkpoint.layout import INDEX_FILE
-from ascendit.checkpoint.weight_sets import PICKLED, WEIGHT_SUFFIXES
+from ascendit.checkpoint.weight_sets import PICKLED, has_weight_suffix
 from ascendit.errors import UsageError
 from ascendit.names import listed
 from ascendit.report import shell_line
@@ -103,7 +103,7 @@ def single_file(model: str, names: Iterable[str]) -> list[str]:
     if len(files) == 1:
         return files
     got = f"{model} has {len(files)} weight files at its top and no index of them: {listed(files)}"
-    others = [name for name in sorted(names) if name.endswith(WEIGHT_SUFFIXES)]
+    others = [name for name in sorted(names) if has_weight_suffix(name)]
     if not files:
         has = f", but {listed(others)}" if others else ""
         got = f"{model} has no weights in safetensors format at its top{has}"

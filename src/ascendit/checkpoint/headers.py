@@ -22,7 +22,7 @@ _FORMATS = {SUFFIX: "GGUF", **dict.fromkeys(PICKLED, "torch.save, or of safetens
 """Ending of a name -> the formats that a file with it has."""
 POINTER = (rb"version https://git-lfs", "a pointer of Git LFS")
 WEB_PAGE = (rb"(?i)\s*<(?:!doctype )?html", "a web page")
-"""Start of a file, and the kind of file: what a failed download leaves."""
+"""Start of a file, and the kind of file: a failed download leaves them."""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -41,7 +41,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             record_source(path, status)
             if error := _placeholder(path, f.peek(64)):
                 raise error
-            if path.suffix == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
+            if path.suffix.lower() == SUFFIX or f.peek(len(MAGIC)).startswith(MAGIC):
                 return read_gguf(path, f, size, state).tensors
             if is_archive(f.peek(8)[:8]):
                 return read_pickle_file(path, f, state).tensors
@@ -66,6 +66,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if position != size:
         raise _broken(path, f"{size - position} bytes follow the last tensor")
     return {info.name: info for info in infos}
+
+
+def begins_as_weights(path: Path) -> bool:
+    """Whether the first bytes of a file are those of GGUF, an archive of torch.save or safetensors.
+
+    Raises OSError.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start.startswith(MAGIC) or is_archive(start) or (start[8:] == b"{" and 2 <= length <= MAX_HEADER)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -154,7 +165,7 @@ def _placeholder(path: Path, start: bytes) -> CheckpointError | None:
 def _broken(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {problem}",
-        needs=f"a complete file of {_FORMATS.get(path.suffix, 'safetensors')}",
+        needs=f"a complete file of {_FORMATS.get(path.suffix.lower(), 'safetensors')}",
         fix="download the file again and compare its size and sha256 with the source",
         code="E-CKP-02",
     )

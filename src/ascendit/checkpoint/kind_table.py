@@ -138,7 +138,7 @@ KINDS: dict[str, Kind] = {
         methods=("gptq", "awq", "auto-round", "auto_round"),
     ),
     "marlin": Kind(label="Marlin", marks="`B` with `s`", roles="B|s", methods=("marlin",)),
-    "aqlm": Kind(label="AQLM", marks="`codes` with `codebooks`", roles="codes|codebooks", methods=("aqlm",)),
+    "aqlm": Kind(label="AQLM", marks="`codebooks`", roles="codebooks", methods=("aqlm",)),
     "hqq": Kind(label="HQQ", marks="`W_q`", roles="W_q", methods=("hqq",)),
     "sdnq": Kind(
         label="SDNQ",

@@ -20,16 +20,23 @@ from ascendit.checkpoint.component import (
     TRANSFORMER,
     WAN_FOLDERS,
     Part,
+    irregular,
     read_json,
     stays_inside,
     unsupported_class,
 )
-from ascendit.checkpoint.headers import read_header
+from ascendit.checkpoint.headers import begins_as_weights, read_header
 from ascendit.checkpoint.part_names import recognise_part
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
 from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
 from ascendit.checkpoint.weight_files import Shards
-from ascendit.checkpoint.weight_sets import NUMBERED, WEIGHT_SUFFIXES, is_complete_set, weights_in
+from ascendit.checkpoint.weight_sets import (
+    NUMBERED,
+    WEIGHT_SUFFIXES,
+    has_weight_suffix,
+    is_complete_set,
+    weights_in,
+)
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 from ascendit.report import shell_line
@@ -165,7 +172,7 @@ def _model_name(root: Path) -> str:
     snapshot = _snapshot(root)
     if snapshot:
         return snapshot[1]
-    return root.stem if root.suffix in WEIGHT_SUFFIXES else root.name
+    return root.stem if has_weight_suffix(root.name) else root.name
 
 
 def _snapshot(root: Path) -> tuple[str, str] | None:
@@ -299,7 +306,7 @@ def _transformers_only(root: Path) -> Recognised | None:
 
 def _single_file(path: Path) -> Recognised | None:
     """One file. The only one of a folder is read with its JSON files; a shard raises CheckpointError."""
-    if path.suffix not in WEIGHT_SUFFIXES:
+    if not has_weight_suffix(path.name) and (irregular(path, path.stat()) or not begins_as_weights(path)):
         return None
     numbered = NUMBERED.fullmatch(path.name)
     if numbered and int(numbered["count"]) > 1:

@@ -248,13 +248,13 @@ def convert_command(
     `keys`: path of the dict with the tensors; default: the only one that has some, else the command fails.
     `without`: first components of the names of tensors that are omitted.
     """
-    wanted = "t(v)" + (f" and k.split('.')[0] not in {[*without]!r}" if without else "")
+    select = "" if without else "d = [x for x in d if (*sys.argv[3:],) in ((), x[0])]; "
+    wanted = "t(v)" + (" and k.split('.')[0] not in sys.argv[3:]" if without else "")
     code = (
         "import sys, torch; from safetensors.torch import save_file; t = torch.is_tensor; "
-        "f = lambda d, *k: [(k, d)] * any(map(t, d.values())) "
-        "+ [x for n, v in d.items() if isinstance(v, dict) for x in f(v, *k, n)]; "
-        "d = f(torch.load(sys.argv[1], weights_only=True, map_location='cpu')); "
-        "d = [x for x in d if (*sys.argv[3:],) in ((), x[0])]; "
+        "f = lambda d, *k: [(k, d)] * any(map(t, d.values())) + [x for n, v in d.items() "
+        "if isinstance(v, dict) and isinstance(n, str) for x in f(v, *k, n)]; "
+        f"d = f(torch.load(sys.argv[1], weights_only=True, map_location='cpu')); {select}"
         "len(d) == 1 or sys.exit(f'{len(d)} dicts have tensors: {[k for k, _ in d]}; add the keys of one'); "
         f"save_file({{k: v.clone().contiguous() for k, v in d[0][1].items() if {wanted}}}, sys.argv[2])"
     )
@@ -262,7 +262,7 @@ def convert_command(
     if pickled.suffix == file.suffix:  # torch.load reads the name of the file, not its first bytes
         renamed = pickled.with_suffix(".pth")
         move, pickled = shell_line(["mv", str(pickled), str(renamed)]) + " && ", renamed
-    return move + shell_line(["python", "-c", code, str(pickled), str(file), *keys])
+    return move + shell_line(["python", "-c", code, str(pickled), str(file), *(without or keys)])
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def _check_patch(label: str, tensors: Mapping[str, TensorInfo]) -> None:
     beside = ", ".join(f"{info.name} {list(info.shape)}" for info in others if info)
     raise TensorMismatch(
         f"{label}: {patch.name} has the shape {list(patch.shape)}, which does not fit {beside}",
-        needs="a patch embedding [N, C, T, H, W] with a bias [N], and T * H * W output rows per channel",
+        needs="a patch embedding [N, C, T, H, W] with a bias [N], and T * H * W rows per output channel",
         checks={"misshapen": (patch.name,)},
     )
 

@@ -25,7 +25,7 @@ from ascendit.checkpoint.component import (
 )
 from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
-from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
+from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES, has_weight_suffix
 from ascendit.errors import CheckpointError
 from ascendit.report import shell_line
 
@@ -234,7 +234,7 @@ class Home:
 
     def copies(self, path: Path) -> bool:
         """Whether an output may get a copy of `path`: links to other disks may lead to weights only."""
-        return self.contains(path) or (path.suffix in WEIGHT_SUFFIXES and _is_weights(path))
+        return self.contains(path) or (has_weight_suffix(path.name) and _is_weights(path))
 
     def require(self, path: Path) -> None:
         """Raise CheckpointError (E-CKP-03) if `path`, which an output needs, leads out of the checkpoint."""
@@ -275,7 +275,7 @@ def outside_links(root: Path, part: Part, *, copied: bool) -> list[Path]:
     for folder, folders, files in os.walk(top):
         for path in (Path(folder) / name for name in sorted(folders + files)):
             if path.is_symlink() and not home.copies(path):
-                if folder == top and (path.name in _NEEDED or path.name.endswith(_WEIGHT_FILES)):
+                if folder == top and (path.name in _NEEDED or path.name.lower().endswith(_WEIGHT_FILES)):
                     home.require(path)
                 skipped.append(path)
     return skipped

@@ -12,7 +12,7 @@ from ascendit.checkpoint.component import STEM, Part, read_json, stays_inside
 from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.sources import check_state
 from ascendit.checkpoint.tensor_info import TensorInfo
-from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES, weight_set
+from ascendit.checkpoint.weight_sets import has_weight_suffix, weight_set
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
 
@@ -156,7 +156,7 @@ def _no_weights(file: Path) -> CheckpointError:
             code="E-CKP-03",
         )
     got = f"no {file.name} in {folder}" if folder.is_dir() else f"no folder {folder}"
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in WEIGHT_SUFFIXES)
+    others = sorted(path.name for path in folder.glob("*") if has_weight_suffix(path.name))
     needs = f"{file.name}, or {file.name}.index.json and its shards"
     return CheckpointError(
         got + (f" (it has {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"

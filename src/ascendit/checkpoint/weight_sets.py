@@ -19,6 +19,7 @@ PICKLED = (".bin", ".pth", ".pt", ".ckpt")
 FORMATS = ((".safetensors",), (".gguf",), PICKLED)
 """Endings of weight files, preferred ones first."""
 WEIGHT_SUFFIXES = tuple(suffix for suffixes in FORMATS for suffix in suffixes)
+"""In lower case; `has_weight_suffix` ignores the case of a name."""
 NUMBERED = re.compile(
     r"(?P<stem>.+?)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?(?P<suffix>\.\w+)"
 )
@@ -31,11 +32,16 @@ _OLD_STEM = "pytorch_model"
 """Name of pickled weights of transformers, beside `model.safetensors`."""
 
 
+def has_weight_suffix(name: str) -> bool:
+    """Whether the name of a file ends as those of weights do, in any case."""
+    return name.lower().endswith(WEIGHT_SUFFIXES)
+
+
 def weights_in(folder: Path) -> list[str]:
     """Names of the weight files in `folder`, sorted: those of the preferred format that it has."""
     names = sorted(path.name for path in folder.glob("*") if path.is_file())
     for suffixes in FORMATS:
-        if chosen := [name for name in names if name.endswith(suffixes)]:
+        if chosen := [name for name in names if name.lower().endswith(suffixes)]:
             return chosen
     return []
 

@@ -63,7 +63,7 @@ class OtherFiles:
             omitted += outside_links(layout.root, layout.parts[name], copied=copy)
         files = []
         for path in sorted(layout.root.iterdir()):
-            if path.name.startswith(".") or path.name in _NOT_COPIED or path.name.endswith(_WEIGHTS):
+            if path.name.startswith(".") or path.name in _NOT_COPIED or path.name.lower().endswith(_WEIGHTS):
                 continue
             if path.is_symlink() and not home.contains(path):
                 if path.name not in layout.parts:

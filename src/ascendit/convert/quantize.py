@@ -57,6 +57,7 @@ from ascendit.weights.applied_recipe import (
     check_kind,
     lora_warnings,
     open_folds,
+    recorded_kinds,
     warnings_for,
 )
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
@@ -424,6 +425,7 @@ class QuantizeJob:
         report = self.report(0.0)
         details: dict[str, Any] = {"keep": list(self.keep), "engine": self.target.engine}
         details["calibration"] = dict(self.calibration)
+        details |= recorded_kinds(applied.expert for applied in self.applied)
         if self.measure:
             details["worst_sqnr_db"] = {
                 x.name: {n: round(db, 2) for n, db in x.worst} for x in report.experts

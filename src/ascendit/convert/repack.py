@@ -40,7 +40,7 @@ from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import UsageError
 from ascendit.progress import Meter, OnProgress
 from ascendit.report import shell_line
-from ascendit.weights.applied_recipe import stored_warnings
+from ascendit.weights.applied_recipe import recorded_kinds, stored_warnings
 from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format, traits_of
 from ascendit.weights.tensor_steps import schemes_of, smoothing_of, stored_steps
 
@@ -313,6 +313,7 @@ def _record(
     plan: RepackPlan, report: RepackReport, command: str, files: dict[str, str]
 ) -> provenance.ConversionRecord:
     details: dict[str, Any] = {"engine": report.engine} if report.engine else {}
+    details |= recorded_kinds(output.source for output in plan.outputs)
     if report.checked:
         details["decoded_sha256"] = {expert.name: expert.decoded_sha256 for expert in report.experts}
     return provenance.ConversionRecord(

@@ -6,12 +6,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ascendit.checkpoint.component import EXPERTS, noise_of
+from ascendit.checkpoint.component import EXPERTS, noise_of, read_json
 from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
+from ascendit.checkpoint.layout import RECORD_FILE
 from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, shapes_of
+from ascendit.checkpoint.trust import Home
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
 from ascendit.names import grouped, is_block_linear
@@ -22,6 +24,8 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
+STORED_AS = "stored_as"
+"""Key of the record."""
 TILES = "F8_E4M3"
 """Dtype of FP8 weights in tiles, the only quantized weights that a source may have."""
 
@@ -186,10 +190,37 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -
 
 
 def stored_warnings(expert: Expert, *, precision: bool = True) -> list[str]:
-    """Warnings about the kind of file of a source: lost precision, if `precision`, and unused tensors."""
-    lost = [KINDS[kind].label for kind in expert.kinds if precision and KINDS[kind].requantized]
+    """Warnings about the kind of file of a source: lost precision, if `precision`, and unused tensors.
+
+    Raises CheckpointError (E-CKP-06) for a damaged record.
+    """
+    lost = [KINDS[kind].label for kind in lossy_kinds(expert)] if precision else []
     text = f"the weights of {expert.name} have the precision of their file ({', '.join(lost)}), not of BF16"
     return [*([text] if lost else []), *(f"{expert.name}: {note}" for note in expert.notes)]
+
+
+def lossy_kinds(expert: Expert) -> tuple[str, ...]:
+    """The kinds of its file, and of the file that ascendit wrote it from, whose floats had lost precision.
+
+    The second are in `stored_as` of the record. Raises CheckpointError (E-CKP-06) for a damaged record.
+    """
+    kinds = [*expert.kinds]
+    for folder in (expert.path, expert.path.parent) if expert.path.is_dir() else ():
+        record = folder / RECORD_FILE
+        if record.is_file() and Home.of(folder).contains(record):
+            stored = read_json(record).get(STORED_AS)
+            names = stored.get(expert.name) if isinstance(stored, dict) else None
+            kinds += [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return tuple(dict.fromkeys(kind for kind in kinds if kind in KINDS and KINDS[kind].requantized))
+
+
+def recorded_kinds(experts: Iterable[Expert]) -> dict[str, dict[str, list[str]]]:
+    """The entry `stored_as` of the record: expert -> kinds that had lost precision; empty without any.
+
+    Raises the errors of `lossy_kinds`.
+    """
+    kinds = {expert.name: [*lost] for expert in experts if (lost := lossy_kinds(expert))}
+    return {STORED_AS: kinds} if kinds else {}
 
 
 def head_dim(expert: Expert) -> int:

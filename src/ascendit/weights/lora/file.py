@@ -76,7 +76,7 @@ def open_file(path: Path) -> LoraFile:
     """
     if not path.exists():
         raise _missing(str(path))
-    if path.is_dir() or path.suffix not in SUFFIXES:
+    if path.is_dir() or path.suffix.lower() not in SUFFIXES:
         raise _not_a_lora(path)
     infos, beside = read_header(path), read_values(path)
     values = {name: value for name, value in beside.items() if _scales_a_layer(name)}
@@ -100,7 +100,7 @@ def adapter_file(path: Path) -> Path:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def _missing(text: str) -> UsageError:
