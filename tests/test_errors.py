@@ -189,7 +189,7 @@ def test_the_error_has_the_required_and_the_free_memory() -> None:
     assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
     assert error.got == "out of memory on cuda in stage decode"
     assert error.needs == "20.00 GiB more; 3.25 GiB is free"
-    assert "smaller size" in error.fix and 'text_on="drop"' in error.fix
+    assert "smaller width" in error.fix and 'text_on="drop"' in error.fix
 
 
 def test_without_numbers() -> None:
