@@ -151,7 +151,7 @@ def refused(file: Path, code: str, *parts: str) -> CheckpointError:
     with pytest.raises(CheckpointError) as e:
         read_header(file)
     assert e.value.code == code and all(part in str(e.value) for part in parts), str(e.value)
-    assert len(str(e.value)) < 1200
+    assert len(str(e.value)) < 1300
     return e.value
 
 
