@@ -72,7 +72,9 @@ def noise(level: int, spread: float) -> Frames:
 def test_black_and_single_colours_are_refused(
     frames: Frames, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with refused(QualityError, "E-OUT-02", text, f"all {len(frames)} frames", "--seed", "--allow-flat"):
+    with refused(
+        QualityError, "E-OUT-02", text, f"all {len(frames)} frames", "another seed", "allow_flat=True"
+    ):
         check_visible(frames)
     assert not caplog.records
     (warning,) = check_visible(frames, allow=True)
@@ -131,7 +133,7 @@ def test_small_objects_textures_and_grain_pass(frames: Frames, caplog: pytest.Lo
     ],
 )
 def test_noise_is_refused(frames: Frames) -> None:
-    with refused(QualityError, "E-OUT-04", "is noise", "pixels", "ascendit inspect", "--allow-flat"):
+    with refused(QualityError, "E-OUT-04", "is noise", "pixels", "ascendit inspect", "allow_flat=True"):
         check_visible(frames)
     assert "is noise" in check_visible(frames, allow=True)[0]
 

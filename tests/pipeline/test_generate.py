@@ -149,9 +149,9 @@ def test_without_a_size_the_video_has_the_ratio_of_the_image(tiny_i2v_cascade: P
 @pytest.mark.parametrize(
     ("name", "fields", "code", "text"),
     [
-        ("flf2v", {"image": picture()}, "E-REQ-04", "--last-image FILE"),
-        ("flf2v", {"last_image": picture()}, "E-REQ-04", "--image FILE"),
-        ("flf2v", {"image": picture(), "last_image": picture(), "num_frames": 1}, "E-REQ-03", "--frames 5"),
+        ("flf2v", {"image": picture()}, "E-REQ-04", "last_image=.FILE"),
+        ("flf2v", {"last_image": picture()}, "E-REQ-04", " image=.FILE"),
+        ("flf2v", {"image": picture(), "last_image": picture(), "num_frames": 1}, "E-REQ-03", "num_frames=5"),
         ("i2v_21", {"image": picture(), "last_image": picture()}, "E-REQ-04", "takes no last image"),
         ("ti2v_image", {"image": picture(), "last_image": picture()}, "E-REQ-04", "takes no last image"),
         ("t2v_single", {"last_image": picture()}, "E-REQ-04", "takes no last image"),
@@ -372,8 +372,8 @@ def test_bfloat16_run_is_near_float32(tiny_t2v_cascade: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "code", "text"),
     [
-        ({"num_frames": 10}, "E-REQ-01", "--frames 9 or --frames 13"),
-        ({"height": 40}, "E-REQ-02", "--size 48x32 or --size 48x48"),
+        ({"num_frames": 10}, "E-REQ-01", "num_frames=9 or num_frames=13"),
+        ({"height": 40}, "E-REQ-02", "width=48, height=32 or width=48, height=48"),
         ({"num_inference_steps": 0}, "E-REQ-03", "num_inference_steps"),
         ({"image": "x.png"}, "E-REQ-04", "text-to-video"),
     ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ascendit.errors import UsageError
+from ascendit.option_text import command_line
 from ascendit.pipeline.video import Video, check_output
 
 
@@ -59,11 +60,13 @@ def test_every_suggested_name_works(
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     prepare(Path.cwd())
-    with pytest.raises(UsageError) as error:
+    with command_line(), pytest.raises(UsageError) as error:
         check_output(name, shape, fps)
-    words = shlex.split(error.value.fix)
+    with command_line():
+        fix = error.value.fix
+    words = shlex.split(fix)
     names = [word for before, word in zip(words, words[1:], strict=False) if before == "-o"]
-    assert names and len(names) == len(re.findall("-o ", error.value.fix))
+    assert names and len(names) == len(re.findall("-o ", fix))
     frames = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for suggested in names:
         assert not Video(frames, fps).save(suggested, metadata=False).name.startswith(name.rstrip("/") + "/")

@@ -28,10 +28,18 @@ PROMPT = "a red circle moves right on a black background"
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 MX = ("mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8")
 SCHEMES = ("int8", "int8_block", "fp8", *MX)
+FAST = [*((s, "cpu") for s in SCHEMES), ("mxfp4", "twin:a5"), ("int8", "twin:a2")]
 SCHEMES_AND_DEVICES = [
-    *((s, d) for s in SCHEMES for d in ("cpu", "twin:a5")),
-    *(("int8", d) for d in ("twin:a2", "twin:a3")),
-    ("int8_block", "twin:a2"),
+    *FAST,
+    *(
+        pytest.param(s, d, marks=pytest.mark.slow)
+        for s, d in (
+            *((s, "twin:a5") for s in SCHEMES),
+            *(("int8", d) for d in ("twin:a2", "twin:a3")),
+            ("int8_block", "twin:a2"),
+        )
+        if (s, d) not in FAST
+    ),
 ]
 CLOSE_DB, LAYER_DB = 45.0, 50.0
 EMULATED_DB = 35.0
@@ -129,6 +137,7 @@ def on_a2(prompts: int) -> float:
     return median(decibels)
 
 
+@pytest.mark.slow
 def test_int8_on_the_cpu_and_on_a2_agree() -> None:
     assert on_a2(3) >= CLOSE_DB
 

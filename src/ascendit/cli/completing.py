@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from ascendit.checkpoint.weight_sets import WEIGHT_SUFFIXES
 from ascendit.environment import join_bash_words
+from ascendit.errors import escaped
 
 
 class Command(TyperCommand):
@@ -95,4 +96,4 @@ def joined_pieces() -> Iterator[None]:
     finally:
         for line in text.getvalue().splitlines():
             starts = (start for start in (typed, typed.partition("=")[2]) if start and line.startswith(start))
-            print(line.removeprefix(next(starts, "")))
+            print(escaped(line.removeprefix(next(starts, ""))))
