@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -45,8 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
-    """Fixed seeds and threads, without importing torch or NumPy for tests that do not need them."""
+    """Fixed seeds and threads, without importing torch or NumPy for tests that do not need them.
+
+    Also the log level, which a command sets, here in the process of the tests.
+    """
     random.seed(0)
+    logging.getLogger("ascendit").setLevel(logging.NOTSET)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
@@ -84,6 +89,15 @@ tiny_ti2v_image = _fixture("ti2v_image")
 tiny_i2v_cascade = _fixture("i2v_cascade")
 tiny_i2v_21 = _fixture("i2v_21")
 tiny_flf2v = _fixture("flf2v")
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the commands `ascendit` and `python`, which start without importing."""
+    from warm_process import warm_commands
+
+    with warm_commands(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
 
 
 @pytest.fixture

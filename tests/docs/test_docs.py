@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -159,27 +158,15 @@ def test_the_changelog_has_this_version() -> None:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PATH with `ascendit` and `python` of this interpreter."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name, start in (("python", ""), ("ascendit", "-m ascendit")):
-        file = folder / name
-        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
-        file.chmod(0o755)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Page -> the folder in which its blocks run."""
     return {page: tmp_path_factory.mktemp("page") for page in {block.page for block in BLOCKS}}
 
 
-def run(block: Block, folder: Path, commands: Path) -> Done:
-    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
-    source = os.pathsep.join(filter(None, [str(REPO / "src"), os.environ.get("PYTHONPATH", "")]))
-    environment["PYTHONPATH"] = source
-    interpreter = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+def run(block: Block, folder: Path, warm: Path) -> Done:
+    environment = {**os.environ, "PATH": f"{warm}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
+    python, bash = [str(warm / "python"), "-c"], ["bash", "-euo", "pipefail", "-c"]
+    interpreter = python if block.language == "python" else bash
     code = block.code
     if code.startswith("make "):
         folder, code = REPO, re.sub(r"^make ", "make -n ", code, flags=re.M)
@@ -195,9 +182,9 @@ def run(block: Block, folder: Path, commands: Path) -> Done:
 
 
 @pytest.fixture(scope="module")
-def ran(folders: dict[str, Path], commands: Path) -> Callable[[Block], Done]:
+def ran(folders: dict[str, Path], warm: Path) -> Callable[[Block], Done]:
     """Runs a block in the folder of its page, once."""
-    return cache(lambda block: run(block, folders[block.page], commands))
+    return cache(lambda block: run(block, folders[block.page], warm))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.page}:{b.line}")
@@ -273,14 +260,14 @@ EXAMPLE_OUTPUTS = {"01_generate.py": "out.mp4", "02_quantize.py": "out"}
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_example_files_are_short_and_run(path: Path, tmp_path: Path, commands: Path) -> None:
+def test_example_files_are_short_and_run(path: Path, tmp_path: Path, warm: Path) -> None:
     code = path.read_text(encoding="utf-8")
     assert len(code.splitlines()) <= 40
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
     output = EXAMPLE_OUTPUTS[path.name]
     block = Block(path.name, 1, "bash", f'python "{path}" {output}', "")
-    done = run(block, tmp_path, commands)
+    done = run(block, tmp_path, warm)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / output).stat().st_size > 0
 
