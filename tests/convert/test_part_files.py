@@ -182,7 +182,7 @@ def test_the_record_of_parts_alone(cascade: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Linear layers" not in card and "Bits per weight" not in card
     command = json.loads((tmp_path / "out" / "ascendit.json").read_text())["command"]
-    assert command == f"ascendit repack {WEIGHTS} -o out --base {cascade.name} --copy"
+    assert command == f"ascendit repack vae={WEIGHTS} -o out --base {cascade.name} --copy"
 
 
 def test_a_name_chooses_the_part_of_an_all_in_one_file(

@@ -156,12 +156,15 @@ def source_argument(layout: Layout) -> str:
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
     """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
-    A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
+    With a base, a file has the name of its component, because the base may have two of the kind. A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
-    sources = [source_argument(layout)]
-    if layout.kind == "file":
+    flags = list(flags)
+    if layout.kind != "file":
+        sources = [source_argument(layout)]
+    elif len(layout.parts) > 1 or dict(flags).get("--base"):
         sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
-        sources = sources if len(sources) > 1 else [escaped(layout.root.name)]
+    else:
+        sources = [escaped(layout.root.name)]
     args = ["ascendit", verb, *sources, "-o", escaped(dst.name)]
     for flag, setting in flags:
         for value in setting if isinstance(setting, list | tuple) else [setting]:
