@@ -185,6 +185,14 @@ def test_the_record_of_parts_alone(cascade: Path, tmp_path: Path) -> None:
     assert command == f"ascendit repack vae={WEIGHTS} -o out --base {cascade.name} --copy"
 
 
+def test_the_record_of_one_expert_names_it(cascade: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "epoch-7.safetensors"
+    file.symlink_to(files["transformer_2"])
+    repack(f"low={file}", tmp_path / "out", base=cascade, copy=True)
+    command = json.loads((tmp_path / "out" / "ascendit.json").read_text())["command"]
+    assert command == f"ascendit repack transformer_2={file.name} -o out --base {cascade.name} --copy"
+
+
 def test_a_name_chooses_the_part_of_an_all_in_one_file(
     cascade: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
