@@ -74,6 +74,8 @@ POSITIONAL = {
     "quantize_": ("keep",),
 }
 """Function -> the keywords that one more value without a name can be for."""
+TEXTS = ("negative_prompt",)
+"""Those of them that a number cannot be for."""
 LISTS = ("keep", "lora_skip", "loras", "parts")
 """Keywords whose values are lists."""
 NAMES = {"attn_implementation": "attention", "quality": "crf", "sheet_path": "sheet", "num_videos": "seeds"}
@@ -269,6 +271,8 @@ def _check_call(
         keywords = [*names, *KEYWORDS_OF.get(function, "").split()]
         value, choices = surplus[0], POSITIONAL[function]
         keyword = next((name for name in choices if value_for(name, value)), choices[0])
+        if keyword in TEXTS and isinstance(value, int | float):
+            keyword = "num_inference_steps" if function == "generate" else keyword
         number = len(by_position) - (names[0] == "self")
         raise UsageError(
             f"{number + len(surplus)} values without a name",
@@ -307,11 +311,15 @@ _ATTRIBUTES = {
     "ascendit.repack(src, dst)": "save_pretrained",
     'pipe.generate(prompt, solver="unipc")': "scheduler",
     "pipe.generate(prompt, on_progress=print)": "set_progress_bar_config progress_bar",
-    'video.save("out.mp4")': "save export_to_video export_to_gif save_video cache_video",
+    'video.save("out.mp4")': "save export_to_video export_to_gif save_video cache_video"
+    " export write write_video to_mp4 to_gif save_to",
     "ascendit.load(model).generate(prompt)": "generate generate_video text_to_video image_to_video",
     "pipe.text": "text_encoder tokenizer",
     "pipe.transformer": "unet dit",
     "pipe.clip": "image_encoder",
+    "pipe.experts": "components",
+    "pipe.defaults": "config",
+    "video.frames": "images videos numpy to_numpy",
 }
 _ATTRIBUTE_OF = {name: fix for fix, names in _ATTRIBUTES.items() for name in names.split()}
 """Attribute in other tools -> the fix."""

@@ -57,6 +57,10 @@ def contact_sheet(videos: Video | Iterable[Video], *, columns: int = COLUMNS) ->
     Pillow is missing.
     """
     clips = [videos] if isinstance(videos, Video) else list(videos)
+    for clip in clips:
+        if not isinstance(clip, Video):
+            needs, fix = "videos, as pipe.generate returns them", "contact_sheet([video], columns=6)"
+            raise UsageError(f"a {type(clip).__name__} in contact_sheet", needs=needs, fix=fix)
     if not clips or columns < 1:
         got = f"{len(clips)} videos in {columns} columns"
         needs = "at least one video and one column"
