@@ -108,6 +108,14 @@ def test_a_wrong_keyword(function: str, arguments: dict[str, Any], fix: str) -> 
         (lambda: PIPE.generate(), EXAMPLES["generate"]),
         (lambda: PIPE.generate("a", "blur"), 'negative_prompt="blur"'),
         (lambda: PIPE.generate(text="a"), 'pipe.generate("a")'),
+        (lambda: FUNCTIONS["quantize"](PIPE, "o", scheme="int8"), EXAMPLES["quantize"]),
+        (lambda: FUNCTIONS["quantize"]("demo", 5, scheme="int8"), EXAMPLES["quantize"]),
+        (lambda: FUNCTIONS["quantize"]("demo", "o", scheme="int8", keep="a.*"), 'keep=["a.*"]'),
+        (lambda: FUNCTIONS["quantize"]("demo", "o", scheme="int8", keep=5), 'keep=["blocks.0.*"]'),
+        (lambda: FUNCTIONS["quantize"]("demo", "o", 8), EXAMPLES["quantize"]),
+        (lambda: FUNCTIONS["repack"](PIPE, "o"), EXAMPLES["repack"]),
+        (lambda: FUNCTIONS["load"]("demo", ["cpu"]), EXAMPLES["load"]),
+        (lambda: FUNCTIONS["contact_sheet"](), EXAMPLES["contact_sheet"]),
         (lambda: PIPE.generate("a", 17), "num_inference_steps=17"),
         (lambda: FUNCTIONS["contact_sheet"](["a.mp4"]), "contact_sheet([video], columns=6)"),
         (lambda: options(model=5), 'model="demo"'),
@@ -153,6 +161,11 @@ def test_an_attribute_of_another_tool(owner: Any, name: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         getattr(owner, name)
     assert error.value.fix == fix or (fix.endswith(" ") and error.value.fix.startswith(fix))
+
+
+def test_an_empty_name_of_a_model_is_no_folder() -> None:
+    with pytest.raises(UsageError, match="an empty name of a model"):
+        FUNCTIONS["load"]("")
 
 
 def test_a_part_that_nothing_reads_is_not_set() -> None:

@@ -49,6 +49,7 @@ EXAMPLES = {
     "quantize": 'ascendit.quantize("model", "model-mxfp8", scheme="mxfp8")',
     "repack": 'ascendit.repack("model", "model-wan", to="wan")',
     "inspect": 'ascendit.inspect("model")',
+    "contact_sheet": "ascendit.contact_sheet([video])",
     "quantize_": 'ascendit.quantize_(module, "mxfp8")',
 }
 """Function -> a complete call."""
@@ -71,11 +72,14 @@ POSITIONAL = {
     "quantize": ("scheme", "engine"),
     "repack": ("to", "engine"),
     "inspect": ("check",),
+    "contact_sheet": ("columns",),
     "quantize_": ("keep",),
 }
 """Function -> the keywords that one more value without a name can be for."""
-TEXTS = ("negative_prompt",)
-"""Those of them that a number cannot be for."""
+TEXTS = ("negative_prompt", "device", "scheme", "to")
+"""Those of them whose value is a text."""
+PATHS = ("src", "dst", "path")
+"""Arguments of `quantize`, `repack` and `inspect` that are paths, or names of models."""
 LISTS = ("keep", "lora_skip", "loras", "parts")
 """Keywords whose values are lists."""
 NAMES = {"attn_implementation": "attention", "quality": "crf", "sheet_path": "sheet", "num_videos": "seeds"}
@@ -267,18 +271,36 @@ def _check_call(
     if twice := [p.name for p in by_position[: len(args)] if p.name in options]:
         name = twice[0]
         raise UsageError(f"two values of {name}", needs="one", fix=f"omit {name}={literal(options[name])}")
+    named = {**{p.name: value for p, value in zip(by_position, args, strict=False)}, **options}
+    _check_paths(function, named)
     if surplus := args[len(by_position) :]:
         keywords = [*names, *KEYWORDS_OF.get(function, "").split()]
         value, choices = surplus[0], POSITIONAL[function]
         keyword = next((name for name in choices if value_for(name, value)), choices[0])
-        if keyword in TEXTS and isinstance(value, int | float):
-            keyword = "num_inference_steps" if function == "generate" else keyword
+        fix = argument_hint(function, keyword, value, keywords)
+        if keyword in TEXTS and not (isinstance(value, str) or value_for(keyword, value)):
+            number_of_steps = function == "generate" and isinstance(value, int)
+            fix = f"num_inference_steps={value}" if number_of_steps else EXAMPLES[function]
         number = len(by_position) - (names[0] == "self")
         raise UsageError(
             f"{number + len(surplus)} values without a name",
             needs=f"at most {number}; all others by name",
-            fix=argument_hint(function, keyword, value, keywords),
+            fix=fix,
         )
+
+
+def _check_paths(function: str, named: Mapping[str, Any]) -> None:
+    """Raise UsageError (E-USE-01) for a path or a pattern of another type, before it is used as one."""
+    for name, value in named.items():
+        many = function == "repack" and name == "src" and isinstance(value, list | tuple)
+        is_path = function in ("quantize", "repack", "inspect") and name in PATHS
+        if is_path and not all(isinstance(x, str | os.PathLike) for x in (value if many else [value])):
+            got = f"{name} is a {type(value).__name__}"
+            raise UsageError(got, needs=f"{name}: a text or a path", fix=EXAMPLES[function])
+    keep = named.get("keep") if function == "quantize" else None
+    if keep is not None and not (isinstance(keep, list | tuple) and all(isinstance(x, str) for x in keep)):
+        fix = f"keep=[{json.dumps(keep)}]" if isinstance(keep, str) else 'keep=["blocks.0.*"]'
+        raise UsageError(f"keep={keep!r}", needs="keep: a list of patterns", fix=fix)
 
 
 def _missing(function: str, missing: Sequence[str], options: Mapping[str, Any]) -> NoReturn:

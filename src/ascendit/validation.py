@@ -73,7 +73,7 @@ _FROM_LISTS: dict[str, Callable[[Any], str | None]] = {
     "seed": lambda seeds: f"[pipe.generate(prompt, seed=seed) for seed in {list(seeds)}]",
     "guidance_scale": lambda pair: f"guidance_scale={pair[0]}, guidance_scale_2={pair[1]}",
 }
-"""Field of a request -> the fix for a list in its place."""
+"""Field of a request -> the fix for a list instead of its value."""
 _OMITTED = {"prompt": 'pass a text, as "a red circle moves right"', "seed": "omit --seed for a random one"}
 """Field of a request without a default from the model -> its fix."""
 

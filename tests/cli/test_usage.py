@@ -66,7 +66,8 @@ def test_a_table_in_a_config_is_answered_with_its_keys(tmp_path: Path, capsys: A
         ("nope.gguf", "correct the path"),
         (
             "unet=nope.gguf",
-            "correct the path, or write one of transformer, transformer_2, text_encoder, vae, image_encoder instead of unet",
+            "correct the path, or write one of transformer, transformer_2, text_encoder, vae, image_encoder "
+            "instead of unet",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import UsageError, escaped
 from ascendit.geometry import rate_text
@@ -50,6 +51,7 @@ class _Row(NamedTuple):
     details: str
 
 
+@checked_call
 def contact_sheet(videos: Video | Iterable[Video], *, columns: int = COLUMNS) -> Any:
     """A PIL image with one row for each video: up to `columns` frames, its prompt, seed and size.
 
