@@ -184,6 +184,7 @@ def test_a_part_that_nothing_reads_is_not_set() -> None:
         ({"num_frames": "many"}, "omit num_frames for the model's default"),
         ({"guidance_scale": "3.5"}, "guidance_scale=3.5"),
         ({"guidance_scale": [4, 3]}, "guidance_scale=4, guidance_scale_2=3"),
+        ({"solver": "eulr"}, 'solver="euler"'),
         ({"seed": "3"}, "seed=3"),
         ({"seed": float("nan")}, "omit seed for a random one"),
         ({"seed": [1, 2]}, "[pipe.generate(prompt, seed=seed) for seed in [1, 2]]"),

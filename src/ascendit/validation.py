@@ -164,7 +164,9 @@ def _corrected(name: str, value: Any, field: FieldInfo) -> str | None:
     texts = [*value] if isinstance(value, list | tuple) else [value]
     if texts and isinstance(texts[0], str | float):
         texts += [number for kind in (float, int) if (number := _number(kind, texts[0])) is not None]
-    annotation: Any = Annotated[field.annotation, *field.metadata]
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = Annotated[annotation, *field.metadata]
     check: TypeAdapter[Any] = TypeAdapter(annotation)
     for text in texts:
         try:

@@ -49,7 +49,8 @@ def _of_command(
         return UsageError(message, needs=usage, fix=fixed)
     param = getattr(error, "param", None) or _param(command, getattr(error, "option_name", None))
     if param is None or param.param_type_name != "option":
-        return UsageError(message, needs=usage, fix=f"ascendit {name} --help")
+        call = f"ascendit {name}"
+        return UsageError(message, needs=usage, fix=f"{call} --help")
     flag = f"{param.opts[0]} {param.metavar or ''}".strip()
     if "requires an argument" in message:
         choices = values(param.opts[0])
