@@ -30,6 +30,7 @@ from ascendit.foreign import (
     value_for,
 )
 from ascendit.foreign import translated as in_ascendit
+from ascendit.option_text import LISTS
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,8 +75,6 @@ POSITIONAL = {
     "quantize_": ("keep",),
 }
 """Function -> the keywords that one more value without a name can be for."""
-LISTS = ("keep", "lora_skip", "loras", "parts")
-"""Keywords whose values are lists."""
 NAMES = {"attn_implementation": "attention", "quality": "crf", "sheet_path": "sheet", "num_videos": "seeds"}
 NAMES |= dict.fromkeys([name for name, flag in MANY.items() if flag == "--num-videos"], "seeds")
 NAMES |= dict.fromkeys([name for name, flag in MANY.items() if flag == "--prompts"], "prompts")

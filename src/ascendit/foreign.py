@@ -31,7 +31,7 @@ RENAMED = {
     "image": "image_path input_image start_image first_frame input_reference img src_image init_image"
     " first_image first_frame_image i",
     "last_image": "end_image last_frame last_image_path tail_image final_frame last_frame_path",
-    "timesteps": "denoising_step_list sample_timesteps own_timesteps",
+    "timesteps": "denoising_step_list sample_timesteps",
     "size": "resolution video_size image_size",
     "width": "target_width w",
     "height": "target_height h",

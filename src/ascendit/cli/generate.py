@@ -14,7 +14,8 @@ from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
-from ascendit.pipeline.options import FLAGS, OPTIONS
+from ascendit.option_text import FLAGS, flag_of
+from ascendit.pipeline.options import OPTIONS
 from ascendit.report import shell_line
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
-    names = names or f"--{name.replace('_', '-')}"
+    names = names or FLAGS.get(name) or flag_of(name)
     settings: dict[str, Any] = {"autocompletion": completion(names.split()[-1]), "callback": value_of_flag}
     option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, **settings)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
@@ -64,23 +65,23 @@ PARAMETERS = (
     _flag("seed", str, SEEDS, "N,.."),
     _flag("num_videos", int, NUM_VIDEOS, "N"),
     _flag("prompts", str, PROMPTS, "FILE"),
-    _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
+    _flag("num_inference_steps", int, "Number of denoising steps.", "N"),
     _flag("size", str, SIZE, "WxH"),
-    _flag("num_frames", int, "Number of frames, 4n+1.", "N", "--frames"),
+    _flag("num_frames", int, "Number of frames, 4n+1.", "N"),
     _flag("seconds", float, "Length in seconds, instead of --frames.", "S"),
     _flag("fps", str, "Frames per second of the file: 24, 23.976 or 24000/1001.", "N", hidden=True),
     _flag("crf", int, CRF, "N", hidden=True),
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
-    _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
+    _flag("flow_shift", float, "Flow shift of the schedule.", "X", hidden=True),
     _flag("solver", str, "Solver: unipc, dpm++, euler or renoise.", "NAME", hidden=True),
-    _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
+    _flag("timesteps", str, TIMESTEPS, "T,T,..", hidden=True),
     _flag("preset", str, PRESET, "NAME"),
-    _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
+    _flag("negative_prompt", str, NEGATIVE, "TEXT"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
     _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
     _flag("fit", str, FIT, "HOW"),
     *(
-        _flag(name, list[str] if x.repeatable else str, x.help, x.metavar, FLAGS[name], hidden=x.hidden)
+        _flag(name, list[str] if x.repeatable else str, x.help, x.metavar, hidden=x.hidden)
         for name, x in OPTIONS.items()
         if x.metavar
     ),

@@ -22,6 +22,7 @@ from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
 from ascendit.foreign import COMMAND_ADVICE, FLAG_FOR, KEYWORD_OF, ON, hint, normal, value_for
 from ascendit.geometry import FrameRate, frame_rate
+from ascendit.option_text import flag_of
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
@@ -55,25 +56,10 @@ MEANINGS = {
 }
 """Key -> its meaning, for keys that differ from a flag or have none."""
 
-FLAG_ONLY = {
-    "size": "--size",
-    "guidance": "--guidance",
-    "seeds": "--seed",
-    "output": "-o",
-    "sheet": "--sheet",
-    "num_videos": "--num-videos",
-    "prompts": "--prompts",
-    "config": "--config",
-    "latents": "--latents",
-}
+_NO_KEYS = "size guidance sheet num_videos prompts config latents"
+FLAG_ONLY = {name: flag_of(name) for name in _NO_KEYS.split()} | {"seeds": "--seed", "output": "-o"}
 """Name of a flag that is no key of `--set` -> the flag."""
-SWITCHES = {
-    "overwrite": "--overwrite",
-    "dry_run": "--dry-run",
-    "keep_latents": "--keep-latents",
-    "demo": "--demo",
-    "json": "--json",
-}
+SWITCHES = {name: flag_of(name) for name in ("overwrite", "dry_run", "keep_latents", "demo", "json")}
 """Name of a flag without a value -> the flag."""
 
 # A key removes these keys from sources of lower precedence.
@@ -135,7 +121,7 @@ def read_call(
         raise UsageError("--config and --latents", needs=needs, fix="omit --config")
     environment, notes = read_environment(VARIABLES)
     algo = environment.pop("attention", None)
-    flag_values = {key: value for key, value in flags.items() if key in KEYS and value is not None}
+    flag_values = {k: v for k, v in flags.items() if k in KEYS and k not in SPLIT and v is not None}
     for flag, split in SPLIT.items():
         if flags.get(flag) is not None:
             try:
@@ -269,9 +255,9 @@ def parse_timesteps(text: str) -> dict[str, tuple[float, ...]]:
 SPLIT: dict[str, Callable[[str], dict[str, Any]]] = {
     "size": parse_size,
     "guidance": parse_guidance,
-    "own_timesteps": parse_timesteps,
+    "timesteps": parse_timesteps,
 }
-"""Flags that set other keys -> the parser that returns these keys."""
+"""Name of a flag with several numbers -> the parser that returns its keys."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from ascendit.cli.completing import COMPLETERS, Command, joined_pieces, with_files
-from ascendit.cli.output import Output, report_internal_error, traceback_text
+from ascendit.cli.output import COMMON, Output, report_internal_error, traceback_text
 from ascendit.environment import accept_click_completion, disable_device_plugins
 from ascendit.errors import (
     AscenditError,
@@ -41,7 +41,6 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
-COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
 

@@ -156,7 +156,8 @@ def source_argument(layout: Layout) -> str:
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
     """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
-    With a base, a file has the name of its component, because the base may have two of the kind. A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
+    With a base, a file has the name of its component, because the base may have two of the kind. A flag with
+    None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
     flags = list(flags)
     if layout.kind != "file":
