@@ -235,23 +235,12 @@ def is_page(file: Path) -> bool:
     return file.suffix.lower() == ".html"
 
 
-def write_report(file: Path, data: Mapping[str, Any], page: Callable[[], Page]) -> None:
+def write_report(file: Path, data: Mapping[str, Any], page: Callable[[], Page] | None = None) -> None:
     """Write `page()` if the name ends in `.html`, else `data` as JSON; creates the folder, replaces the file.
 
     Raises EnvironmentProblem: E-ENV-02 if the folder is not writable, E-ENV-04 for a full disk.
     """
-    if is_page(file):
-        _write(file, page().markup())
-    else:
-        write_json(file, data)
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write `data` as JSON; creates the folder, replaces the file. Raises as `write_report`."""
-    _write(file, json_text(data) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
+    text = page().markup() if page and is_page(file) else json_text(data) + "\n"
     new = file.with_name(f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
