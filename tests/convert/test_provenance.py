@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,3 +132,14 @@ def test_both_files_are_written(record, tmp_path):
     data = json.loads((tmp_path / "ascendit.json").read_text())
     assert data["sizes"] == {"part/a.json": 2}
     assert data["files"] == {**record.files, "part/a.json": hashlib.sha256(b"{}").hexdigest()}
+
+
+def test_the_next_command_names_the_published_base():
+    config = {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "in_channels": 36}
+    config |= {"image_dim": 1280, "pos_embed_seq_len": 514}
+    source: Any = SimpleNamespace(name="x", experts=[None])
+    base = "hf:Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"
+    command = f"ascendit repack /o -o /o-full --base {base}"
+    assert provenance.next_command(Path("/o"), config, source, is_pipeline=False) == command
+    source.experts = []
+    assert provenance.next_command(Path("/o"), config, source, is_pipeline=False).endswith("--base MODEL")

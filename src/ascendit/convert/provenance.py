@@ -24,7 +24,7 @@ from ascendit.checkpoint.trust import Home
 from ascendit.convert.other_files import CARD_FILE
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError, escaped
-from ascendit.family import has_position_embeddings, published_base
+from ascendit.family import has_position_embeddings, spec_of
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
 from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
@@ -184,16 +184,16 @@ def next_command(
     `config`: of its first expert. The files of an engine without the other components are for that engine:
     `inspect` shows how it starts.
     """
-    name = short_path(dst)
+    name, spec = short_path(dst), spec_of(config, len(source.experts), source.name)
+    base = spec.hub if spec else "MODEL"
     if is_pipeline:
         images = ["--image", "first.png"] if model_kind(config) == "i2v" else []
         images += ["--last-image", "last.png"] if has_position_embeddings(config) else []
-        is_demo = published_base(config, len(source.experts), source.name) == "demo"
-        prompt = "a red circle moves right on a black background" if is_demo else "a cat plays the piano"
+        demo, cat = "a red circle moves right on a black background", "a cat plays the piano"
+        prompt = demo if base == "demo" else cat
         return shell_line(["ascendit", "generate", name, prompt, *images])
     if engine is not None:
         return shell_line(["ascendit", "inspect", name])
-    base = published_base(config, len(source.experts), source.name)
     return shell_line(["ascendit", "repack", name, "-o", f"{name}-full", "--base", base])
 
 
