@@ -13,10 +13,11 @@ from ascendit.cli.main import completion, value_of_flag
 from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
-from ascendit.family import PRESETS
+from ascendit.family import PRESETS, Solver
 from ascendit.option_text import FLAGS, flag_of
 from ascendit.pipeline.options import OPTIONS
 from ascendit.report import shell_line
+from ascendit.validation import one_of
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_plan import Planned
@@ -73,7 +74,7 @@ PARAMETERS = (
     _flag("crf", int, CRF, "N", hidden=True),
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
     _flag("flow_shift", float, "Flow shift of the schedule.", "X", hidden=True),
-    _flag("solver", str, "Solver: unipc, dpm++, euler or renoise.", "NAME", hidden=True),
+    _flag("solver", str, f"Solver: {one_of(Solver)}.", "NAME", hidden=True),
     _flag("timesteps", str, TIMESTEPS, "T,T,..", hidden=True),
     _flag("preset", str, PRESET, "NAME"),
     _flag("negative_prompt", str, NEGATIVE, "TEXT"),

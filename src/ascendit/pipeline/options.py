@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, PlainValidator
 
 from ascendit import option_text
-from ascendit.device.device import Device, parse_device
+from ascendit.device.device import DenoiserDtype, Device, VaeDtype, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
 from ascendit.pipeline.defaults import Source
@@ -204,12 +204,12 @@ class LoadOptions(Checked):
     ] = ()
     activation_rule: Annotated[str | None, Option("Activation scale rules, for example mxfp4=max:7.")] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        DenoiserDtype | None,
         PlainValidator(_dtype),
         Option("dtype of the denoiser; default: as stored on a CPU, else bfloat16."),
     ] = None
     vae_dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
+        VaeDtype | None,
         PlainValidator(_dtype),
         Option("dtype of the VAE; default float32. bfloat16: two thirds of the time, about 50 dB PSNR."),
     ] = None
