@@ -29,11 +29,11 @@ _RENAMED = {
 
 
 def flag_of(name: str) -> str:
-    """The flag of a keyword with the same name: `--text-on` for `text_on`."""
-    return f"--{name.replace('_', '-')}"
+    """The flag of a keyword: `--text-on` for `text_on`, `--lora` for `loras`."""
+    return _RENAMED.get(name) or f"--{name.replace('_', '-')}"
 
 
-FLAGS = {name: flag_of(name) for name in _SAME.split()} | _RENAMED
+FLAGS = {name: flag_of(name) for name in (*_SAME.split(), *_RENAMED)}
 """Keyword in Python -> its flag with a value, if it has one; others are set with `--set keyword=value`."""
 KEYWORDS = {flag: keyword for keyword, flag in FLAGS.items()}
 """Flag with a value -> its keyword."""

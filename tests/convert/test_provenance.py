@@ -61,7 +61,7 @@ def test_a_hub_snapshot_has_its_name_on_the_hub(record, tmp_path):
     front = front_matter(provenance.model_card(record, "small"))
     assert front["base_model"] == "Wan-AI/Wan2.2-I2V-A14B" and front["pipeline_tag"] == "image-to-video"
     assert provenance.ascendit_json(record)["source"]["name"] == f"Wan-AI/Wan2.2-I2V-A14B@{root.name}"
-    line = provenance.command_line("quantize", record.layout, Path("/somewhere/small"), [])
+    line = provenance.command_line("quantize", record.layout, Path("/somewhere/small"), {})
     assert line == f"ascendit quantize hf:Wan-AI/Wan2.2-I2V-A14B@{root.name} -o small"
 
 
@@ -108,14 +108,8 @@ def test_neither_file_has_local_paths(record, tmp_path):
 
 
 def test_the_command_line_quotes_repeats_and_omits_flags(tmp_path):
-    flags = [
-        ("--scheme", "mxfp8"),
-        ("--recipe", None),
-        ("--keep", ["blocks.0.*", "a b"]),
-        ("--copy", True),
-        ("--force", False),
-    ]
-    line = provenance.command_line("quantize", layout(tmp_path, "My model"), tmp_path / "x y", flags)
+    options = {"scheme": "mxfp8", "recipe": None, "keep": ["blocks.0.*", "a b"], "copy": True, "force": False}
+    line = provenance.command_line("quantize", layout(tmp_path, "My model"), tmp_path / "x y", options)
     assert line == (
         "ascendit quantize 'My model' -o 'x y' --scheme mxfp8 --keep 'blocks.0.*' --keep 'a b' --copy"
     )

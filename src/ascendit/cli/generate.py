@@ -14,7 +14,7 @@ from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS, Solver
-from ascendit.option_text import FLAGS, flag_of
+from ascendit.option_text import flag_of
 from ascendit.pipeline.options import OPTIONS
 from ascendit.report import shell_line
 from ascendit.validation import one_of
@@ -30,7 +30,7 @@ def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
-    names = names or FLAGS.get(name) or flag_of(name)
+    names = names or flag_of(name)
     settings: dict[str, Any] = {"autocompletion": completion(names.split()[-1]), "callback": value_of_flag}
     option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, **settings)
     default, hint = (False, bool) if kind is bool else (None, kind | None)

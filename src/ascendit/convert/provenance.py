@@ -10,7 +10,7 @@ base, the published Diffusers folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError, escaped
 from ascendit.family import has_position_embeddings, spec_of
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
+from ascendit.option_text import flag_of
 from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
 from ascendit.weights.engine_formats import model_kind
@@ -153,21 +154,21 @@ def source_argument(layout: Layout) -> str:
     return f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
 
 
-def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
+def command_line(verb: str, layout: Layout, dst: Path, options: Mapping[str, object]) -> str:
     """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
-    With a base, a file has the name of its component, because the base may have two of the kind. A flag with
-    None or False is omitted, True adds the flag without a value, a list repeats the flag.
+    `options`: keyword -> value; None and False omit its flag, True adds it without a value, a list repeats
+    it. With a base, a file has the name of its component, because the base may have two of the kind.
     """
-    flags = list(flags)
     if layout.kind != "file":
         sources = [source_argument(layout)]
-    elif len(layout.parts) > 1 or dict(flags).get("--base"):
+    elif len(layout.parts) > 1 or options.get("base"):
         sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
     else:
         sources = [escaped(layout.root.name)]
     args = ["ascendit", verb, *sources, "-o", escaped(dst.name)]
-    for flag, setting in flags:
+    for keyword, setting in options.items():
+        flag = flag_of(keyword)
         for value in setting if isinstance(setting, list | tuple) else [setting]:
             if value is True:
                 args.append(flag)

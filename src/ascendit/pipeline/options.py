@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator
 
-from ascendit import option_text
 from ascendit.device.device import DenoiserDtype, Device, VaeDtype, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
+from ascendit.option_text import flag_of
 from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
@@ -286,7 +286,7 @@ def _rows(kind: type[Row]) -> dict[str, Row]:
 
 
 OPTIONS = _rows(Option)
-FLAGS = {name: option_text.FLAGS[name] for name, row in OPTIONS.items() if row.metavar}
+FLAGS = {name: flag_of(name) for name, row in OPTIONS.items() if row.metavar}
 """Option name -> its flag."""
 VARIABLES = _rows(Variable)
 """Option name -> the environment variable that sets it."""
