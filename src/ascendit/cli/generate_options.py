@@ -39,23 +39,6 @@ KEYS: dict[str, Any] = {
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
-MEANINGS = {
-    "prompt": "The text of the video.",
-    "width": "Width in pixels.",
-    "height": "Height in pixels.",
-    "timesteps": "Positions of the steps before the shift; replaces num_inference_steps.",
-    "guidance_scale": "Guidance of the only or the high-noise expert; at most 1: none.",
-    "guidance_scale_2": "Guidance of the low-noise expert; default: the model's, or guidance_scale if set.",
-    "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
-    "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
-    "max_sequence_length": "Tokens of the prompt, at most 512.",
-    "crf": "Quality of the file: lower is better and larger; default 18. Command line only.",
-    "seed": "The same seed gives the same video; default: random, and printed.",
-    "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
-    "seconds": "Length in seconds, instead of num_frames. Command line only.",
-}
-"""Key -> its meaning, for keys that differ from a flag or have none."""
-
 _NO_KEYS = "size guidance sheet num_videos prompts config latents"
 FLAG_ONLY = {name: flag_of(name) for name in _NO_KEYS.split()} | {"seeds": "--seed", "output": "-o"}
 """Name of a flag that is no key of `--set` -> the flag."""
