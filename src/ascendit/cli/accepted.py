@@ -1,4 +1,4 @@
-"""The check of translated lines: whether a flag accepts its value, and which arguments a line lacks.
+"""Check translated lines: whether a flag accepts its value, and which arguments are missing.
 
 refusal("generate", ["--solver", "normal"])       # "solver: unipc or dpm++ or euler or renoise"
 complete("repack", ["demo"], command)             # ["demo", "-o", "DST"]

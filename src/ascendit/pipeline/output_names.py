@@ -25,7 +25,7 @@ _LITTLE = frozenset("a an and at in is of on the to with".split())
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-"""Letters and marks without a shape."""
+"""Invisible letters and marks."""
 
 
 def default_name(prompt: str, seed: int, when: datetime) -> Path:
