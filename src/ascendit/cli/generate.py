@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.main import completion, value_of_flag
+from ascendit.cli.main import completion, flag
 from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
@@ -30,9 +30,7 @@ def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
-    names = names or flag_of(name)
-    settings: dict[str, Any] = {"autocompletion": completion(names.split()[-1]), "callback": value_of_flag}
-    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, **settings)
+    option = flag(f"{names or flag_of(name)} {metavar or ''}", help, hidden=hidden)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
     return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
@@ -62,7 +60,7 @@ PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
     inspect.Parameter("args", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, ARGS]),
     _flag("demo", bool, "Use the small demo model included with ascendit."),
-    _flag("output", str, FILES, "FILE", "-o --output"),  # text: a Path would drop the / of a folder
+    _flag("output", str, FILES, "FILE", "-o, --output"),  # text: a Path would drop the / of a folder
     _flag("seed", str, SEEDS, "N,.."),
     _flag("num_videos", int, NUM_VIDEOS, "N"),
     _flag("prompts", str, PROMPTS, "FILE"),

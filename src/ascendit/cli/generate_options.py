@@ -104,22 +104,11 @@ def read_call(
         raise UsageError("--config and --latents", needs=needs, fix="omit --config")
     environment, notes = read_environment(VARIABLES)
     algo = environment.pop("attention", None)
-    flag_values = {k: v for k, v in flags.items() if k in KEYS and k not in SPLIT and v is not None}
-    for flag, split in SPLIT.items():
-        if flags.get(flag) is not None:
-            try:
-                flag_values |= split(flags[flag])
-            except UsageError as e:
-                e.fix = (
-                    own_value(flag, flags[flag], "demo" if demo else args[0] if len(args) == 2 else None)
-                    or e.fix
-                )
-                raise
     layers = [
         read_latents_config(latents) if latents else read_config(config) if config else {},
         environment,
         parse_settings(settings),
-        typed_layer(flag_values, source="flags"),
+        _layer_of_flags(flags, "demo" if demo else args[0] if len(args) == 2 else None),
     ]
     values = {k: v for k, v in merge(*layers).items() if v is not None}
     model, prompt = values.pop("model", None), values.pop("prompt", None)
@@ -141,6 +130,20 @@ def read_call(
         notes=notes,
         latents=latents,
     )
+
+
+def _layer_of_flags(flags: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    """The keys that flags set. `model`: if it is known, the fix of an error has a value of it."""
+    values = {name: value for name, value in flags.items() if value is not None}
+    keys = KEYS.keys() - SPLIT.keys()
+    layer = typed_layer({k: v for k, v in values.items() if k in keys}, source="flags")
+    for name in [name for name in SPLIT if name in values]:
+        try:
+            layer |= SPLIT[name](values[name])
+        except UsageError as e:
+            e.fix = own_value(name, values[name], model) or e.fix
+            raise
+    return layer
 
 
 def own_value(flag: str, text: str, model: str | None) -> str | None:

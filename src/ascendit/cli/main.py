@@ -106,15 +106,15 @@ def value_of_flag(ctx: typer.Context, param: typer.CallbackParam, value: Any) ->
     return value
 
 
-def flag(shown: str, help: str) -> Any:
+def flag(shown: str, help: str, *, hidden: bool = False) -> Any:
     """Make a flag for `Annotated`.
 
     `shown`: names and metavar as in the help, for example `-o, --output DST`.
     """
-    names = shown.replace(",", "").split()
+    names = shown.replace(", ", " ").split()
     metavar = None if names[-1].startswith("-") else names.pop()
     settings: dict[str, Any] = {"autocompletion": completion(names[-1]), "callback": value_of_flag}
-    return typer.Option(*names, metavar=metavar, help=help, **settings)
+    return typer.Option(*names, metavar=metavar, help=help, hidden=hidden, **settings)
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL, autocompletion=completion("MODEL"))]
