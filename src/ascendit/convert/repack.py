@@ -337,10 +337,8 @@ def _recipe_of(source: Layout) -> dict[str, Any]:
 
 
 def _expert_report(output: ExpertOutput) -> RepackedExpert:
-    source, rewritten = (
-        output.source,
-        [step for step in output.steps if step.how in REWRITE_LABELS and step.specs],
-    )
+    source = output.source
+    rewritten = [step for step in output.steps if step.how in REWRITE_LABELS and step.specs]
     before = {source.tensors[name].name for name in output.disk_names if name in source.tensors}
     rewritten_bytes = sum(step.output_bytes() for step in rewritten)
     return RepackedExpert(
