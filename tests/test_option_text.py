@@ -62,6 +62,7 @@ def test_flags_of_another_command_are_keys_of_set() -> None:
         assert for_reader("omit --keep, or --keep a.*") == "omit --set keep, or --set keep=a.*"
     with command_line("quantize"):
         assert for_reader("--steps 4") == "--set num_inference_steps=4"
+        assert for_reader("omit --timesteps.") == "omit --set timesteps."
         with command_line("repack"):
             assert for_reader("--steps 4") == "--steps 4"
     for command, flags in SET_ONLY.items():

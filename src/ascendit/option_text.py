@@ -73,8 +73,8 @@ _REPEATED = re.compile(r"\b(\w+)=\[([^]]*)\], \1=\[")
 _OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")
 
 SET_ONLY = {
-    "generate": ("--keep",),
-    "quantize": ("--fps", "--frames", "--negative", "--seed", "--shift", "--solver", "--steps"),
+    "generate": ["--keep"],
+    "quantize": "--fps --frames --negative --seed --shift --solver --steps --timesteps".split(),
 }
 """Command -> flags of other commands that it has as a key of `--set` only."""
 
