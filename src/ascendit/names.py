@@ -319,9 +319,7 @@ PARTS = (
 EMA = ("ema", "ema_model", "model_ema", "net_ema", "transformer_ema", "generator_ema", "unet_ema", "dit_ema")
 """Components before a moving average of the weights, which trainers store beside them or alone."""
 _PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *PARTS, *EMA])})\.)+")
-WRAPPERS = (
-    *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
-)
+WRAPPERS = "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module".split()
 """Wrappers of modules in training, anywhere in a name: DDP, torch.compile, FSDP, activation checkpoints,
 DeepSpeed.
 """

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ascendit.cli.accepted import complete
-from ascendit.cli.translate import COMMON, Values, options_of, repaired, translate
+from ascendit.cli.translate import SHARED, Values, options_of, repaired, translate
 from ascendit.errors import UsageError
 from ascendit.report import shell_line
 
@@ -75,7 +75,7 @@ def _with_second(name: str, args: Sequence[str], command: Any) -> str | None:
     has no more, or its other arguments do not parse.
     """
     takes = [param for param in command.params if param.param_type_name == "argument"]
-    line = translate(args, name, options_of(command) | COMMON)
+    line = translate(args, name, options_of(command) | SHARED)
     if any(param.nargs != 1 for param in takes) or len(line.arguments) <= len(takes):
         return None
     first, second = line.arguments[: len(takes)], line.arguments[len(takes)]
