@@ -12,20 +12,25 @@ import torch
 
 import ascendit
 from ascendit.arguments import CALLS, EXAMPLES, KEYWORDS_OF, NAMES, POSITIONAL, unknown_arguments
-from ascendit.errors import UsageError
+from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.options import LoadOptions
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.sheet import contact_sheet
 from ascendit.pipeline.video import Video
 
 PIPE: Any = object.__new__(Pipeline)
 VIDEO: Any = Video(frames=np.zeros((1, 16, 16, 3), np.uint8), fps=8)
+REQUEST: dict[str, Any] = {"prompt": "a", "width": 16, "height": 16, "num_frames": 1, "fps": 8, "seed": 1}
+REQUEST |= {"num_inference_steps": 1, "guidance_scale": 1.0, "flow_shift": 1.0}
+options: Any = LoadOptions
 FUNCTIONS: dict[str, Any] = {
     "load": ascendit.load,
     "generate": Pipeline.generate,
     "save": Video.save,
     "quantize": ascendit.quantize,
     "repack": ascendit.repack,
+    "contact_sheet": contact_sheet,
 }
 
 
@@ -103,6 +108,22 @@ def test_a_wrong_keyword(function: str, arguments: dict[str, Any], fix: str) -> 
         (lambda: PIPE.generate(), EXAMPLES["generate"]),
         (lambda: PIPE.generate("a", "blur"), 'negative_prompt="blur"'),
         (lambda: PIPE.generate(text="a"), 'pipe.generate("a")'),
+        (lambda: FUNCTIONS["quantize"](PIPE, "o", scheme="int8"), EXAMPLES["quantize"]),
+        (lambda: FUNCTIONS["quantize"]("demo", 5, scheme="int8"), EXAMPLES["quantize"]),
+        (lambda: FUNCTIONS["quantize"]("demo", "o", scheme="int8", keep="a.*"), 'keep=["a.*"]'),
+        (lambda: FUNCTIONS["quantize"]("demo", "o", scheme="int8", keep=5), 'keep=["blocks.0.*"]'),
+        (lambda: FUNCTIONS["quantize"]("demo", "o", 8), EXAMPLES["quantize"]),
+        (lambda: FUNCTIONS["repack"](PIPE, "o"), EXAMPLES["repack"]),
+        (lambda: FUNCTIONS["load"]("demo", ["cpu"]), EXAMPLES["load"]),
+        (lambda: FUNCTIONS["contact_sheet"](), EXAMPLES["contact_sheet"]),
+        (lambda: PIPE.generate("a", 17), "num_inference_steps=17"),
+        (lambda: FUNCTIONS["contact_sheet"](["a.mp4"]), "contact_sheet([video], columns=6)"),
+        (lambda: options(model=5), 'model="demo"'),
+        (lambda: options(model="demo", parts={"vae": "v.pth"}), 'parts=["vae=v.pth"]'),
+        (lambda: options(model="demo", parts=[5]), 'parts=["vae=FILE"]'),
+        (lambda: options(model="demo", loras=[("a.pth", 0.5)]), 'loras=["a.pth:0.5"]'),
+        (lambda: options(model="demo", loras={"a": 0.5, "b": 1}), 'loras=["a:0.5", "b:1"]'),
+        (lambda: options(model="demo", device=0), 'device="cuda"'),
         (lambda: PIPE("a"), 'pipe.generate("a")'),
         (lambda: VIDEO.save(), 'video.save("out.mp4")'),
         (lambda: VIDEO.save(None), 'video.save("out.mp4")'),
@@ -125,6 +146,9 @@ def test_a_call_that_python_would_refuse(call: Any, fix: str) -> None:
         (PIPE, "enable_group_offload", "omit enable_group_offload: weights stay on the device; "),
         (PIPE, "load_lora_weights", 'ascendit.load(model, loras=["FILE"])'),
         (PIPE, "save", 'video.save("out.mp4")'),
+        (PIPE, "config", "pipe.defaults"),
+        (VIDEO, "write", 'video.save("out.mp4")'),
+        (VIDEO, "images", "video.frames"),
         (PIPE, "genrate", "generate instead of genrate"),
         (ascendit, "from_pretrained", "ascendit.load(model)"),
         (ascendit, "WanPipeline", "ascendit.load(model)"),
@@ -137,6 +161,44 @@ def test_an_attribute_of_another_tool(owner: Any, name: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         getattr(owner, name)
     assert error.value.fix == fix or (fix.endswith(" ") and error.value.fix.startswith(fix))
+
+
+def test_an_empty_name_of_a_model_is_no_folder() -> None:
+    with pytest.raises(UsageError, match="an empty name of a model"):
+        FUNCTIONS["load"]("")
+
+
+def test_a_part_that_nothing_reads_is_not_set() -> None:
+    """As `pipe.scheduler = ...` of Diffusers: no run would use it."""
+    with pytest.raises(UsageError) as error:
+        PIPE.scheduler = object()
+    assert error.value.fix == 'pipe.generate(prompt, solver="unipc")'
+
+
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [
+        ({"num_frames": "17"}, "num_frames=17"),
+        ({"num_frames": 17.0}, "num_frames=17"),
+        ({"num_frames": [17]}, "num_frames=17"),
+        ({"num_frames": "many"}, "omit num_frames for the model's default"),
+        ({"guidance_scale": "3.5"}, "guidance_scale=3.5"),
+        ({"guidance_scale": [4, 3]}, "guidance_scale=4, guidance_scale_2=3"),
+        ({"solver": "eulr"}, 'solver="euler"'),
+        ({"seed": "3"}, "seed=3"),
+        ({"seed": float("nan")}, "omit seed for a random one"),
+        ({"seed": [1, 2]}, "[pipe.generate(prompt, seed=seed) for seed in [1, 2]]"),
+        ({"negative_prompt": ["blur"]}, 'negative_prompt="blur"'),
+        (
+            {"prompt": ["a", "b"]},
+            "[pipe.generate(prompt) for prompt in prompts] makes one video for each prompt",
+        ),
+    ],
+)
+def test_a_value_of_another_type(fields: dict[str, Any], fix: str) -> None:
+    with pytest.raises(RequestError) as error:
+        GenerateRequest(**REQUEST | fields)
+    assert error.value.fix == fix
 
 
 def test_other_attributes_are_refused_as_python_does() -> None:

@@ -50,6 +50,7 @@ EXAMPLES = {
     "quantize": 'ascendit.quantize("model", "model-mxfp8", scheme="mxfp8")',
     "repack": 'ascendit.repack("model", "model-wan", to="wan")',
     "inspect": 'ascendit.inspect("model")',
+    "contact_sheet": "ascendit.contact_sheet([video])",
     "quantize_": 'ascendit.quantize_(module, "mxfp8")',
 }
 """Function -> a complete call."""
@@ -72,9 +73,14 @@ POSITIONAL = {
     "quantize": ("scheme", "engine"),
     "repack": ("to", "engine"),
     "inspect": ("check",),
+    "contact_sheet": ("columns",),
     "quantize_": ("keep",),
 }
 """Function -> the keywords that a surplus positional argument may be meant for."""
+TEXTS = ("negative_prompt", "device", "scheme", "to")
+"""Those of them whose value is a text."""
+PATHS = ("src", "dst", "path")
+"""Arguments of `quantize`, `repack` and `inspect` that are paths, or names of models."""
 NAMES = {"attn_implementation": "attention", "quality": "crf", "sheet_path": "sheet", "num_videos": "seeds"}
 NAMES |= dict.fromkeys([name for name, flag in MANY.items() if flag == "--num-videos"], "seeds")
 NAMES |= dict.fromkeys([name for name, flag in MANY.items() if flag == "--prompts"], "prompts")
@@ -264,16 +270,36 @@ def _check_call(
     if twice := [p.name for p in by_position[: len(args)] if p.name in options]:
         name = twice[0]
         raise UsageError(f"two values of {name}", needs="one", fix=f"omit {name}={literal(options[name])}")
+    named = {**{p.name: value for p, value in zip(by_position, args, strict=False)}, **options}
+    _check_paths(function, named)
     if surplus := args[len(by_position) :]:
         keywords = [*names, *KEYWORDS_OF.get(function, "").split()]
         value, choices = surplus[0], POSITIONAL[function]
         keyword = next((name for name in choices if value_for(name, value)), choices[0])
+        fix = argument_hint(function, keyword, value, keywords)
+        if keyword in TEXTS and not (isinstance(value, str) or value_for(keyword, value)):
+            number_of_steps = function == "generate" and isinstance(value, int)
+            fix = f"num_inference_steps={value}" if number_of_steps else EXAMPLES[function]
         number = len(by_position) - (names[0] == "self")
         raise UsageError(
             f"{number + len(surplus)} values without a name",
             needs=f"at most {number}; all others by name",
-            fix=argument_hint(function, keyword, value, keywords),
+            fix=fix,
         )
+
+
+def _check_paths(function: str, named: Mapping[str, Any]) -> None:
+    """Raise UsageError (E-USE-01) for a path or a pattern of another type, before it is used as one."""
+    for name, value in named.items():
+        many = function == "repack" and name == "src" and isinstance(value, list | tuple)
+        is_path = function in ("quantize", "repack", "inspect") and name in PATHS
+        if is_path and not all(isinstance(x, str | os.PathLike) for x in (value if many else [value])):
+            got = f"{name} is a {type(value).__name__}"
+            raise UsageError(got, needs=f"{name}: a text or a path", fix=EXAMPLES[function])
+    keep = named.get("keep") if function == "quantize" else None
+    if keep is not None and not (isinstance(keep, list | tuple) and all(isinstance(x, str) for x in keep)):
+        fix = f"keep=[{json.dumps(keep)}]" if isinstance(keep, str) else 'keep=["blocks.0.*"]'
+        raise UsageError(f"keep={keep!r}", needs="keep: a list of patterns", fix=fix)
 
 
 def _missing(function: str, missing: Sequence[str], options: Mapping[str, Any]) -> NoReturn:
@@ -306,11 +332,15 @@ _ATTRIBUTES = {
     "ascendit.repack(src, dst)": "save_pretrained",
     'pipe.generate(prompt, solver="unipc")': "scheduler",
     "pipe.generate(prompt, on_progress=print)": "set_progress_bar_config progress_bar",
-    'video.save("out.mp4")': "save export_to_video export_to_gif save_video cache_video",
+    'video.save("out.mp4")': "save export_to_video export_to_gif save_video cache_video"
+    " export write write_video to_mp4 to_gif save_to",
     "ascendit.load(model).generate(prompt)": "generate generate_video text_to_video image_to_video",
     "pipe.text": "text_encoder tokenizer",
     "pipe.transformer": "unet dit",
     "pipe.clip": "image_encoder",
+    "pipe.experts": "components",
+    "pipe.defaults": "config",
+    "video.frames": "images videos numpy to_numpy",
 }
 _ATTRIBUTE_OF = {name: fix for fix, names in _ATTRIBUTES.items() for name in names.split()}
 """Attribute in other tools -> the fix."""

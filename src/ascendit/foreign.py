@@ -32,7 +32,7 @@ RENAMED = {
     " first_image first_frame_image i",
     "last_image": "end_image last_frame last_image_path tail_image final_frame last_frame_path",
     "timesteps": "denoising_step_list sample_timesteps",
-    "size": "resolution video_size image_size",
+    "size": "resolution video_size image_size aspect_ratio",
     "width": "target_width w",
     "height": "target_height h",
     "seconds": "duration video_duration",
@@ -45,13 +45,14 @@ RENAMED = {
     "vae_dtype": "vae_precision",
     "scheme": "quantization quant_type quant_mode dit_quant_scheme quantize quant q_mode quant_algo"
     " quantization_method quantization_config dit_quantized quant_scheme fmt format transformer_quant",
-    "output": "save_file save_result_path output_path output_dir save_dir out outfile output_file filename"
+    "output": "save_file save_result_path output_path output_file_name"
+    " output_dir save_dir out outfile output_file filename"
     " filename_prefix save_path out_dir o output_video_path save_directory",
     "config": "config_json config_file config_path",
     "keep": "disable_names exclude ignore ignored_layers modules_to_not_convert fallback disable_level skip",
     "loras": "lora lora_path lora_paths lora_name lora_dir lora_configs lora_weights adapters"
     " lora_file lora_weights_path lora_weight",
-    "calibrate": "calib_file calib_dataset calib_data anti_dataset",
+    "calibrate": "calib_file calib_dataset calib_data anti_dataset calib_prompts",
     "engine": "for target framework runtime",
     "base": "base_model original_model",
     "dst": "output_directory mlx_path save_folder target_dir",
@@ -84,6 +85,12 @@ SETTINGS = {
     "bf16_unet": "dtype=bfloat16",
     "fp16_unet": "dtype=float16",
     "fp32_unet": "dtype=float32",
+    "cuda": "device=cuda",
+    "npu": "device=npu",
+    "cpu": "device=cpu",
+    "no_cfg": "guidance_scale=1",
+    "load_in_8bit": "scheme=int8",
+    "load_in_4bit": "scheme=mxfp4",
 }
 """Switch of another tool -> the setting of ascendit with its effect."""
 ON = ("", "true", "1", "yes", "on")
@@ -94,7 +101,7 @@ PATTERNS = {
         "vae={FILE}": "vae vae_path vae_name vae_file",
         "text_encoder={FILE}": "text_encoder text_encoder_path t5 t5_path t5_file t5_checkpoint umt5_path",
         "transformer={FILE}": "transformer_path high_noise_model high_noise_ckpt high_noise_model_path"
-        " transformer dit_high_noise quant_dit_path dit_quantized_ckpt",
+        " transformer dit_high_noise quant_dit_path dit_quantized_ckpt unet unet_path",
         "transformer_2={FILE}": "transformer_2 transformer_2_path low_noise_model low_noise_ckpt"
         " low_noise_model_path dit_low_noise",
         "{FILE}": "clip_path clip_name dit_path image_encoder image_encoder_path",
@@ -111,12 +118,12 @@ PATTERN_OF = {
 
 _VIDEOS = (
     "num_videos_per_prompt num_images_per_prompt num_outputs_per_prompt num_samples batch_size batch n_iter"
-    " samples repeat n n_samples count num_outputs"
+    " samples repeat n n_samples count num_outputs batch_count"
 )
 MANY = {
     **dict.fromkeys(_VIDEOS.split(), "--num-videos"),
     **dict.fromkeys(
-        "prompt_file prompt_path prompts_file from_file prompt_txt input_file".split(), "--prompts"
+        "prompt_file prompt_path prompts_file from_file prompt_txt input_file file".split(), "--prompts"
     ),
 }
 """Name in another tool -> the flag of `generate`, which Python does not have."""
@@ -159,7 +166,7 @@ ADVICE = {
     " prompt_weighting attention_kwargs cross_attention_kwargs",
     "omit it: every run starts from noise; --image FILE sets the first frame": "denoise strength"
     " denoising_strength add_noise latent latent_image start_at_step end_at_step video_path"
-    " input_video src_video return_with_leftover_noise",
+    " input_video src_video return_with_leftover_noise noise_aug noise_aug_strength",
     "omit it: the solver sets its own sigmas; --timesteps 1000,750,500,250 sets the steps": "sigmas eta"
     " karras use_karras_sigmas simple beta_schedule denoise_schedule",
     "omit it: one call of generate makes one video, of one seed": _VIDEOS,
@@ -169,7 +176,9 @@ ADVICE = {
     "omit it: each video is saved": "save_output save_video",
     "omit it: no cache over steps is offered yet": "enable_teacache teacache use_teacache teacache_thresh"
     " cache_dit enable_cache_dit cache_backend cache_config feature_caching use_ret_steps magcache easycache"
-    " use_attentioncache",
+    " use_attentioncache enable_cache",
+    "omit it: an attention kernel is chosen for the device": "xformers enable_xformers use_flash_attention"
+    " flash_attn sage_attention use_sage_attention",
     "omit it: nothing has to be compiled": "compile enable_torch_compile torch_compile enforce_eager"
     " use_compile compilation_config cuda_graph",
     "omit it: a model runs on one device, which --device names": "gpu gpus gpu_id gpu_ids device_id"
@@ -199,7 +208,7 @@ ADVICE = {
     "omit it: a repository without network is read from the cache": "local_files_only offline"
     " force_download resume_download",
     "omit it: the scheme sets bits and blocks": "q_bits q_group_size w_bit a_bit bits"
-    " group_size w_bits a_bits block_size nbits load_in_8bit load_in_4bit",
+    " group_size w_bits a_bits block_size nbits",
     "omit it: weights are quantized row by row on the CPU": "dev_type max_workers",
     "omit it: there is no server yet": "host port serve server_port base_url webui served_model_name",
     "omit it: the format is recognised from the files": "use_safetensors safetensors from_tf"
@@ -218,6 +227,8 @@ NO_VALUE = frozenset(
     " exist_ok force_overwrite no_metadata disable_metadata plan print_config cache_dit enable_cache_dit"
     " image_encoder_cpu_offload pin_cpu_memory tiled layerwise_offload dit_layerwise_offload quantize"
     " save_output y f gpu_only highvram fp8_e4m3fn_unet bf16_unet fp16_unet fp32_unet vae_fsdp tiling"
+    " cuda npu cpu no_cfg load_in_8bit load_in_4bit"
+    " xformers enable_xformers use_flash_attention flash_attn sage_attention use_sage_attention"
     " cfg_zero_star enable_cfg_zero_star use_cfg_zero_star enable_riflex".split()
 )
 """Flags of other tools without a value; True, False, 0 or 1 after one of them is its value."""
@@ -243,13 +254,14 @@ _DTYPES = {
     "float16": "fp16 f16 half torch.float16 torch.half",
 }
 _SCHEMES = {
-    "w8a8 i8 w8a8_int8 int8wo int8_w8a8 int8dq int8-vllm int8-sgl q8 q8_0 int8_per_channel w8a8s": "int8",
+    "w8a8 i8 8bit w8a8_int8 int8wo "
+    "int8_w8a8 int8dq int8-vllm int8-sgl q8 q8_0 int8_per_channel w8a8s": "int8",
     "int8_block128 turbo int8-block w8a8_block": "int8_block",
     "fp8_e4m3fn fp8_e4m3 e4m3 float8 fp8_scaled fp8_e4m3fn_fast fp8-vllm fp8-sgl fp8dq "
     "w8a8_fp8 float8_e4m3fn fp8_e5m2 fp8-torchao fp8_per_token": "fp8",
     "w8a8_mxfp8 w8a8f8 mx8 mxfp8_e4m3 mxfp8_npu w8a8f8_mx mx-fp8 mx_fp8": "mxfp8",
     "w4a4_mxfp4 w4a4 w4a4f4 mx4 mxfp4_e2m1 mxfp4_npu nvfp4 fp4 mx-fp4 mx_fp4 q4 q4_0 q4_k "
-    "int4 w4a8 w4a8_mxfp nf4": "mxfp4",
+    "int4 w4a8 w4a8_mxfp nf4 q4_k_m q4_k_s q4_1 4bit": "mxfp4",
     "w4a4_mxfp4_dualscale w4a4_dualscale dualscale w4a4f4_dual mxfp4_dual": "mxfp4_dualscale",
     "none bfloat16 no float16 fp16 w16a16": "bf16",
 }
@@ -270,7 +282,7 @@ VALUES = {
         "renoise": "lcm stochastic euler_ancestral euler_a flowmatch_causvid sde causvid",
     },
     "device": {
-        "cuda": "gpu nvidia",
+        "cuda": "gpu nvidia 0",
         "npu": "ascend ascend910 910b davinci",
         "cpu": "auto balanced host x86 mps metal xpu",
     },

@@ -14,26 +14,29 @@ AscenditErrors raised in a validator pass through pydantic unchanged.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     ModelWrapValidatorHandler,
+    TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ascendit.errors import RequestError, UsageError
@@ -55,11 +58,22 @@ OF_THE_MODEL = frozenset(
     + ("activation_rule", "attention", "recipe", "keep", "image", "last_image")
 )
 """Options whose valid values depend on the model, or on files: the fix is to omit them."""
+_TEXTS = {"model": "demo", "parts": "vae=FILE"}
+"""Option whose value is no free text -> an example."""
 MAX_BYTES = 16 * 2**20
 """Limit for a file of settings."""
 MAX_DEPTH = 64
 """Limit for tables and lists inside one another."""
 
+MAX_NUMBER = 20
+"""Limit for the characters of a number in a text."""
+
+_FROM_LISTS: dict[str, Callable[[Any], str | None]] = {
+    "prompt": lambda _: "[pipe.generate(prompt) for prompt in prompts] makes one video for each prompt",
+    "seed": lambda seeds: f"[pipe.generate(prompt, seed=seed) for seed in {list(seeds)}]",
+    "guidance_scale": lambda pair: f"guidance_scale={pair[0]}, guidance_scale_2={pair[1]}",
+}
+"""Field of a request -> the fix for a list instead of its value."""
 _OMITTED = {"prompt": 'pass a text, as "a red circle moves right"', "seed": "omit --seed for a random one"}
 """Field of a request without a default from the model -> its fix."""
 
@@ -129,7 +143,7 @@ class Checked(Model):
         fix = f"omit {option_name(name)} for the model's default"
         if choices and (choice := value_for(name, value, choices)):
             fix = option(name, choice)
-        fix = _OMITTED.get(name, fix)
+        fix = _corrected(name, value, field) or _OMITTED.get(name, fix)
         return RequestError(f"{name} is {value!r}", needs=f"{name}: {field.description}", fix=fix)
 
     @classmethod
@@ -141,6 +155,37 @@ class Checked(Model):
         close = get_close_matches(unknown[0], cls.model_fields, n=1)
         fix = f"{option_name(close[0])} instead of {unknown[0]}" if close else f"omit {unknown[0]}"
         return hint(unknown[0], value, cls.model_fields) or fix
+
+
+def _corrected(name: str, value: Any, field: FieldInfo) -> str | None:
+    """The fix for a value that fits the field as another type, as the text of a number; None for others."""
+    if isinstance(value, list | tuple) and len(value) > 1:
+        return _FROM_LISTS.get(name, lambda _: None)(value)
+    texts = [*value] if isinstance(value, list | tuple) else [value]
+    if texts and isinstance(texts[0], str | float):
+        texts += [number for kind in (float, int) if (number := _number(kind, texts[0])) is not None]
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = Annotated[annotation, *field.metadata]
+    check: TypeAdapter[Any] = TypeAdapter(annotation)
+    for text in texts:
+        try:
+            right = check.validate_python(text)
+        except ValueError:
+            continue
+        return f"{name}={json.dumps(right)}" if isinstance(right, str) else option(name, right)
+    return None
+
+
+def _number(kind: type, value: str | float) -> Any:
+    """`value` as an int or a float of the same value; None for other texts, and for nan and inf."""
+    try:
+        if isinstance(value, str) and len(value) > MAX_NUMBER:
+            return None
+        number = float(value)
+        return kind(value) if math.isfinite(number) and kind(number) == number else None
+    except ValueError:
+        return None
 
 
 def problem(text: str, **context: Any) -> PydanticCustomError:
@@ -186,7 +231,9 @@ def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageErr
     value_type = non_optional(hint)
     choices = get_args(value_type) if get_origin(value_type) is Literal else ()
     label, example = (" or ".join(choices), choices[0]) if choices else TYPE_LABELS[value_type]
-    example = (value_for(name, value, choices) if choices else None) or example
+    example = (value_for(name, value, choices) if choices else None) or _TEXTS.get(name, example)
+    if isinstance(value, Mapping) and name == "parts":
+        example = next((f"{part}={file}" for part, file in value.items()), example)
     setting, fix = option(name, value), option(name, example)
     if source == "--set":
         setting, fix = f"--set {name}={value}", f"--set {name}={example}"

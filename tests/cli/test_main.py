@@ -312,14 +312,14 @@ def test_usage_errors_have_three_parts_and_exit_2(run, args, got):
     assert ended.out == ""
     first, needs, fix = ended.err.splitlines()
     assert first.startswith("error[E-USE-01]: ") and got in first
-    assert needs.startswith("  needs  ascendit ")
+    assert needs.startswith(("  needs  ascendit ", "  needs  one of generate, "))
     assert fix.startswith("  try    ascendit ") and fix.endswith("--help")
 
 
-def test_a_flag_without_its_value_names_the_command(run):
+def test_a_flag_without_its_value_shows_it(run):
     ended = run("inspect", "demo", "--diff")
-    assert ended.code == 2 and "'--diff' requires an argument" in ended.err
-    assert ended.err.endswith("  needs  ascendit inspect [OPTIONS]\n  try    ascendit inspect --help\n")
+    assert ended.code == 2 and "--diff without a value" in ended.err
+    assert ended.err.endswith("  needs  --diff OTHER\n  try    write --diff OTHER\n")
 
 
 def test_usage_errors_as_json(run):

@@ -65,9 +65,10 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
         return DEMO
     if name.startswith(("hf:", "ms:")):
         return fetch(name, experts=experts)
-    path = Path(name).expanduser()
+    path, needs = Path(name).expanduser(), "a folder, hf:org/name, ms:org/name, or demo"
+    if not name.strip():
+        raise UsageError("an empty name of a model", needs=needs, fix="pass demo, or the path of a folder")
     if not path.exists():
-        needs = "a folder, hf:org/name, ms:org/name, or demo"
         raise UsageError(f"no model at {name}", needs=needs, fix=_suggestion(name), code="E-USE-02")
     return path
 

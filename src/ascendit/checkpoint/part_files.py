@@ -64,6 +64,8 @@ def read_part_files(files: Sequence[str | Path], num_experts: int = 1) -> Layout
 
 def _part_of(path: str, name: str | None) -> Part:
     """The component in one file, called `name` if that fits its tensors: of several, the one of that name."""
+    if not path.startswith(("hf:", "ms:")) and not Path(path).expanduser().exists():
+        raise _no_file(path)
     layout = recognise(model_folder(path))
     if len(layout.parts) != 1 or not layout.root.is_file():
         raise UsageError(
@@ -84,6 +86,15 @@ def _part_of(path: str, name: str | None) -> Part:
         needs=f"a file with the weights of a {name}",
         fix=f"pass it as {part.name}={path}, or without a name",
     )
+
+
+def _no_file(path: str) -> UsageError:
+    """The error for a path without a file, or with another name before `=`."""
+    name, equals, file = path.partition("=")
+    names = ", ".join(dict.fromkeys(PART_NAMES.values()))
+    fix = f"correct the path, or write one of {names} instead of {name}" if equals else "correct the path"
+    needs = f"[NAME=]FILE, with a name among {names}"
+    return UsageError(f"no file at {path}", needs=needs, fix=fix, code="E-USE-02")
 
 
 def _expert_of(path: Path) -> str:

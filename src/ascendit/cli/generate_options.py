@@ -176,11 +176,26 @@ def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: st
     elif len(args) == 2 and not demo:
         named = {"MODEL": args[0], "PROMPT": args[1]}
     else:
-        got = f"{len(args)} arguments: {shell_line(args)}" if args else "no model and no prompt"
+        number = f"{len(args)} argument{'s' * (len(args) > 1)}"
+        got = f"{number}: {shell_line(args)}" if args else "no model and no prompt"
         needs = " and ".join(needed or ["at most PROMPT"]) + ", with the prompt in quotes"
-        fix = 'ascendit generate --demo "a red circle moves right on a black background"'
-        raise UsageError(got, needs=needs, fix=fix)
+        if args and re.fullmatch(r"[\d.]+", args[-1]):
+            needs += "; numbers of one flag are one word, as --guidance 4,3"
+        raise UsageError(got, needs=needs, fix=_with_quotes(args, default))
     return named.get("MODEL") or default or "", named.get("PROMPT", prompt) or ""
+
+
+def _with_quotes(args: list[str], default: str | None) -> str:
+    """The command with a model and one prompt, made of the arguments of a call that lacks or splits them."""
+    texts = [arg for arg in args if not re.fullmatch(r"[\d.]+", arg)]
+    has_model = default is None and texts and (_MODEL.match(texts[0]) or Path(texts[0]).exists())
+    model, texts = (texts[0], texts[1:]) if has_model else (default or "demo", texts)
+    prompt = " ".join(texts) or "a red circle moves right on a black background"
+    return shell_line(["ascendit", "generate", "--demo" if model == "demo" else model, prompt])
+
+
+_MODEL = re.compile(r"demo$|(?:hf|ms):|\S*/\S*$")
+"""An argument that names a model, and is no word of a prompt."""
 
 
 def _model_of_prompts(args: list[str], demo: bool, model: str | None, prompts: str) -> str:
@@ -316,6 +331,8 @@ def _unknown_key(unknown: list[str], layer: Mapping[str, Any], source: str) -> U
 
 def _key_fix(name: str, value: Any, source: str) -> str | None:
     """The fix for an unknown key: its own key or flag, or advice; None without one."""
+    if isinstance(value, Mapping):
+        return f"write the keys of {name} without a table around them"
     other, value = normal(name), value if isinstance(value, str | int | float) else None
     key = KEYWORD_OF.get(other, other)
     flag = SWITCHES.get(key) or FLAG_ONLY.get(key) or FLAG_FOR.get(other)

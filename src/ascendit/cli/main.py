@@ -286,28 +286,10 @@ def report_error(error: BaseException, output: Output, args: Sequence[str] = ())
 
 
 def _usage(error: Any, args: Sequence[str]) -> UsageError:
-    ctx = getattr(error, "ctx", None)  # None for a flag without its value
-    name = next((arg for arg in args if arg in COMMANDS), None)
-    command = ctx.command_path if ctx else f"ascendit {name}" if name else "ascendit"
-    usage = f"{command} [OPTIONS]" if name else "ascendit COMMAND"
-    if ctx:
-        usage = " ".join(ctx.get_usage().removeprefix("Usage: ").split())
-    from ascendit.cli.translate import repaired
+    from ascendit.cli.usage import usage_error
 
     group = typer.main.get_command(app)
-    if hint := repaired(args, COMMANDS, lambda name: group.get_command(None, name), error, values_of):  # type: ignore[attr-defined]
-        needs, fix = hint
-        return UsageError(error.format_message(), needs=needs, fix=fix)
-    return UsageError(error.format_message(), needs=usage, fix=_parameter_fix(error) or f"{command} --help")
-
-
-def _parameter_fix(error: Any) -> str | None:
-    """The fix for an option that is missing or has a bad value."""
-    param = getattr(error, "param", None)
-    if param is None or param.param_type_name != "option":
-        return None
-    flag = f"{param.opts[0]} {param.metavar or ''}".strip()
-    return f"add {flag}" if param.required else f"omit {param.opts[0]}, or {flag} as its help says"
+    return usage_error(error, args, COMMANDS, lambda name: group.get_command(None, name), values_of)  # type: ignore[attr-defined]
 
 
 def _set_up_log(output: Output) -> None:

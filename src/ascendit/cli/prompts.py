@@ -109,8 +109,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", item)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last <= MAX_SEED:
-            fix = "omit --seed for a random one" if text.strip() == "-1" else "--seed 42"
-            raise UsageError(f"--seed {text}", needs=needs, fix=fix)
+            raise UsageError(f"--seed {text}", needs=needs, fix=_seeds_fix(text, first, last))
         _check_count(last - first + 1 + len(seeds))
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
@@ -118,6 +117,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         fix = f"--seed {','.join(map(str, dict.fromkeys(seeds)))}"
         raise UsageError(f"--seed {text}: {twice} twice", needs="different seeds", fix=fix)
     return tuple(seeds)
+
+
+def _seeds_fix(text: str, first: int, last: int) -> str:
+    """The fix for `--seed -1` or a word such as `random`, for a range backwards, and for other texts."""
+    if text.strip() in ("-1", "random", "rand", "none", "auto"):
+        return "omit --seed for a random one"
+    return f"--seed {last}-{first}" if re.fullmatch(r"\d+-\d+", text) and last < first else "--seed 42"
 
 
 def _check_count(videos: int) -> None:

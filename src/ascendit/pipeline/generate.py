@@ -84,6 +84,11 @@ class Pipeline:
         def __getattr__(self, name: str) -> NoReturn:
             raise attribute_error("'Pipeline' object", name, dir(self))
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in self.__dataclass_fields__:  # as pipe.scheduler of Diffusers, which nothing reads
+                raise attribute_error("'Pipeline' object", name, dir(self))
+            super().__setattr__(name, value)
+
         def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
             prompt = literal(args[0] if args else kwargs.get("prompt"))
             call = EXAMPLES["generate"] if prompt in (None, "None") else f"pipe.generate({prompt})"

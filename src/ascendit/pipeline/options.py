@@ -84,7 +84,9 @@ def _texts(value: object) -> object:
     """A sequence of texts and paths, or a single one, as texts."""
     if isinstance(value, (str, os.PathLike)):
         return (os.fspath(value),)
-    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else () if value is None else value
+    if isinstance(value, (list, tuple)):
+        return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
+    return () if value is None else value
 
 
 def _schedule(value: object) -> object:

@@ -292,6 +292,10 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         raise RequestError("no boundary between the two experts", needs=needs, fix=fix)
 
 
+def _shown(image: str) -> str:
+    return "image of pixels" if image.startswith("sha256:") else f"image {image}"
+
+
 def _check_images(request: GenerateRequest, defaults: Defaults) -> None:
     """Raise RequestError (E-REQ-04) for a missing or unexpected image, and E-REQ-03 for too few frames."""
     model, last = defaults.model, request.last_image
@@ -301,11 +305,11 @@ def _check_images(request: GenerateRequest, defaults: Defaults) -> None:
     if defaults.task == "t2v" and request.image is not None:
         needs = f"{model} is text-to-video and takes no image"
         fix = "omit --image, or use an I2V or TI2V model"
-        raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
+        raise RequestError(_shown(request.image), needs=needs, fix=fix, code="E-REQ-04")
     if defaults.last_frame == "refused" and last is not None:
         fix = "omit --last-image, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B-720P"
         needs = f"{model} takes no last image"
-        raise RequestError(f"last image {last}", needs=needs, fix=fix, code="E-REQ-04")
+        raise RequestError(f"last {_shown(last)}", needs=needs, fix=fix, code="E-REQ-04")
     if defaults.last_frame == "required" and last is None:
         needs = f"{model} makes a video between a first and a last image"
         fix = "--last-image FILE, or an I2V model"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ascendit.arguments import checked_call
 from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import UsageError, escaped
 from ascendit.geometry import rate_text
@@ -50,6 +51,7 @@ class _Row(NamedTuple):
     details: str
 
 
+@checked_call
 def contact_sheet(videos: Video | Iterable[Video], *, columns: int = COLUMNS) -> Any:
     """A PIL image with one row for each video: up to `columns` frames, its prompt, seed and size.
 
@@ -57,6 +59,10 @@ def contact_sheet(videos: Video | Iterable[Video], *, columns: int = COLUMNS) ->
     Pillow is missing.
     """
     clips = [videos] if isinstance(videos, Video) else list(videos)
+    for clip in clips:
+        if not isinstance(clip, Video):
+            needs, fix = "videos, as pipe.generate returns them", "contact_sheet([video], columns=6)"
+            raise UsageError(f"a {type(clip).__name__} in contact_sheet", needs=needs, fix=fix)
     if not clips or columns < 1:
         got = f"{len(clips)} videos in {columns} columns"
         needs = "at least one video and one column"

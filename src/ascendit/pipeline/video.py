@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from ascendit.arguments import checked_call
+from ascendit.arguments import attribute_error, checked_call
 from ascendit.checkpoint.file_copy import check_writable, nearest_folder, write_error
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.geometry import RATE_RULE, FrameRate, frame_rate, rate_text
@@ -102,6 +102,11 @@ class Video:
             self.fps = frame_rate(self.fps)
         except ValueError:
             raise UsageError(f"fps is {self.fps!r}", needs=RATE_RULE, fix="fps=16") from None
+
+    if not TYPE_CHECKING:  # a type checker reports these itself
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise attribute_error("'Video' object", name, dir(self))
 
     def __repr__(self) -> str:
         n, h, w, _ = self.frames.shape

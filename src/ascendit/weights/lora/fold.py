@@ -12,6 +12,7 @@ through float32, so that one very close to the middle of two values may not beco
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -127,6 +128,10 @@ def lora_sources(value: object) -> tuple[LoraSource, ...]:
 
     Raises UsageError (E-USE-01) for anything else.
     """
+    pairs: list[Any] = [*value.items()] if isinstance(value, dict) else [value]
+    if pairs and all(isinstance(pair, tuple) and len(pair) == 2 and _is_number(pair[1]) for pair in pairs):
+        fix = f"loras={json.dumps([f'{file}:{weight}' for file, weight in pairs])}"
+        raise UsageError(f"LoRA {value!r}", needs=_SYNTAX, fix=fix)
     if isinstance(value, list | tuple):
         return tuple(source for item in value for source in lora_sources(item))
     if isinstance(value, os.PathLike):
@@ -136,6 +141,10 @@ def lora_sources(value: object) -> tuple[LoraSource, ...]:
     if value is not None and not isinstance(value, LoraSource):
         raise _bad_source(f"LoRA {value!r}", "a text, a path or a LoraSource")
     return () if value is None else (value,)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
