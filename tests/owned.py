@@ -343,6 +343,21 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "weight_scale []": scheme_fp8,
     "weight_scale [N, 1]": lambda: scheme_fp8(shape="[N, 1]"),
     "input_scale": lambda: scheme_fp8(inputs="input_scale"),
+    "input_scale, config": lambda: replace(
+        scheme_fp8(inputs="input_scale"),
+        config=CONFIG | {"quantization_config": {"quant_method": "modelopt"}},
+    ),
+    "input_scale, attention": lambda: with_(
+        scheme_fp8(inputs="input_scale"),
+        blocks__0__attn1__q_bmm_quantizer__scale=torch.ones(()),
+        blocks__0__attn1__k_scale=torch.ones(()),
+    ),
+    "states and rotary tables": lambda: with_(
+        floats(str),
+        blocks__0__attn1__norm_q___extra_state=torch.zeros(0, dtype=torch.uint8),
+        freqs=torch.zeros(4, 2, dtype=torch.complex64),
+        rope__freqs_cos=torch.zeros(4, 2, dtype=torch.float64),
+    ),
     "int8, input_scale": static_int8,
     "MXFP4 in F4, U8": lambda: mxfp4(False),
     "MXFP4 in F4, E8M0": lambda: mxfp4(True),
@@ -433,6 +448,11 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
     ),
     "quanto": (lambda: quantizer(roles(weight___data=I8, weight___scale=F32)), "E-CKP-04", "quanto"),
     "torchao": (lambda: quantizer(roles(_weight_qdata=I8, _weight_scale=F32)), "E-CKP-04", "torchao"),
+    "torchao, flattened": (
+        lambda: quantizer(roles(**{"weight:qdata": E4M3, "weight:scale": F32})),
+        "E-CKP-04",
+        "torchao",
+    ),
     "nunchaku": (
         lambda: quantizer(roles(qweight=I8, wscales=F32, proj_down=F32, smooth_factor=F32)),
         "E-CKP-04",

@@ -184,7 +184,7 @@ def test_a_missing_file_needs_one_of_its_own_format(tmp_path: Path, name: str, n
     assert e.value.needs == f"a complete file of {needs}"
 
 
-@pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant"])
+@pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant", "rows e4m3", "rows int8"])
 def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
     """The loaded encoder has exactly the values of the oracle; its embedding is plain fp8."""
     tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
@@ -200,7 +200,14 @@ def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
             factor = torch.tensor(scale)
             expected[name] = owned.bf16(stored[name], factor)
             layer = name.removesuffix(".weight")
-            if kind == "scaled" and not table:
+            if "rows" in kind and not table:
+                rows = tensor.float().abs().amax(1, keepdim=True) / (127 if "int8" in kind else 448)
+                stored[name] = (tensor.float() / rows).to(torch.int8 if "int8" in kind else dtype)
+                stored |= {f"{layer}.weight_scale": rows}
+                expected[name] = owned.bf16(stored[name], rows)
+            elif "rows" in kind:
+                stored[name], expected[name] = tensor, tensor
+            elif kind == "scaled" and not table:
                 stored |= {f"{layer}.scale_weight": factor, "scaled_fp8": torch.zeros(0, dtype=dtype)}
             elif kind == "comfy_quant" and not table:
                 entry = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
@@ -210,6 +217,7 @@ def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
     part = replace(DEMO.part("text_encoder"), path=folder)
     shards = check_part(part)
     kinds = {"scaled": "comfy-scaled-fp8", "comfy_quant": "comfy-quant-fp8"}
+    kinds |= {"rows e4m3": "scaled-part", "rows int8": "scaled-part"}
     assert shards is not None and shards.kinds == (kinds.get(kind, "fp8"),)
     state = load_library_part(part, shards, torch.float32).state_dict()
     for name, tensor in expected.items():

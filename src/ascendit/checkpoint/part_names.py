@@ -39,11 +39,15 @@ def recognise_part(names: Collection[str]) -> str | None:
 def canonical_part(part: str, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a component under the names of transformers or Diffusers. `part`: its name.
 
-    Unknown names do not change. Raises CheckpointError (E-CKP-09) if two tensors map to one name.
+    Tensors of other parts of a complete UMT5 or CLIP are left out, unknown names do not change. Raises
+    CheckpointError (E-CKP-09) if two tensors map to one name.
     """
     tensors: dict[str, TensorInfo] = {}
     renamed = _renamed(part, stored)
+    unused = _UNUSED.get(part)
     for name, info in stored.items():
+        if unused and unused.match(unwrapped(name)):
+            continue
         for new, piece in _pieces(renamed.get(name, name), info):
             if new in tensors:
                 raise CheckpointError(
@@ -66,25 +70,35 @@ def _renamed(part: str, names: Collection[str]) -> dict[str, str]:
 
 
 def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
-    """The tensors of the library in one stored tensor: none for the text model in a file of CLIP."""
-    if _UNUSED.match(name):
-        return
+    """The tensors of the library in one stored tensor."""
     if (axes := _CLIP_AXES.get(name)) is not None and len(info.shape) == 3:
         shape = info.shape[-axes:]
         if math.prod(shape) == math.prod(info.shape):
             info = replace(info, shape=shape, strides=info.strides and info.strides[-axes:])
     if name == _CLIP_HEAD:
         name, info = PROJECTION, _transposed(info)
-    fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias")) and info.is_plain
-    rows, remainder = divmod(info.shape[0] if info.shape else 1, 3)
-    if not fused or remainder:
+    fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias"))
+    pieces = [piece for i in range(3) if (piece := _third(info, i))] if fused else []
+    if not pieces:
         yield name, info
-        return
+    for layer, piece in zip("qkv", pieces, strict=bool(pieces)):
+        yield name.replace(_FUSED, f"{layer}_proj"), piece
+
+
+def _third(info: TensorInfo, i: int) -> TensorInfo | None:
+    """The third `i` of the rows of a tensor, with their scales; None if it cannot be divided."""
+    rows, remainder = divmod(info.shape[0] if info.shape else 1, 3)
+    encoding = info.encoding
+    block = encoding.block if encoding else 1
+    if remainder or info.strides is not None or rows * math.prod(info.shape[1:]) % block:
+        return None
+    if encoding and encoding.scale and encoding.scale.shape[:1] == info.shape[:1]:
+        if (scale := _third(encoding.scale, i)) is None:
+            return None
+        encoding = replace(encoding, scale=scale)
     size = info.nbytes // 3
-    for i, layer in enumerate(("q_proj", "k_proj", "v_proj")):
-        start = info.start + i * size
-        piece = replace(info, shape=(rows, *info.shape[1:]), start=start, end=start + size)
-        yield name.replace(_FUSED, layer), piece
+    start = info.start + i * size
+    return replace(info, shape=(rows, *info.shape[1:]), start=start, end=start + size, encoding=encoding)
 
 
 def _transposed(info: TensorInfo) -> TensorInfo:
@@ -257,8 +271,6 @@ _CLIP_AXES = {
 _CLIP_HEAD = "visual.head"
 """The projection, of which the library stores the transpose."""
 _CLIP = re.compile(rf"transformer\.{_NUMBER}\.({'|'.join(map(re.escape, _CLIP_LAYER))})\.")
-_UNUSED = re.compile(r"textual\.|log_scale$")
-"""The text model in a file of CLIP, which Wan does not use."""
 
 
 def _wan_clip(names: Iterable[str]) -> dict[str, str]:
@@ -280,6 +292,16 @@ def _wan_clip(names: Iterable[str]) -> dict[str, str]:
 
 _STYLES = {"text_encoder": (_wan_umt5, llama_cpp_names), "vae": (_wan_vae,), "image_encoder": (_wan_clip,)}
 """Component -> its names in other tools."""
+_UNUSED = {
+    "text_encoder": re.compile(r"(decoder|lm_head|dec)\.|(logit_scale|output\.weight)$"),
+    "vae": re.compile(r"(mean|std|inv_std)$"),
+    "image_encoder": re.compile(
+        r"(textual|text_model)\.|(log_scale|logit_scale|text_projection(\.weight)?|logit_bias)$"
+    ),
+}
+"""Component -> tensors in its files that Wan does not use: the decoder of a complete UMT5, the text model of
+a complete CLIP, the statistics of latents, which are in the config of the VAE.
+"""
 _TYPICAL = {
     "text_encoder": {"encoder.block.0.layer.0.SelfAttention.q.weight"},
     "vae": {"decoder.mid_block.attentions.0.to_qkv.weight"},
