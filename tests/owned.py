@@ -546,6 +546,35 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
         "E-CKP-09",
         "has both",
     ),
+    "a LoRA": (
+        lambda: Owned(
+            {f"{QUERY}.lora_{x}.weight".replace("__", "."): torch.ones(2, 2) for x in "AB"}, {}, ()
+        ),
+        "E-CKP-01",
+        "is a LoRA: blocks.0.attn1.to_q.lora_A.weight",
+    ),
+    "a LoRA of kohya": (
+        lambda: Owned(
+            {f"lora_unet_blocks_0_ffn_0.{x}": torch.ones(2, 2) for x in ("hada_w1_a", "alpha")}, {}, ()
+        ),
+        "E-CKP-01",
+        "is a LoRA: lora_unet_blocks_0_ffn_0.hada_w1_a",
+    ),
+    "a model with a LoRA": (
+        lambda: with_(floats(str), blocks__0__attn1__to_q__lora_A__default__weight=torch.ones(2, 2)),
+        "E-CKP-01",
+        "has a LoRA beside its weights: blocks.0.attn1.to_q.lora_A.default.weight",
+    ),
+    "a VACE module": (
+        lambda: Owned({"vace_blocks.0.ffn.0.weight": torch.ones(2, 2)}, {}, ()),
+        "E-CKP-01",
+        "is a VACE module without its transformer",
+    ),
+    "TAEHV": (
+        lambda: Owned({"decoder.1.weight": torch.ones(2, 2), "encoder.0.bias": torch.ones(2)}, {}, ()),
+        "E-CKP-01",
+        "is a tiny autoencoder (TAEHV)",
+    ),
     "no Wan names": (
         lambda: renamed(plain(), lambda n: f"unknown.{n}"),
         "E-CKP-01",

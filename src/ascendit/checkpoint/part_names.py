@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.names import naming_of, unwrapped
+from ascendit.names import naming_of, unwrapped, without_prefix
 
 VISION_PREFIX = "vision_model."
 """Prefix of a CLIPVisionModel's tensors in files of transformers before version 5."""
@@ -34,6 +34,23 @@ def recognise_part(names: Collection[str]) -> str | None:
     if any(unwrapped(name) == "patch_embedding.weight" for name in names) or not parts:
         parts += ["transformer"] if naming_of(names) else []
     return parts[0] if len(parts) == 1 else None
+
+
+_OTHER_MODELS = {
+    r"vace_(blocks|patch_embedding)\.": "a VACE module without its transformer",
+    r"(double|single)_blocks\.|(double|single)_stream_modulation": "a FLUX or HunyuanVideo transformer",
+    r"(single_)?transformer_blocks\.|joint_blocks\.": "a transformer of another family",
+    r"(en|de)coder\.\d+\.": "a tiny autoencoder (TAEHV)",
+    r"control(net)?_(blocks|patch)": "a ControlNet",
+}
+"""Start of a name -> the model that has it, of those that people take for a part of Wan."""
+
+
+def other_model(names: Collection[str]) -> str:
+    """The model of another kind that tensors of these names belong to; "" if unknown."""
+    inner = [without_prefix(name) for name in names]
+    labels = (x for start, x in _OTHER_MODELS.items() if any(re.match(start, name) for name in inner))
+    return next(labels, "")
 
 
 def canonical_part(part: str, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

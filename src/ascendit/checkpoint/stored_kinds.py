@@ -51,6 +51,9 @@ _TRAINING = re.compile(
     r"|fake_score\w*|real_score|teacher\w*|critic\w*|discriminator\w*)\."
 )
 _EMA = re.compile(rf"(?:{'|'.join(EMA)})\.")
+_LORA = re.compile(
+    r"[._]lora_(?:A|B|down|up|mid)(?:\.\w+)*$|\.(?:hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|dora_scale)$"
+)
 _TRANSFORMS = re.compile("rot|hadamard|smooth|svd|low_?rank|pre_quant")
 """In a key of a `comfy_quant` entry: the weight is not only scaled."""
 _TURBO_ROLES = {"int8_weight": "weight", "scale": "weight_scale"}
@@ -119,12 +122,14 @@ def interpret(
 
     `tensors`: the stored tensors of one part. `config`: its config.json. `part`: its name. `described`: a
     manifest declares the schemes of its layers. Raises CheckpointError: E-CKP-04 for a kind that is not read,
-    E-CKP-08 for weights and scales of a kind that do not match, E-CKP-06 for a damaged description of layers.
+    E-CKP-01 for a LoRA, E-CKP-08 for weights and scales of a kind that do not match, E-CKP-06 for a damaged
+    description of layers.
     """
     stored = _one_part(Stored(part, {n: x for n, x in tensors.items() if n.rpartition(".")[2] != VOCABULARY}))
     if not stored.tensors:
         return stored
     _refuse_training(stored.tensors)
+    _refuse_lora(stored.tensors)
     stored = stored if stored.part in _PARTS else _without_state(stored)
     roles = {name.rpartition(".")[2] for name in stored.tensors}
     quantization = config.get("quantization_config")
@@ -190,6 +195,23 @@ def parts_in(names: Collection[str]) -> dict[str, list[str]]:
 def _part_of(name: str) -> str:
     match = _PART.match(name)
     return match.lastgroup or "" if match else "transformer"
+
+
+def _refuse_lora(tensors: Tensors) -> None:
+    """Raise CheckpointError (E-CKP-01) for the file of a LoRA, and of a model with one that is not merged."""
+    factors = [name for name in tensors if _LORA.search(name)]
+    if not factors:
+        return
+    file = next(iter(tensors.values())).file
+    alone = 2 * len(factors) >= len(tensors)
+    raise CheckpointError(
+        f"{file} " + ("is a LoRA" if alone else "has a LoRA beside its weights") + f": {listed(factors, 2)}",
+        needs="the weights of a model",
+        fix=f"apply it to its model: ascendit generate MODEL PROMPT {shell_line(['--lora', str(file)])}"
+        if alone
+        else "merge it in the program that saved the file, for example with merge_and_unload() of PEFT",
+        code="E-CKP-01",
+    )
 
 
 def _refuse_training(tensors: Tensors) -> None:
