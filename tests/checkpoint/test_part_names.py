@@ -86,6 +86,10 @@ FILES: dict[str, tuple[str | None, Callable[[], list[str]]]] = {
     "umt5 tied": ("text_encoder", lambda: [*list(UMT5)[1:], "encoder.embed_tokens.weight"]),
     "umt5 wan": ("text_encoder", lambda: [umt5_name(name) for name in UMT5]),
     "umt5 comfy": ("text_encoder", lambda: [*UMT5, "spiece_model", "scaled_fp8"]),
+    "umt5 quantized": (
+        "text_encoder",
+        lambda: [x.replace(".weight", ".qweight") if "q" in x else x for x in UMT5],
+    ),
     "umt5 prefix": ("text_encoder", lambda: [f"model.{umt5_name(name)}" for name in UMT5]),
     "vae prefix": ("vae", lambda: [f"first_stage_model.{name}" for name in VAES[0]]),
     "vae": ("vae", lambda: list(VAES[0])),

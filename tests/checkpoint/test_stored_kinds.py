@@ -236,13 +236,15 @@ def test_a_vae_in_plain_fp8(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
 
 
-def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("role, label", [("SCB", "bitsandbytes"), ("weight_scale_inv", "fp8 in tiles")])
+def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path, role: str, label: str) -> None:
     tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
     shutil.copytree(DEMO.root / "text_encoder", folder := tmp_path / "text_encoder")
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    tensors |= {name: tensors[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(32)}
+    dtype = torch.int8 if role == "SCB" else torch.float8_e4m3fn
+    tensors |= {name: tensors[name].to(dtype), name.replace("weight", role): torch.ones(32)}
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="bitsandbytes") as e:
+    with pytest.raises(CheckpointError, match=label) as e:
         check_part(replace(DEMO.part("text_encoder"), path=folder))
     assert e.value.code == "E-CKP-04" and e.value.fix == "use the text_encoder of the BF16 model"
 

@@ -320,8 +320,11 @@ _UNUSED = {
 a complete CLIP, the statistics of latents, which are in the config of the VAE.
 """
 _TYPICAL = {
-    "text_encoder": {"encoder.block.0.layer.0.SelfAttention.q.weight"},
-    "vae": {"decoder.mid_block.attentions.0.to_qkv.weight"},
+    "text_encoder": {
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.block.0.layer.0.layer_norm.weight",
+    },
+    "vae": {"decoder.mid_block.attentions.0.to_qkv.weight", "decoder.mid_block.attentions.0.norm.gamma"},
     "image_encoder": {f"{prefix}{_CLIP_TOP['cls_embedding']}" for prefix in ("", VISION_PREFIX)},
 }
-"""Component -> names of the library, of which every file has one."""
+"""Component -> names of the library, of which every file has one; a quantizer renames no norm."""

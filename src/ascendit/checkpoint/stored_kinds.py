@@ -146,6 +146,8 @@ def interpret(
     dtypes = {info.dtype for info in stored.tensors.values()}
     if "F4" in dtypes:
         return _f4(stored)
+    if stored.part in _PARTS and (names := [n for n in stored.tensors if n.endswith(".weight_scale_inv")]):
+        raise _refused(stored, "fp8 in tiles", names)
     if stored.part in _PARTS and "weight_scale" in roles and dtypes & {*FP8, "I8"}:
         label = KINDS["scaled-part"].label
         return _add(stored, "scaled-part", fp8_files.scaled(stored.tensors, label, {}, required=False))
