@@ -121,6 +121,8 @@ def test_an_image_encoder(tiny_folder: Any, tmp_path: Path) -> None:
     save_file(clip_state(other), tmp_path / "clip.safetensors")
     report = repack(tmp_path / "clip.safetensors", tmp_path / "out", base=base)
     assert [part["name"] for part in report.parts] == ["image_encoder"] and not report.experts
+    unused = "2 tensors not used, which Wan does not need: log_scale, textual.norm.weight"
+    assert f"image_encoder: {unused}" in report.warnings
     tensors = written(tmp_path / "out", "image_encoder")
     assert {n.removeprefix("vision_model."): x.tolist() for n, x in tensors.items()} == {
         n: x.tolist() for n, x in other.items()

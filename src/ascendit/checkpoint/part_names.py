@@ -53,6 +53,11 @@ def other_model(names: Collection[str]) -> str:
     return next(labels, "")
 
 
+def is_unused(part: str, name: str) -> bool:
+    """Whether Wan does not use the stored tensor `name` in a file of this component."""
+    return part in _UNUSED and _UNUSED[part].match(unwrapped(name)) is not None
+
+
 def canonical_part(part: str, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a component under the names of transformers or Diffusers. `part`: its name.
 
@@ -61,9 +66,8 @@ def canonical_part(part: str, stored: Mapping[str, TensorInfo]) -> dict[str, Ten
     """
     tensors: dict[str, TensorInfo] = {}
     renamed = _renamed(part, stored)
-    unused = _UNUSED.get(part)
     for name, info in stored.items():
-        if unused and unused.match(unwrapped(name)):
+        if is_unused(part, name):
             continue
         for new, piece in _pieces(renamed.get(name, name), info):
             if new in tensors:
