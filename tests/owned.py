@@ -375,6 +375,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "_orig_mod.module.": lambda: floats(lambda n: f"_orig_mod.module.{n}"),
     "module._orig_mod.transformer.": lambda: floats(lambda n: f"module._orig_mod.transformer.{n}"),
     "dit.": lambda: floats(lambda n: f"dit.{n}"),
+    "base_layer": lambda: floats(lambda n: n.replace("to_q.", "to_q.base_layer.")),
     "wrapped blocks": lambda: floats(
         lambda n: f"_fsdp_wrapped_module.{n}".replace("s.0.", "s.0._checkpoint_wrapped_module._orig_mod.")
     ),

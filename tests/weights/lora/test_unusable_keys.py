@@ -203,6 +203,12 @@ def test_only_the_named_group_is_skipped(tmp_path: Path) -> None:
     assert "1 of 7 keys" in e.value.got and "lora_skip" not in e.value.fix
 
 
+def test_the_pages_list_every_group() -> None:
+    *names, last = SKIPPED
+    page = Path(__file__).parents[3] / "docs" / "cli.md"
+    assert page.read_text().count(f"LoRA keys to leave out: {', '.join(names)} or {last};") == 3
+
+
 def test_groups_that_do_not_exist_or_have_no_key(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", PAIR)
     with pytest.raises(UsageError, match=r'lora_skip=\["imgs"\]') as e:

@@ -31,9 +31,7 @@ NAMES_ONE_EXPERT = (
     *(wrapper for wrapper, expert in WRAPPERS.items() if expert == "transformer_2"),
 )
 """Wrappers that always mean one expert; `transformer.` and `dit.` do in files that also have one of these."""
-INNER_WRAPPERS = tuple(
-    f"{name}." for name in sorted((*MODULE_WRAPPERS, "base_layer"), key=lambda name: -len(name))
-)
+INNER_WRAPPERS = tuple(f"{name}." for name in sorted(MODULE_WRAPPERS, key=lambda name: -len(name)))
 """Names that training and PEFT insert anywhere in a key; longest first, as some are the end of another."""
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
 """Prefixes of a path with underscores, before other wrappers. VideoX-Fun writes a second underscore."""
