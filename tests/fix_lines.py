@@ -10,7 +10,7 @@ from typing import Any
 
 import shell
 
-from ascendit.option_text import COMMAND_LINE_ONLY, KEYWORDS, PROSE, SEVERAL, SWITCHES, python_text
+from ascendit.option_text import KEYWORDS, PROSE, SEVERAL, SWITCHES, python_text
 
 _VALUE = r"\"[^\"]*\"|'[^']*'|\$'[^']*'|(?:[^\s,;`()\"']|,(?=[^\s,;]))+"
 SHELL = re.compile(
@@ -21,6 +21,12 @@ END = re.compile(r", (?!\d)|: | or (?=[a-z-])| \(|\)| and (?=[a-z])")
 FLAG = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)(?:[ =](\"[^\"]*\"|'[^']*'|[^\s;,()]+))?")
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*(?:\[.*|x[A-Z0-9]+|:.*|,.*|=.*|\.\w+)?")
 OTHER_TOOLS = {"--help"}
+COMMAND_LINE_ONLY = frozenset(
+    "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers"
+    " --limit --num-videos --out --prompts --quality --quiet --report --seconds --seeds --self-check"
+    " --sheet --verbose --version".split()
+)
+"""Flags that Python has no keyword for."""
 
 
 @functools.cache
@@ -81,10 +87,11 @@ def command_problems(line: str) -> Iterator[str]:
     if words[-1:] == ["X1"] and words[0] == "ascendit":
         return  # variable arguments
     from ascendit.cli import main as cli
+    from ascendit.cli.output import COMMON
 
     args, _ = cli.common_flags(words[1:])
     args = cli.with_report_value(args)
-    args = [arg for arg in args if arg not in cli.COMMON]
+    args = [arg for arg in args if arg not in COMMON]
     args = ["1" if re.fullmatch(r"N|S|X", word) else word for word in args]
     name = next((word for word in args if not word.startswith("-")), "")
     if name not in cli.COMMANDS:

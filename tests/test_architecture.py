@@ -68,22 +68,7 @@ ORDER = (
 )
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 PUBLIC_LIST_RANK = RANK["pipeline"] + 0.5  # `ascendit` exports load and Pipeline
-SUBPACKAGES = frozenset(RANK) - {
-    "version",
-    "option_text",
-    "errors",
-    "foreign",
-    "arguments",
-    "validation",
-    "environment",
-    "exclusive",
-    "progress",
-    "report",
-    "family",
-    "names",
-    "schedule",
-    "geometry",
-}
+SUBPACKAGES = {name for name in ORDER if not (SRC / f"{name}.py").exists()}
 
 SAME_NAME = {
     "ops": {"attention"},

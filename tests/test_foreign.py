@@ -12,7 +12,7 @@ from ascendit import foreign
 from ascendit.cli.generate_options import FLAG_ONLY, KEYS, SWITCHES, parse_settings, typed_layer
 from ascendit.cli.main import COMMANDS, COMPLETED, completion, values_of
 from ascendit.errors import UsageError
-from ascendit.option_text import option, python_text
+from ascendit.option_text import command_line, option, python_text
 from ascendit.pipeline.fit import Fit
 from ascendit.pipeline.job import prepare_model
 from ascendit.pipeline.options import LoadOptions
@@ -57,12 +57,18 @@ model_type host dit_cpu_offload vae_cpu_offload
 """.split()
 
 
+def fix_of(error: UsageError) -> str:
+    """The fix as the command line shows it."""
+    with command_line():
+        return error.fix
+
+
 @pytest.mark.parametrize(("other", "setting"), PAIRS, ids=[pair[0] for pair in PAIRS])
 def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_settings([other])
     key, _, value = setting.partition("=")
-    fix = error.value._fix.partition(" instead of")[0]
+    fix = fix_of(error.value).partition(" instead of")[0]
     assert fix in (f"--set {setting}", option(key, value))
     assert list(fix_lines.problems(fix)) == []
     layer = parse_settings([setting])
@@ -98,7 +104,7 @@ def test_a_key_of_set_is_translated_with_its_value(other: str, setting: str) -> 
 def test_a_flag_that_is_no_key_is_named(setting: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_settings([setting])
-    assert error.value._fix == fix
+    assert fix_of(error.value) == fix
     assert list(fix_lines.problems(fix)) == []
 
 
@@ -113,7 +119,7 @@ def test_a_flag_that_is_no_key_is_named(setting: str, fix: str) -> None:
 def test_each_unknown_key_gets_a_fix_as_its_source_writes_it(source: str, fix: str) -> None:
     with pytest.raises(UsageError) as error:
         typed_layer({"cfg": 3, "sampler": "euler"}, source=source)
-    assert error.value._fix == fix
+    assert fix_of(error.value) == fix
 
 
 def test_the_flags_that_are_no_keys_exist() -> None:
@@ -134,7 +140,7 @@ def test_a_name_without_a_counterpart_gets_advice(name: str) -> None:
     assert list(fix_lines.problems(fix)) == []
     with pytest.raises(UsageError) as error:
         parse_settings([f"{name}=1"])
-    assert error.value._fix == fix
+    assert fix_of(error.value) == fix
 
 
 def test_the_tables_are_consistent() -> None:

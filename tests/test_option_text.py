@@ -11,7 +11,6 @@ import pytest
 import ascendit
 from ascendit.cli.generate_options import KEYS
 from ascendit.option_text import (
-    COMMAND_LINE_ONLY,
     KEYWORDS,
     SET_ONLY,
     SETTABLE,
@@ -63,6 +62,7 @@ def test_flags_of_another_command_are_keys_of_set() -> None:
         assert for_reader("omit --keep, or --keep a.*") == "omit --set keep, or --set keep=a.*"
     with command_line("quantize"):
         assert for_reader("--steps 4") == "--set num_inference_steps=4"
+        assert for_reader("omit --timesteps.") == "omit --set timesteps."
         with command_line("repack"):
             assert for_reader("--steps 4") == "--steps 4"
     for command, flags in SET_ONLY.items():
@@ -70,7 +70,7 @@ def test_flags_of_another_command_are_keys_of_set() -> None:
 
 
 def test_every_flag_of_every_command_is_in_a_table() -> None:
-    tables = {*KEYWORDS, *SWITCHES, *SEVERAL, *COMMAND_LINE_ONLY, *SPECIAL}
+    tables = {*KEYWORDS, *SWITCHES, *SEVERAL, *fix_lines.COMMAND_LINE_ONLY, *SPECIAL}
     flags = {flag for flag in fix_lines.flags() if flag not in ("-h", "--help")}
     assert flags - tables == set()
     assert tables - flags - {"-o", "--quiet", "--verbose", "--version"} == set()

@@ -353,9 +353,27 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+MEANINGS = {
+    "prompt": "The text of the video.",
+    "width": "Width in pixels.",
+    "height": "Height in pixels.",
+    "timesteps": "Positions of the steps before the shift; replaces num_inference_steps.",
+    "guidance_scale": "Guidance of the only or the high-noise expert; at most 1: none.",
+    "guidance_scale_2": "Guidance of the low-noise expert; default: the model's, or guidance_scale if set.",
+    "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
+    "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
+    "max_sequence_length": "Tokens of the prompt, at most 512.",
+    "crf": "Quality of the file: lower is better and larger; default 18. Command line only.",
+    "seed": "The same seed gives the same video; default: random, and printed.",
+    "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
+    "seconds": "Length in seconds, instead of num_frames. Command line only.",
+}
+"""Key of `--set` -> its meaning, for keys that differ from a flag or have none."""
+
+
 def settings_table() -> str:
     """The keys of `--set` and `--config`."""
-    from ascendit.cli.generate_options import KEYS, MEANINGS
+    from ascendit.cli.generate_options import KEYS
     from ascendit.pipeline.options import OPTIONS
 
     values = {key: value_text(hint) for key, hint in KEYS.items()}

@@ -20,19 +20,6 @@ REPO = Path(__file__).resolve().parents[1]
 SRC = REPO / "src" / "ascendit"
 IMAGES = REPO / "docs" / "images"
 
-BASICS = (
-    "version",
-    "option_text",
-    "errors",
-    "foreign",
-    "arguments",
-    "validation",
-    "environment",
-    "exclusive",
-    "progress",
-    "report",
-)
-"""Single files that every folder may import; together they are the row `basics`."""
 GROUPS: dict[str, dict[str, str]] = {
     "facts": {
         "basics": "error codes, environment, progress, reports",
@@ -77,15 +64,16 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 """Group -> folder -> its subject. All folders together are in import order."""
 
+FOLDERS = [row for rows in GROUPS.values() for row in rows]
 LIGHT = ("#2563eb", "#7c3aed", "#0f766e", "#c2410c", "#be185d", "#15803d", "#a16207", "#475569")
 DARK = ("#60a5fa", "#a78bfa", "#2dd4bf", "#fb923c", "#f472b6", "#4ade80", "#facc15", "#94a3b8")
 FONT = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
 
 def row_of(module: str) -> str:
-    """`mx` for ascendit.mx.codec, `basics` for ascendit.errors, `` for the package itself."""
-    folder = module.partition(".")[2].partition(".")[0]
-    return "basics" if folder in BASICS or folder.startswith("__") else folder
+    """`mx` for ascendit.mx.codec, `basics` for ascendit.errors and other files without a row of their own."""
+    name = module.partition(".")[2].partition(".")[0]
+    return name if name in FOLDERS or (SRC / name).is_dir() else "basics"
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -100,15 +88,14 @@ def imported(path: Path) -> Iterator[str]:
 
 def import_rows() -> dict[str, set[str]]:
     """Row -> the other rows that it imports."""
-    folders = [row for rows in GROUPS.values() for row in rows]
-    edges: dict[str, set[str]] = {row: set() for row in folders}
+    edges: dict[str, set[str]] = {row: set() for row in FOLDERS}
     for path in sorted(SRC.rglob("*.py")):
         row = row_of(".".join(path.relative_to(SRC.parent).with_suffix("").parts))
         if path.parent == SRC and path.stem.startswith("__") or not path.stat().st_size:
             continue  # the list of public names; empty files
         assert row in edges, f"{row}: add it to GROUPS in tools/draw_architecture.py"
         targets = {row_of(name) for name in imported(path) if name.startswith("ascendit.")}
-        edges[row] |= targets & set(folders) - {row}
+        edges[row] |= targets & set(FOLDERS) - {row}
     return edges
 
 

@@ -30,6 +30,7 @@ from ascendit.foreign import (
     value_for,
 )
 from ascendit.foreign import translated as in_ascendit
+from ascendit.option_text import LISTS
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,9 +74,7 @@ POSITIONAL = {
     "inspect": ("check",),
     "quantize_": ("keep",),
 }
-"""Function -> the keywords that one more value without a name can be for."""
-LISTS = ("keep", "lora_skip", "loras", "parts")
-"""Keywords whose values are lists."""
+"""Function -> the keywords that a surplus positional argument may be meant for."""
 NAMES = {"attn_implementation": "attention", "quality": "crf", "sheet_path": "sheet", "num_videos": "seeds"}
 NAMES |= dict.fromkeys([name for name, flag in MANY.items() if flag == "--num-videos"], "seeds")
 NAMES |= dict.fromkeys([name for name, flag in MANY.items() if flag == "--prompts"], "prompts")
@@ -212,7 +211,7 @@ def argument_hint(function: str, name: str, value: Any, allowed: Collection[str]
 
 
 def _typing_error(name: str, names: Collection[str]) -> str | None:
-    """The one of `names` that differs from `name` by a typing error, or None."""
+    """The one of `names` that `name` misspells, or None."""
     text = name.lower()
     for other in names:
         if sorted(other) == sorted(text):

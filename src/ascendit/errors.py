@@ -67,6 +67,19 @@ ERROR_CODES: dict[str, str] = {
 }
 
 
+class ReaderText:
+    """A text attribute; reading it returns the stored text as `option_text.for_reader` rewrites it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, error: object, owner: type) -> str:
+        return for_reader(getattr(error, self._name))
+
+    def __set__(self, error: object, text: str) -> None:
+        setattr(error, self._name, text)
+
+
 class AscenditError(Exception):
     """Base class of all errors shown to users.
 
@@ -74,6 +87,7 @@ class AscenditError(Exception):
     They are written with flags, `--scheme mxfp8`, and read in Python as `scheme="mxfp8"`.
     """
 
+    got, needs, fix = ReaderText(), ReaderText(), ReaderText()
     exit_code: ClassVar[int] = 1
     latents: Any = None
     """The clean latents of a run that failed after its last step, float32 [1, z, F, h, w]."""
@@ -85,34 +99,7 @@ class AscenditError(Exception):
     def __init__(self, got: str, *, needs: str, fix: str, code: str) -> None:
         assert code in ERROR_CODES, code
         super().__init__(got)
-        self._got, self._needs, self._fix, self.code = got, needs, fix, code
-
-    @property
-    def got(self) -> str:
-        """The value received."""
-        return for_reader(self._got)
-
-    @got.setter
-    def got(self, text: str) -> None:
-        self._got = text
-
-    @property
-    def needs(self) -> str:
-        """The rule."""
-        return for_reader(self._needs)
-
-    @needs.setter
-    def needs(self, text: str) -> None:
-        self._needs = text
-
-    @property
-    def fix(self) -> str:
-        """An action that fixes it."""
-        return for_reader(self._fix)
-
-    @fix.setter
-    def fix(self, text: str) -> None:
-        self._fix = text
+        self.got, self.needs, self.fix, self.code = got, needs, fix, code
 
     def __str__(self) -> str:
         got, needs, fix = map(escaped, (self.got, self.needs, self.fix))

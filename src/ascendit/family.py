@@ -389,14 +389,6 @@ def has_position_embeddings(config: Mapping[str, Any]) -> bool:
     return config.get("image_dim") is not None and config.get("pos_embed_seq_len") is not None
 
 
-def published_base(config: Mapping[str, Any], num_experts: int, folder_name: str) -> str:
-    """The value of `--base` for the published model with these dimensions; `MODEL` for any other model."""
-    spec = spec_of(config, num_experts, folder_name)
-    if spec is None:
-        return "MODEL"
-    return f"hf:Wan-AI/{spec.name}-Diffusers" if spec.name.startswith("Wan") else "demo"
-
-
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig:
     """The strides in `config.json` of an AutoencoderKLWan; names and defaults are Diffusers'."""

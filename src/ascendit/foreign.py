@@ -31,7 +31,7 @@ RENAMED = {
     "image": "image_path input_image start_image first_frame input_reference img src_image init_image"
     " first_image first_frame_image i",
     "last_image": "end_image last_frame last_image_path tail_image final_frame last_frame_path",
-    "timesteps": "denoising_step_list sample_timesteps own_timesteps",
+    "timesteps": "denoising_step_list sample_timesteps",
     "size": "resolution video_size image_size",
     "width": "target_width w",
     "height": "target_height h",
@@ -101,7 +101,7 @@ PATTERNS = {
     },
     "loras": {"FILE:{WEIGHT}": "lora_scale lora_scales lora_strength lora_multiplier"},
 }
-"""Keyword of ascendit -> how a value of another tool is a part of its own -> names in other tools."""
+"""Keyword of ascendit -> its value, with {FILE} or {WEIGHT} from the other tool -> names in other tools."""
 PATTERN_OF = {
     name: (keyword, pattern)
     for keyword, patterns in PATTERNS.items()
@@ -123,7 +123,7 @@ MANY = {
 FLAG_FOR = MANY | {"compare": "--diff", "tensors": "--layers", "list": "--layers"}
 """Name in another tool -> a flag that Python has no keyword for."""
 BITS = {"w_bit": "w", "w_bits": "w", "bits": "w", "q_bits": "w", "nbits": "w", "a_bit": "a", "a_bits": "a"}
-"""Name in another tool of the bits of weights or activations -> their letter in a scheme, as w8a8."""
+"""Name of a number of bits in another tool -> `w` for weights or `a` for activations, as in w8a8."""
 COMMAND_ADVICE = {
     **dict.fromkeys(
         "quality video_quality output_quality output_compression".split(),
@@ -136,7 +136,7 @@ COMMAND_ADVICE = {
 """Name in another tool -> advice for the command line only."""
 
 ADVICE = {
-    "omit it: the folder of the model says its task": "task model_cls pipeline_class pipeline_class_name"
+    "omit it: the task is read from the model": "task model_cls pipeline_class pipeline_class_name"
     " model_type workload_type model_class architecture pipeline",
     "omit it: weights stay on the device; --text-on drop frees the text encoder after use": "offload_model"
     " cpu_offload dit_cpu_offload enable_model_cpu_offload enable_sequential_cpu_offload offload low_vram"
@@ -176,16 +176,16 @@ ADVICE = {
     " device_ids visible_devices cuda_visible_devices devices",
     "omit it: Wan has no embedded guidance; --guidance sets its scale": "embedded_cfg_scale"
     " embedded_guidance_scale",
-    "omit it: guidance is the plain one, of all layers": "slg slg_layers slg_start slg_end slg_scale"
-    " skip_layer_guidance cfg_zero_star enable_cfg_zero_star use_cfg_zero_star",
-    "omit it: positions are those of the model": "riflex riflex_freq_index enable_riflex use_riflex",
-    "omit it: the files of a quantized model say its scheme": "quant_config quant_desc_path"
+    "omit it: guidance is classifier-free guidance on all layers": "slg slg_layers slg_start slg_end"
+    " slg_scale skip_layer_guidance cfg_zero_star enable_cfg_zero_star use_cfg_zero_star",
+    "omit it: positions are encoded as the model does": "riflex riflex_freq_index enable_riflex use_riflex",
+    "omit it: the scheme of a quantized model is read from its files": "quant_config quant_desc_path"
     " quantization_config_file",
     "omit it: a model takes a text and images only": "audio audio_path pose_video src_root_path refer_path"
     " src_pose_path src_ref_images",
     "omit it: shards have at most 5 GB": "max_shard_size max_shard_bytes shard_size",
     "omit it: code of a checkpoint is never run": "trust_remote_code",
-    "omit it: decoding is exact, in one piece": "vae_slicing vae_tiling enable_vae_slicing enable_vae_tiling"
+    "omit it: the VAE decodes without tiles": "vae_slicing vae_tiling enable_vae_slicing enable_vae_tiling"
     " vae_tile_size tile_size vae_use_tiling use_tiling_vae tile_overlap"
     " tiling",
     "omit it: parts of the model are in the folder of MODEL": "tokenizer scheduler_config component_paths "
@@ -202,8 +202,8 @@ ADVICE = {
     " group_size w_bits a_bits block_size nbits load_in_8bit load_in_4bit",
     "omit it: weights are quantized row by row on the CPU": "dev_type max_workers",
     "omit it: there is no server yet": "host port serve server_port base_url webui served_model_name",
-    "omit it: the kinds of the tensors say it": "use_safetensors safetensors ignore_mismatched_sizes from_tf"
-    " from_flax subfolder",
+    "omit it: the format is recognised from the files": "use_safetensors safetensors from_tf"
+    " ignore_mismatched_sizes from_flax subfolder",
     "omit it: the name of the file selects the codec, as out.mp4, out.webm or out.gif": "codec"
     " bitrate video_codec pix_fmt video_format save_format",
 }
@@ -220,7 +220,7 @@ NO_VALUE = frozenset(
     " save_output y f gpu_only highvram fp8_e4m3fn_unet bf16_unet fp16_unet fp32_unet vae_fsdp tiling"
     " cfg_zero_star enable_cfg_zero_star use_cfg_zero_star enable_riflex".split()
 )
-"""Flags of other tools that stand alone; one of these with True, False, 0 or 1 after it has a value too."""
+"""Flags of other tools without a value; True, False, 0 or 1 after one of them is its value."""
 
 COMMANDS = {
     "generate": "run t2v i2v ti2v flf2v txt2vid img2vid sample infer inference predict create make",
@@ -306,7 +306,7 @@ def normal(name: str) -> str:
 
 
 def value_for(keyword: str, value: object, choices: Collection[str] = ()) -> str | None:
-    """The value of ascendit for one of another tool or of another case, or None.
+    """The value of ascendit for that of another tool, or for another spelling of its own; None if unknown.
 
     `choices`: the values of this option, for a typing error.
     """

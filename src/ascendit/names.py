@@ -320,8 +320,7 @@ EMA = ("ema", "ema_model", "model_ema", "net_ema", "transformer_ema", "generator
 """Components before a moving average of the weights, which trainers store beside them or alone."""
 _PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *PARTS, *EMA])})\.)+")
 WRAPPERS = (
-    *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
-    "base_layer",
+    "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module base_layer".split()
 )
 """Wrappers of modules in training, anywhere in a name: DDP, torch.compile, FSDP, activation checkpoints,
 DeepSpeed, PEFT.

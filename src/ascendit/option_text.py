@@ -13,73 +13,50 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-KEYWORDS = {
-    "--alpha": "alpha",
-    "--base": "base",
-    "--crf": "crf",
-    "--defaults": "defaults",
-    "--device": "device",
-    "--emulate": "emulate",
-    "--fit": "fit",
-    "--for": "engine",
-    "--fps": "fps",
-    "--frames": "num_frames",
-    "--image": "image",
-    "--keep": "keep",
-    "--last-image": "last_image",
-    "--lora": "loras",
-    "--lora-skip": "lora_skip",
-    "--max-memory": "max_memory",
-    "--negative": "negative_prompt",
-    "--part": "parts",
-    "--preset": "preset",
-    "--recipe": "recipe",
-    "--scale-rule": "scale_rule",
-    "--scheme": "scheme",
-    "--seed": "seed",
-    "--shift": "flow_shift",
-    "--solver": "solver",
-    "--step-policy": "step_policy",
-    "--steps": "num_inference_steps",
-    "--text-on": "text_on",
-    "--to": "to",
+_SAME = (
+    "alpha base crf defaults device emulate fit fps image keep last_image lora_skip max_memory preset recipe"
+    " scale_rule scheme seed solver step_policy text_on timesteps to"
+)
+_RENAMED = {
+    "engine": "--for",
+    "flow_shift": "--shift",
+    "loras": "--lora",
+    "negative_prompt": "--negative",
+    "num_frames": "--frames",
+    "num_inference_steps": "--steps",
+    "parts": "--part",
 }
-"""Flag with a value -> its keyword in Python."""
-FLAGS = {keyword: flag for flag, keyword in KEYWORDS.items()}
-"""Keyword -> its flag, if it has one; others are set with `--set keyword=value`."""
-SWITCHES = {
-    "--allow-flat": "allow_flat",
-    "--check": "check",
-    "--copy": "copy",
-    "--dry-run": "dry_run",
-    "--force": "force",
-    "--hash": "hash",
-    "--overwrite": "overwrite",
-    "--resume": "resume",
-    "--swap-experts": "swap_experts",
-    "--values": "values",
+
+
+def flag_of(name: str) -> str:
+    """The flag of a keyword: `--text-on` for `text_on`, `--lora` for `loras`."""
+    return _RENAMED.get(name) or f"--{name.replace('_', '-')}"
+
+
+FLAGS = {name: flag_of(name) for name in (*_SAME.split(), *_RENAMED)}
+"""Keyword in Python -> its flag with a value, if it has one; others are set with `--set keyword=value`."""
+KEYWORDS = {flag: keyword for keyword, flag in FLAGS.items()}
+"""Flag with a value -> its keyword."""
+SWITCH_OF = {
+    name: flag_of(name)
+    for name in ("allow_flat check copy dry_run force hash overwrite resume swap_experts values".split())
 }
-"""Flag without a value -> its keyword in Python, which is set to True."""
-_SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
+"""Keyword in Python -> its flag without a value, which sets it to True."""
+SWITCHES = {flag: keyword for keyword, flag in SWITCH_OF.items()}
+"""Flag without a value -> its keyword."""
 SEVERAL = {
     "--size": ("width", "height"),
     "--guidance": ("guidance_scale", "guidance_scale_2"),
-    "--timesteps": ("timesteps",),
 }
 """Flag with several numbers -> their keywords."""
 SETTABLE = frozenset(
     "activation_rule attention boundary_ratio dtype fast_layernorm guidance_scale guidance_scale_2"
-    " height max_sequence_length metadata model nz ops prompt schedule seconds timesteps"
-    " vae_dtype width".split()
+    " height max_sequence_length metadata model nz ops prompt schedule seconds vae_dtype"
+    " width".split()
 )
 """Keywords without a flag of the same value; `--set keyword=value` sets them."""
-COMMAND_LINE_ONLY = frozenset(
-    "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers"
-    " --limit --num-videos --out --prompts --quality --quiet --report --seconds --seeds --self-check"
-    " --sheet --verbose --version".split()
-)
-"""Flags that Python has no keyword for; they stay in the text."""
-_LISTS = ("keep", "lora_skip", "loras", "parts")
+LISTS = ("keep", "lora_skip", "loras", "parts")
+"""Keywords whose values are lists."""
 PROSE = "a and are excludes for frees from has in instead is of on or so takes that to which with"
 """Words that follow a flag in a sentence, and are not its value."""
 _FREE = frozenset("--base --image --keep --last-image --lora --negative".split())
@@ -96,8 +73,8 @@ _REPEATED = re.compile(r"\b(\w+)=\[([^]]*)\], \1=\[")
 _OMIT = re.compile(r"\b(?:[Oo]mit|without|only with|needs)(?: --[a-z-]+(?:,| and| or))* $")
 
 SET_ONLY = {
-    "generate": ("--keep",),
-    "quantize": ("--fps", "--frames", "--negative", "--seed", "--shift", "--solver", "--steps"),
+    "generate": ["--keep"],
+    "quantize": "--fps --frames --negative --seed --shift --solver --steps --timesteps".split(),
 }
 """Command -> flags of other commands that it has as a key of `--set` only."""
 
@@ -122,14 +99,14 @@ def option(keyword: str, value: object) -> str:
         return f"{flag} {_quoted(text)}"
     if keyword in SETTABLE:
         return f"--set {_quoted(f'{keyword}={text}')}"
-    return _SWITCH_OF.get(keyword) or f"{keyword}={text}"
+    return SWITCH_OF.get(keyword) or f"{keyword}={text}"
 
 
 def option_name(keyword: str) -> str:
     """An option without a value, as the command line writes it: `--steps`, `--size`, `--set dtype`."""
     several = next((flag for flag, keywords in SEVERAL.items() if keyword in keywords), None)
     other = f"--set {keyword}" if keyword in SETTABLE else keyword
-    return FLAGS.get(keyword) or _SWITCH_OF.get(keyword) or several or other
+    return FLAGS.get(keyword) or SWITCH_OF.get(keyword) or several or other
 
 
 def for_reader(text: str) -> str:
@@ -194,7 +171,7 @@ def _assigned(flag: str, value: str) -> str:
     if flag not in KEYWORDS:
         return f"{_keyword(flag)} {value}"
     keyword = KEYWORDS[flag]
-    return f"{keyword}=[{_literal(value)}]" if keyword in _LISTS else f"{keyword}={_literal(value)}"
+    return f"{keyword}=[{_literal(value)}]" if keyword in LISTS else f"{keyword}={_literal(value)}"
 
 
 def _literal(text: str) -> str:

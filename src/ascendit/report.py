@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -149,6 +150,16 @@ def short_path(path: Path) -> str:
     except (ValueError, OSError):
         return str(absolute)
     return f"./{text}" if text == "demo" or text.startswith(("-", "hf:", "ms:")) else text
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """`out-2.mp4`, `out-3.mp4`, .. for `out.mp4`."""
+    return (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+
+
+def free_path(path: Path) -> Path:
+    """The first of the `numbered` paths that does not exist."""
+    return next(other for other in numbered(path) if not os.path.lexists(other))
 
 
 def shell_line(args: Iterable[str]) -> str:

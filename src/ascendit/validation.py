@@ -199,6 +199,12 @@ def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageErr
     return UsageError(setting, needs=f"{name}: {label}", fix=fix)
 
 
+def one_of(hint: Any) -> str:
+    """The values of a Literal as text: `crop, pad or stretch`."""
+    *others, last = get_args(hint)
+    return f"{', '.join(others)} or {last}"
+
+
 def non_optional(hint: Any) -> Any:
     """The type `hint` without None."""
     types = get_args(hint)

@@ -38,7 +38,10 @@ def values(expert: Expert) -> dict[str, torch.Tensor]:
     """All weights as the checker of `repack` decodes them, float32."""
     weights = {f"{name}.weight": layer for name, layer in expert.layers.items()}
     scales = {
-        info.name for x in expert.layers.values() for role, info in x.tensors.items() if "scale" in role
+        info.name
+        for layer in expert.layers.values()
+        for role, info in layer.tensors.items()
+        if "scale" in role or role == "weight_offset"
     }
     tensors = {}
     with RowReader() as reader:

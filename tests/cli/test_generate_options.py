@@ -106,7 +106,7 @@ FLAGS = st.fixed_dictionaries(
         "solver": st.sampled_from(["unipc", "euler"]),
         "negative_prompt": st.text("ab -'\"=,ü", max_size=9),
         "timesteps": st.lists(st.floats(1, 1000), min_size=1, max_size=5, unique=True).map(
-            lambda ts: tuple(sorted(ts, reverse=True))
+            lambda ts: ",".join(map(repr, sorted(ts, reverse=True)))
         ),
         "dtype": st.just("float32"),
         "device": st.sampled_from(["cpu", "cuda:1"]),

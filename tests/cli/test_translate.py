@@ -183,7 +183,7 @@ def test_each_note_says_what_a_flag_is(run):
     ended = run("generate", "--demo", "x", "--num_inference_steps", "8", "--width=64", "--task", "t2v")
     needs = ended.err.splitlines()[1]
     assert "--num_inference_steps 8 is --steps 8 here" in needs and "part of --size" in needs
-    assert "--task: the folder of the model says its task" in needs
+    assert "--task: the task is read from the model" in needs
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_hub_snapshot_has_its_name_on_the_hub(record, tmp_path):
     front = front_matter(provenance.model_card(record, "small"))
     assert front["base_model"] == "Wan-AI/Wan2.2-I2V-A14B" and front["pipeline_tag"] == "image-to-video"
     assert provenance.ascendit_json(record)["source"]["name"] == f"Wan-AI/Wan2.2-I2V-A14B@{root.name}"
-    line = provenance.command_line("quantize", record.layout, Path("/somewhere/small"), [])
+    line = provenance.command_line("quantize", record.layout, Path("/somewhere/small"), {})
     assert line == f"ascendit quantize hf:Wan-AI/Wan2.2-I2V-A14B@{root.name} -o small"
 
 
@@ -107,14 +108,8 @@ def test_neither_file_has_local_paths(record, tmp_path):
 
 
 def test_the_command_line_quotes_repeats_and_omits_flags(tmp_path):
-    flags = [
-        ("--scheme", "mxfp8"),
-        ("--recipe", None),
-        ("--keep", ["blocks.0.*", "a b"]),
-        ("--copy", True),
-        ("--force", False),
-    ]
-    line = provenance.command_line("quantize", layout(tmp_path, "My model"), tmp_path / "x y", flags)
+    options = {"scheme": "mxfp8", "recipe": None, "keep": ["blocks.0.*", "a b"], "copy": True, "force": False}
+    line = provenance.command_line("quantize", layout(tmp_path, "My model"), tmp_path / "x y", options)
     assert line == (
         "ascendit quantize 'My model' -o 'x y' --scheme mxfp8 --keep 'blocks.0.*' --keep 'a b' --copy"
     )
@@ -131,3 +126,14 @@ def test_both_files_are_written(record, tmp_path):
     data = json.loads((tmp_path / "ascendit.json").read_text())
     assert data["sizes"] == {"part/a.json": 2}
     assert data["files"] == {**record.files, "part/a.json": hashlib.sha256(b"{}").hexdigest()}
+
+
+def test_the_next_command_names_the_published_base():
+    config = {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "in_channels": 36}
+    config |= {"image_dim": 1280, "pos_embed_seq_len": 514}
+    source: Any = SimpleNamespace(name="x", experts=[None])
+    base = "hf:Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers"
+    command = f"ascendit repack /o -o /o-full --base {base}"
+    assert provenance.next_command(Path("/o"), config, source, is_pipeline=False) == command
+    source.experts = []
+    assert provenance.next_command(Path("/o"), config, source, is_pipeline=False).endswith("--base MODEL")

@@ -1,4 +1,4 @@
-"""The check of translated lines: whether a flag accepts its value, and which arguments a line lacks.
+"""Check translated lines: whether a flag accepts its value, and which arguments are missing.
 
 refusal("generate", ["--solver", "normal"])       # "solver: unipc or dpm++ or euler or renoise"
 complete("repack", ["demo"], command)             # ["demo", "-o", "DST"]
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ascendit.cli.generate_options import KEYS, SPLIT, check_values, own_value, parse_settings, typed_layer
+from ascendit.cli.output import COMMON
 from ascendit.cli.prompts import parse_seeds
 from ascendit.device.device import parse_device
 from ascendit.device.limits import check_attention
@@ -19,9 +20,6 @@ from ascendit.errors import AscenditError
 from ascendit.option_text import KEYWORDS
 from ascendit.pipeline.video import locate
 
-_SPLIT_OF = {"--size": "size", "--guidance": "guidance", "--timesteps": "own_timesteps"}
-OUTPUT = ("-q", "--quiet", "-v", "--verbose")
-"""Flags that every command has; its own parser does not."""
 ONE_OF = {
     "quantize": (("--scheme", "--recipe"), ("--scheme", "mxfp8")),
     "verify": (("--adherence", "--quality"), ("--quality",)),
@@ -51,8 +49,8 @@ def refusal(command: str, new: Sequence[str], choices: Sequence[str] = (), devic
             parse_seeds(text)
         elif flag == "--device":
             parse_device(text)
-        elif flag in _SPLIT_OF:
-            SPLIT[_SPLIT_OF[flag]](text)
+        elif (name := flag.removeprefix("--")) in SPLIT:
+            SPLIT[name](text)
         elif flag == "--set":
             _check(parse_settings([text]), device)
         elif (keyword := KEYWORDS.get(flag)) in KEYS:
@@ -132,7 +130,7 @@ def _needed(flags: Sequence[str]) -> list[str]:
 
 def _parses(name: str, args: Sequence[str], command: Any) -> bool:
     try:
-        command.make_context(name, [arg for arg in args if arg not in OUTPUT])
+        command.make_context(name, [arg for arg in args if arg not in COMMON])
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer
             return False

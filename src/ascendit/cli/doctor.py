@@ -15,7 +15,7 @@ from ascendit.cli.main import Json, flag
 from ascendit.cli.output import Output
 from ascendit.doctor.probe import NO_FIX
 from ascendit.errors import UsageError, escaped
-from ascendit.pages.page import check_report_file, write_json
+from ascendit.pages.page import check_report_file, write_report
 from ascendit.report import columns, wrapped
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _check_device(device: str, file: Path | None, out: Output) -> int:
     data = check.as_dict()
     out.result(data, page(check, out.width), colour=True)
     if file is not None:
-        write_json(file, data)
+        write_report(file, data)
         out.note(f"{file} has the full results; attach it to a bug report")
     return 0 if check.ok else 1
 

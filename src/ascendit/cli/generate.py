@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.main import completion, value_of_flag
+from ascendit.cli.main import completion, flag
 from ascendit.cli.output import Output
 from ascendit.convert.report import lora_lines
 from ascendit.errors import UsageError
-from ascendit.family import PRESETS
-from ascendit.pipeline.options import FLAGS, OPTIONS
+from ascendit.family import PRESETS, Solver
+from ascendit.option_text import flag_of
+from ascendit.pipeline.options import OPTIONS
 from ascendit.report import shell_line
+from ascendit.validation import one_of
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_plan import Planned
@@ -28,9 +30,7 @@ def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
     """Declare a parameter of `generate` with its flag."""
-    names = names or f"--{name.replace('_', '-')}"
-    settings: dict[str, Any] = {"autocompletion": completion(names.split()[-1]), "callback": value_of_flag}
-    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden, **settings)
+    option = flag(f"{names or flag_of(name)} {metavar or ''}", help, hidden=hidden)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
     return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
@@ -60,27 +60,27 @@ PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
     inspect.Parameter("args", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, ARGS]),
     _flag("demo", bool, "Use the small demo model included with ascendit."),
-    _flag("output", str, FILES, "FILE", "-o --output"),  # text: a Path would drop the / of a folder
+    _flag("output", str, FILES, "FILE", "-o, --output"),  # text: a Path would drop the / of a folder
     _flag("seed", str, SEEDS, "N,.."),
     _flag("num_videos", int, NUM_VIDEOS, "N"),
     _flag("prompts", str, PROMPTS, "FILE"),
-    _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
+    _flag("num_inference_steps", int, "Number of denoising steps.", "N"),
     _flag("size", str, SIZE, "WxH"),
-    _flag("num_frames", int, "Number of frames, 4n+1.", "N", "--frames"),
+    _flag("num_frames", int, "Number of frames, 4n+1.", "N"),
     _flag("seconds", float, "Length in seconds, instead of --frames.", "S"),
     _flag("fps", str, "Frames per second of the file: 24, 23.976 or 24000/1001.", "N", hidden=True),
     _flag("crf", int, CRF, "N", hidden=True),
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
-    _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
-    _flag("solver", str, "Solver: unipc, dpm++, euler or renoise.", "NAME", hidden=True),
-    _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
+    _flag("flow_shift", float, "Flow shift of the schedule.", "X", hidden=True),
+    _flag("solver", str, f"Solver: {one_of(Solver)}.", "NAME", hidden=True),
+    _flag("timesteps", str, TIMESTEPS, "T,T,..", hidden=True),
     _flag("preset", str, PRESET, "NAME"),
-    _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
+    _flag("negative_prompt", str, NEGATIVE, "TEXT"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
     _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
     _flag("fit", str, FIT, "HOW"),
     *(
-        _flag(name, list[str] if x.repeatable else str, x.help, x.metavar, FLAGS[name], hidden=x.hidden)
+        _flag(name, list[str] if x.repeatable else str, x.help, x.metavar, hidden=x.hidden)
         for name, x in OPTIONS.items()
         if x.metavar
     ),

@@ -22,6 +22,7 @@ from ascendit.errors import AscenditError, UsageError
 from ascendit.family import PRESETS
 from ascendit.foreign import COMMAND_ADVICE, FLAG_FOR, KEYWORD_OF, ON, hint, normal, value_for
 from ascendit.geometry import FrameRate, frame_rate
+from ascendit.option_text import flag_of
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import REPLACES, GenerateRequest
 from ascendit.report import shell_line
@@ -38,42 +39,10 @@ KEYS: dict[str, Any] = {
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
-MEANINGS = {
-    "prompt": "The text of the video.",
-    "width": "Width in pixels.",
-    "height": "Height in pixels.",
-    "timesteps": "Positions of the steps before the shift; replaces num_inference_steps.",
-    "guidance_scale": "Guidance of the only or the high-noise expert; at most 1: none.",
-    "guidance_scale_2": "Guidance of the low-noise expert; default: the model's, or guidance_scale if set.",
-    "boundary_ratio": "From this part of 1000 on, a timestep runs the high-noise expert.",
-    "schedule": "Timesteps of Diffusers' scheduler, or of the authors' own code.",
-    "max_sequence_length": "Tokens of the prompt, at most 512.",
-    "crf": "Quality of the file: lower is better and larger; default 18. Command line only.",
-    "seed": "The same seed gives the same video; default: random, and printed.",
-    "metadata": "Whether to write the .json and the metadata of the video. Command line only.",
-    "seconds": "Length in seconds, instead of num_frames. Command line only.",
-}
-"""Key -> its meaning, for keys that differ from a flag or have none."""
-
-FLAG_ONLY = {
-    "size": "--size",
-    "guidance": "--guidance",
-    "seeds": "--seed",
-    "output": "-o",
-    "sheet": "--sheet",
-    "num_videos": "--num-videos",
-    "prompts": "--prompts",
-    "config": "--config",
-    "latents": "--latents",
-}
+_NO_KEYS = "size guidance sheet num_videos prompts config latents"
+FLAG_ONLY = {name: flag_of(name) for name in _NO_KEYS.split()} | {"seeds": "--seed", "output": "-o"}
 """Name of a flag that is no key of `--set` -> the flag."""
-SWITCHES = {
-    "overwrite": "--overwrite",
-    "dry_run": "--dry-run",
-    "keep_latents": "--keep-latents",
-    "demo": "--demo",
-    "json": "--json",
-}
+SWITCHES = {name: flag_of(name) for name in ("overwrite", "dry_run", "keep_latents", "demo", "json")}
 """Name of a flag without a value -> the flag."""
 
 # A key removes these keys from sources of lower precedence.
@@ -135,22 +104,11 @@ def read_call(
         raise UsageError("--config and --latents", needs=needs, fix="omit --config")
     environment, notes = read_environment(VARIABLES)
     algo = environment.pop("attention", None)
-    flag_values = {key: value for key, value in flags.items() if key in KEYS and value is not None}
-    for flag, split in SPLIT.items():
-        if flags.get(flag) is not None:
-            try:
-                flag_values |= split(flags[flag])
-            except UsageError as e:
-                e.fix = (
-                    own_value(flag, flags[flag], "demo" if demo else args[0] if len(args) == 2 else None)
-                    or e.fix
-                )
-                raise
     layers = [
         read_latents_config(latents) if latents else read_config(config) if config else {},
         environment,
         parse_settings(settings),
-        typed_layer(flag_values, source="flags"),
+        _layer_of_flags(flags, "demo" if demo else args[0] if len(args) == 2 else None),
     ]
     values = {k: v for k, v in merge(*layers).items() if v is not None}
     model, prompt = values.pop("model", None), values.pop("prompt", None)
@@ -172,6 +130,20 @@ def read_call(
         notes=notes,
         latents=latents,
     )
+
+
+def _layer_of_flags(flags: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    """The keys that flags set. `model`: if it is known, the fix of an error has a value of it."""
+    values = {name: value for name, value in flags.items() if value is not None}
+    keys = KEYS.keys() - SPLIT.keys()
+    layer = typed_layer({k: v for k, v in values.items() if k in keys}, source="flags")
+    for name in [name for name in SPLIT if name in values]:
+        try:
+            layer |= SPLIT[name](values[name])
+        except UsageError as e:
+            e.fix = own_value(name, values[name], model) or e.fix
+            raise
+    return layer
 
 
 def own_value(flag: str, text: str, model: str | None) -> str | None:
@@ -269,9 +241,9 @@ def parse_timesteps(text: str) -> dict[str, tuple[float, ...]]:
 SPLIT: dict[str, Callable[[str], dict[str, Any]]] = {
     "size": parse_size,
     "guidance": parse_guidance,
-    "own_timesteps": parse_timesteps,
+    "timesteps": parse_timesteps,
 }
-"""Flags that set other keys -> the parser that returns these keys."""
+"""Name of a flag with several numbers -> the parser that returns its keys."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Planned:
 
     @property
     def output_without_seed(self) -> str | None:
-        """The `-o` for several seeds of this prompt: `a_01_s7.mp4` is one of `a_01.mp4`; folders stay."""
+        """The `-o` for several seeds of this prompt: `a_01.mp4` for `a_01_s7.mp4`; a folder is unchanged."""
         base, path = self.base_output, Path(self.output)
         if base is None or base.endswith("/") or os.path.isdir(base):
             return base

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from ascendit.cli.completing import COMPLETERS, Command, joined_pieces, with_files
-from ascendit.cli.output import Output, report_internal_error, traceback_text
+from ascendit.cli.output import COMMON, Output, report_internal_error, traceback_text
 from ascendit.environment import accept_click_completion, disable_device_plugins
 from ascendit.errors import (
     AscenditError,
@@ -41,7 +41,6 @@ COMMANDS = {
     "doctor": "Check this machine and its libraries.",
 }
 """Command (also the name of its module and function) -> the first sentence of its help."""
-COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
 
@@ -107,15 +106,15 @@ def value_of_flag(ctx: typer.Context, param: typer.CallbackParam, value: Any) ->
     return value
 
 
-def flag(shown: str, help: str) -> Any:
+def flag(shown: str, help: str, *, hidden: bool = False) -> Any:
     """Make a flag for `Annotated`.
 
     `shown`: names and metavar as in the help, for example `-o, --output DST`.
     """
-    names = shown.replace(",", "").split()
+    names = shown.replace(", ", " ").split()
     metavar = None if names[-1].startswith("-") else names.pop()
     settings: dict[str, Any] = {"autocompletion": completion(names[-1]), "callback": value_of_flag}
-    return typer.Option(*names, metavar=metavar, help=help, **settings)
+    return typer.Option(*names, metavar=metavar, help=help, hidden=hidden, **settings)
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL, autocompletion=completion("MODEL"))]

@@ -18,6 +18,9 @@ from ascendit.errors import AscenditError, escaped
 from ascendit.report import json_text
 from ascendit.version import versions
 
+COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
+"""Flag of every command -> its field of Output. The parsers of the commands do not have them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:

@@ -70,10 +70,8 @@ def _text_of(file: str, label: str) -> str:
             raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
         return data.decode("utf-8-sig")
     except OSError as e:
-        got, needs = (
-            f"--prompts {label}: {e.strerror}",
-            "a text file with one prompt per line, or - for stdin",
-        )
+        needs = "a text file with one prompt per line, or - for stdin"
+        got = f"--prompts {label}: {e.strerror}"
         raise UsageError(got, needs=needs, fix="correct the path", code="E-USE-02") from e
     except ValueError as e:
         fix = "save the file as UTF-8 text"

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from ascendit.cli.accepted import complete, own_size, refusal
+from ascendit.cli.generate_options import FLAG_ONLY
+from ascendit.cli.output import COMMON
 from ascendit.foreign import (
     ADVICE_FOR,
     BITS,
@@ -29,16 +31,15 @@ from ascendit.foreign import (
     translated,
     value_for,
 )
-from ascendit.option_text import FLAGS, SET_ONLY, SETTABLE, SWITCHES
+from ascendit.option_text import FLAGS, SET_ONLY, SETTABLE, SWITCH_OF
 from ascendit.report import shell_line
 
 Values = Callable[[str], Sequence[str]]
 BOOLEANS = ("true", "false", "0", "1", "yes", "no", "on", "off")
-SPECIAL = {"output": "-o", "dst": "-o", "config": "--config", "size": "--size", "seconds": "--seconds"}
-SPECIAL |= {"timesteps": "--timesteps", "guidance_scale": "--guidance"}
-SWITCH_OF = {keyword: flag for flag, keyword in SWITCHES.items()}
+SPECIAL = FLAG_ONLY | {"dst": "-o", "seconds": "--seconds", "guidance_scale": "--guidance"}
 POSITIONAL = ("model", "prompt")
-COMMON = {"-q": False, "--quiet": False, "-v": False, "--verbose": False, "-h": False, "--help": False}
+SHARED = dict.fromkeys((*COMMON, "-h", "--help"), False)
+"""Flags of every command; none has a value."""
 _NUMBER = r"\d+(?:\.\d+)?"
 _FILE = r"\S+\.(?:safetensors|pt|pth|bin|ckpt)(?::\S+)?"
 LISTS = {
@@ -318,8 +319,8 @@ def repaired(
             name, _after_dashes(remaining, prompt)
         )
     command = parser(name)
-    line = translate(remaining, name, options_of(command) | COMMON, values)
-    for flag in [flag for flag in line.unknown if flag not in COMMON]:
+    line = translate(remaining, name, options_of(command) | SHARED, values)
+    for flag in [flag for flag in line.unknown if flag not in SHARED]:
         if owners := [other for other in commands if flag in options_of(parser(other))]:
             line.unknown.remove(flag)
             line.notes.remove(_unknown(flag, name))

@@ -59,8 +59,8 @@ class Calibrate(Protocol):
     def alpha(self) -> float: ...
 
     @property
-    def flags(self) -> Sequence[tuple[str, object]]:
-        """Its flags for the command line in the model card."""
+    def options(self) -> Mapping[str, object]:
+        """Its options for the command line in the model card."""
 
     def record(self, layout: Layout) -> Mapping[str, Any]:
         """Settings of the run for `ascendit.json`. Raises all errors that can be detected without weights."""

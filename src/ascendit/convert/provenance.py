@@ -10,7 +10,7 @@ base, the published Diffusers folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from ascendit.checkpoint.trust import Home
 from ascendit.convert.other_files import CARD_FILE
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError, escaped
-from ascendit.family import has_position_embeddings, published_base
+from ascendit.family import has_position_embeddings, spec_of
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
+from ascendit.option_text import flag_of
 from ascendit.report import json_text, shell_line, short_path
 from ascendit.version import __version__, installed
 from ascendit.weights.engine_formats import model_kind
@@ -153,20 +154,21 @@ def source_argument(layout: Layout) -> str:
     return f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
 
 
-def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
+def command_line(verb: str, layout: Layout, dst: Path, options: Mapping[str, object]) -> str:
     """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with names of folders and files, not paths.
 
-    With a base, a file has the name of its component, because the base may have two of the kind. A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
+    `options`: keyword -> value; None and False omit its flag, True adds it without a value, a list repeats
+    it. With a base, a file has the name of its component, because the base may have two of the kind.
     """
-    flags = list(flags)
     if layout.kind != "file":
         sources = [source_argument(layout)]
-    elif len(layout.parts) > 1 or dict(flags).get("--base"):
+    elif len(layout.parts) > 1 or options.get("base"):
         sources = [f"{name}={escaped(part.path.name)}" for name, part in layout.parts.items()]
     else:
         sources = [escaped(layout.root.name)]
     args = ["ascendit", verb, *sources, "-o", escaped(dst.name)]
-    for flag, setting in flags:
+    for keyword, setting in options.items():
+        flag = flag_of(keyword)
         for value in setting if isinstance(setting, list | tuple) else [setting]:
             if value is True:
                 args.append(flag)
@@ -183,16 +185,16 @@ def next_command(
     `config`: of its first expert. The files of an engine without the other components are for that engine:
     `inspect` shows how it starts.
     """
-    name = short_path(dst)
+    name, spec = short_path(dst), spec_of(config, len(source.experts), source.name)
+    base = spec.hub if spec else "MODEL"
     if is_pipeline:
         images = ["--image", "first.png"] if model_kind(config) == "i2v" else []
         images += ["--last-image", "last.png"] if has_position_embeddings(config) else []
-        is_demo = published_base(config, len(source.experts), source.name) == "demo"
-        prompt = "a red circle moves right on a black background" if is_demo else "a cat plays the piano"
+        demo, cat = "a red circle moves right on a black background", "a cat plays the piano"
+        prompt = demo if base == "demo" else cat
         return shell_line(["ascendit", "generate", name, prompt, *images])
     if engine is not None:
         return shell_line(["ascendit", "inspect", name])
-    base = published_base(config, len(source.experts), source.name)
     return shell_line(["ascendit", "repack", name, "-o", f"{name}-full", "--base", base])
 
 

@@ -125,19 +125,10 @@ def quantize(
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
     files, skip = lora_sources(loras), (lora_skip,) if isinstance(lora_skip, str) else tuple(lora_skip)
-    flags: list[tuple[str, object]] = [
-        ("--scheme", scheme),
-        ("--recipe", _recipe_name(recipe)),
-        ("--scale-rule", scale_rule),
-        ("--keep", list(keep)),
-        ("--lora", [str(replace(lora, path=Path(lora.path.name))) for lora in files]),
-        ("--lora-skip", list(skip)),
-        ("--for", engine),
-        ("--copy", copy),
-        ("--force", force),
-        ("--report", report is not False),
-        ("--hash", hash),
-    ]
+    options: dict[str, object] = {"scheme": scheme, "recipe": _recipe_name(recipe), "scale_rule": scale_rule}
+    options |= {"keep": list(keep), "loras": [str(replace(x, path=Path(x.path.name))) for x in files]}
+    options |= {"lora_skip": list(skip), "engine": engine, "copy": copy, "force": force}
+    options |= {"report": report is not False, "hash": hash}
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -153,7 +144,7 @@ def quantize(
         measure=report is not False,
         report_file=None if isinstance(report, bool) else Path(os.path.abspath(Path(report).expanduser())),
         hash=hash,
-        flags=[*flags, *(calibrate.flags if calibrate else ())],
+        options={**options, **(calibrate.options if calibrate else {})},
     )
     job.check(force)
     job.check_report(overwrite)
@@ -169,14 +160,6 @@ def _recipe_name(recipe: str | None) -> str | None:
     if Path(recipe).is_file():
         record_source(Path(os.path.abspath(recipe)))
     return Path(recipe).name
-
-
-def _two_smoothings() -> UsageError:
-    return UsageError(
-        "both smoothing and calibrate",
-        needs="only one of them: a calibration computes the smoothing",
-        fix="omit one of them",
-    )
 
 
 @dataclass
@@ -198,8 +181,8 @@ class QuantizeJob:
     measure: bool
     report_file: Path | None
     hash: bool
-    flags: list[tuple[str, object]]
-    """The flags of the command line for the model card, with file names instead of paths."""
+    options: Mapping[str, object]
+    """Keyword -> value for the command line in the model card, with file names instead of paths."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
     others: OtherFiles | None = field(init=False, default=None)
@@ -213,7 +196,8 @@ class QuantizeJob:
 
     def __post_init__(self) -> None:
         if self.calibrate is not None and self.smoothing:
-            raise _two_smoothings()
+            needs = "only one of them: a calibration computes the smoothing"
+            raise UsageError("both smoothing and calibrate", needs=needs, fix="omit one of them")
         check_groups(self.lora_skip, self.loras)
         require_inside(self.layout)
         if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
@@ -463,7 +447,7 @@ class QuantizeJob:
             omitted=self.others.omitted if self.others else (),
             loras=tuple(lora_report(self.loras, self.folds)),
             report_file=self.report_file,
-            command=provenance.command_line("quantize", self.layout, self.dst, self.flags),
+            command=provenance.command_line("quantize", self.layout, self.dst, self.options),
             calibration=self.calibration,
             engine=self.target.engine,
             warnings=tuple(warnings),

@@ -112,8 +112,8 @@ def repack(
         if check:
             report = _check(report, plan, staging.path, on_progress)
         named = provenance.source_argument(plan.base) if plan.base else None
-        flags = [("--base", named), ("--to", to), ("--for", engine), ("--check", check), ("--copy", copy)]
-        command = provenance.command_line("repack", plan.source, dst, flags)
+        options = {"base": named, "to": to, "engine": engine, "check": check, "copy": copy}
+        command = provenance.command_line("repack", plan.source, dst, options)
         record = _record(plan, report, command, files)
         provenance.write_record_and_card(staging.path, record, dst.name, hash=check)
         staging.publish()
@@ -130,7 +130,7 @@ class RepackPlan:
     source: Layout
     base: Layout | None
     pipeline: Layout | None
-    """The Diffusers folder that the output is like; None for an output with only transformers."""
+    """The Diffusers folder whose layout the output has; None for an output with only transformers."""
     target: TargetFormat
     outputs: list[ExpertOutput]
     parts: list[PartOutput]
@@ -337,10 +337,8 @@ def _recipe_of(source: Layout) -> dict[str, Any]:
 
 
 def _expert_report(output: ExpertOutput) -> RepackedExpert:
-    source, rewritten = (
-        output.source,
-        [step for step in output.steps if step.how in REWRITE_LABELS and step.specs],
-    )
+    source = output.source
+    rewritten = [step for step in output.steps if step.how in REWRITE_LABELS and step.specs]
     before = {source.tensors[name].name for name in output.disk_names if name in source.tensors}
     rewritten_bytes = sum(step.output_bytes() for step in rewritten)
     return RepackedExpert(

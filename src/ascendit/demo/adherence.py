@@ -321,11 +321,7 @@ class Adherence:
         groups = {"all videos": self.overall, "seen in training": self.trained, "held out": self.held_out}
         lines = ["right".ljust(12) + "".join(name.rjust(20) for name in groups)]
         for name in (*ATTRIBUTES, "everything"):
-            cells = [
-                f"{getattr(c, name)}/{c.total} {c.share(name):7.1%}" if c.total else "-"
-                for c in groups.values()
-            ]
-            lines.append(name.ljust(12) + "".join(cell.rjust(20) for cell in cells))
+            lines.append(name.ljust(12) + "".join(c.text(name).rjust(20) for c in groups.values()))
         return "\n".join(lines)
 
 

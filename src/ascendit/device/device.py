@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import native_on, no_matmul_for
@@ -21,7 +22,9 @@ from ascendit.foreign import value_for
 from ascendit.option_text import option
 from ascendit.quant.schemes import QUANTIZED
 
-DTYPES = {"dtype": ("float32", "bfloat16", "float16"), "vae_dtype": ("float32", "bfloat16")}
+DenoiserDtype = Literal["float32", "bfloat16", "float16"]
+VaeDtype = Literal["float32", "bfloat16"]
+DTYPES = {"dtype": get_args(DenoiserDtype), "vae_dtype": get_args(VaeDtype)}
 """Option -> the dtypes that it takes."""
 
 

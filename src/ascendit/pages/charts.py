@@ -28,7 +28,7 @@ MARKERS = "os^Dv<>pXPh*"
 MAX_KINDS = 12
 """Curves in one plot; the others share one name."""
 TEXT, GRID = "#010203", "#040506"
-"""Stand for the text colour and the line colour of the page."""
+"""Placeholders for the colours of text and lines; the page sets them."""
 WIDTH = 9.6  # inches
 _BLOCK = re.compile(r"(.*?)\bblocks?\.(\d+)\.(.+)")
 _IDS = re.compile(r'<g id="[^"]*">|<!--.*?-->\s*', re.DOTALL)
@@ -140,7 +140,7 @@ def grid(panels: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def bars(values: Mapping[str, float], label: str, texts: Mapping[str, str]) -> str:
-    """Horizontal bars with a text at each. `values`: name -> length, `texts`: name -> text."""
+    """Horizontal bars, each with a text. `values`: name -> length, `texts`: name -> text."""
     with _figure(1, 0.5 + 0.27 * len(values)) as (figure, [axis]):
         drawn = axis.barh(range(len(values)), list(values.values()), 0.66, color=COLOURS[0])
         axis.bar_label(drawn, [_label(texts[name]) for name in values], padding=4)

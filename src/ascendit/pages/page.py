@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ascendit.checkpoint.file_copy import check_writable, write_error
 from ascendit.errors import EnvironmentProblem, UsageError, escaped
 from ascendit.pages import charts
-from ascendit.report import REPORT_SUFFIXES, json_text, shell_line, short_path
+from ascendit.report import REPORT_SUFFIXES, free_path, json_text, shell_line, short_path
 from ascendit.version import versions
 
 _NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?/ ?[\d.]+)?(?: ?(?:dB|%|x|[KMG]iB|B))?(?: +[\d.]+%)?")
@@ -217,7 +217,7 @@ def check_report_file(
         raise UsageError(
             f"{flag} {file} already exists" + (": a folder" if file.is_dir() else ""),
             needs="a new name: an existing report is replaced only with --overwrite (overwrite=True)",
-            fix=f"use another name, for example {shell_line([flag, short_path(_free_name(file))])}",
+            fix=f"use another name, for example {shell_line([flag, short_path(free_path(file))])}",
             code="E-USE-03",
         )
     if is_page(file) and (problem := charts.import_problem()):
@@ -235,23 +235,12 @@ def is_page(file: Path) -> bool:
     return file.suffix.lower() == ".html"
 
 
-def write_report(file: Path, data: Mapping[str, Any], page: Callable[[], Page]) -> None:
+def write_report(file: Path, data: Mapping[str, Any], page: Callable[[], Page] | None = None) -> None:
     """Write `page()` if the name ends in `.html`, else `data` as JSON; creates the folder, replaces the file.
 
     Raises EnvironmentProblem: E-ENV-02 if the folder is not writable, E-ENV-04 for a full disk.
     """
-    if is_page(file):
-        _write(file, page().markup())
-    else:
-        write_json(file, data)
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write `data` as JSON; creates the folder, replaces the file. Raises as `write_report`."""
-    _write(file, json_text(data) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
+    text = page().markup() if page and is_page(file) else json_text(data) + "\n"
     new = file.with_name(f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +250,3 @@ def _write(file: Path, text: str) -> None:
     except OSError as e:
         new.unlink(missing_ok=True)
         raise write_error(file.parent, e) from e
-
-
-def _free_name(file: Path) -> Path:
-    names = (file.with_name(f"{file.stem}-{n}{file.suffix}") for n in range(2, 1000))
-    return next((name for name in names if not os.path.lexists(name)), file)

@@ -64,17 +64,17 @@ class Calibrator:
     on_progress: OnProgress | None = None
 
     @property
-    def flags(self) -> list[tuple[str, object]]:
-        """Flags for the command line in the model card; a file without its folder."""
+    def options(self) -> dict[str, object]:
+        """Options for the command line in the model card; a file without its folder."""
         shown = self.prompts
         if not isinstance(shown, int):
             shown = Path(shown).name if isinstance(shown, str | Path) else "-"
-        return [
-            ("--calibrate", str(shown)),
-            ("--alpha", f"{self.alpha:g}"),
-            ("--device", None if self.device == "cpu" else self.device),
-            ("--set", [f"{name}={value}" for name, value in self.fields.items()]),
-        ]
+        return {
+            "calibrate": str(shown),
+            "alpha": f"{self.alpha:g}",
+            "device": None if self.device == "cpu" else self.device,
+            "set": [f"{name}={value}" for name, value in self.fields.items()],
+        }
 
     def record(self, layout: Layout) -> dict[str, Any]:
         """The settings of the run, for `ascendit.json`.

@@ -130,10 +130,8 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     if set(defaults.differing) - set(chosen):
         log.warning("%s: %s", layout.name, defaults.difference)
     shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
-    dtype, vae_dtype = (
-        device.dtype_name(options.dtype),
-        device.dtype_name(options.vae_dtype or "float32", "vae_dtype"),
-    )
+    dtype = device.dtype_name(options.dtype)
+    vae_dtype = device.dtype_name(options.vae_dtype or "float32", "vae_dtype")
     return PreparedModel(
         options=options,
         layout=layout,

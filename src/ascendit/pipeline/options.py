@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator
 
-from ascendit.device.device import Device, parse_device
+from ascendit.device.device import DenoiserDtype, Device, VaeDtype, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
+from ascendit.option_text import flag_of
 from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
@@ -44,8 +45,6 @@ class Option:
     """Metavar of its flag; None if it has no flag and is set by `--set KEY=VALUE`."""
     hidden: bool = False
     """Omit the flag from `--help`."""
-    flag: str = ""
-    """Its flag, if that has another name than the option."""
     repeatable: bool = False
     """Each use of the flag adds a value."""
 
@@ -136,7 +135,6 @@ class LoadOptions(Checked):
             "Weights of one component in place of the model's; repeatable.",
             "[NAME=]FILE",
             hidden=True,
-            flag="--part",
             repeatable=True,
         ),
     ] = ()
@@ -176,7 +174,6 @@ class LoadOptions(Checked):
         Option(
             "LoRA to add while loading; high=FILE or low=FILE for one expert; repeatable.",
             "FILE[:WEIGHT]",
-            flag="--lora",
             repeatable=True,
         ),
     ] = ()
@@ -207,12 +204,12 @@ class LoadOptions(Checked):
     ] = ()
     activation_rule: Annotated[str | None, Option("Activation scale rules, for example mxfp4=max:7.")] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        DenoiserDtype | None,
         PlainValidator(_dtype),
         Option("dtype of the denoiser; default: as stored on a CPU, else bfloat16."),
     ] = None
     vae_dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
+        VaeDtype | None,
         PlainValidator(_dtype),
         Option("dtype of the VAE; default float32. bfloat16: two thirds of the time, about 50 dB PSNR."),
     ] = None
@@ -289,7 +286,7 @@ def _rows(kind: type[Row]) -> dict[str, Row]:
 
 
 OPTIONS = _rows(Option)
-FLAGS = {name: row.flag or f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
+FLAGS = {name: flag_of(name) for name, row in OPTIONS.items() if row.metavar}
 """Option name -> its flag."""
 VARIABLES = _rows(Variable)
 """Option name -> the environment variable that sets it."""

@@ -12,11 +12,11 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import count
 from pathlib import Path
 
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import locate
+from ascendit.report import numbered
 
 FOLDER = Path("outputs")
 MAX_CHARACTERS, MAX_BYTES = 40, 96
@@ -25,7 +25,7 @@ _LITTLE = frozenset("a an and at in is of on the to with".split())
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-"""Letters and marks without a shape."""
+"""Invisible letters and marks."""
 
 
 def default_name(prompt: str, seed: int, when: datetime) -> Path:
@@ -98,11 +98,11 @@ def names_of(
 def _different(paths: Sequence[Path]) -> list[str]:
     """`paths` as text, with `-2`, `-3` .. in names that occur again."""
     names: dict[str, None] = {}
-    numbers: dict[Path, Iterator[int]] = {}
+    numbers: dict[Path, Iterator[Path]] = {}
     for path in paths:
         name = str(path)
-        later = numbers.setdefault(path, count(2))
+        later = numbers.setdefault(path, numbered(path))
         while name in names:
-            name = str(path.with_stem(f"{path.stem}-{next(later)}"))
+            name = str(next(later))
         names[name] = None
     return [*names]

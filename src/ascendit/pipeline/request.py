@@ -22,7 +22,7 @@ from ascendit.pipeline.fit import Fit, size_for
 from ascendit.pipeline.options import load_args
 from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.report import shell_line
-from ascendit.validation import Checked
+from ascendit.validation import Checked, one_of
 
 MAX_SEED = 2**63 - 1
 
@@ -71,7 +71,7 @@ class GenerateRequest(Checked):
     """Path of the first frame, or `sha256:<hex>` of its pixels, which are passed separately."""
     last_image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
     """The last frame, named as `image` is."""
-    fit: Annotated[Fit, Field(description="crop, pad or stretch")] = "crop"
+    fit: Annotated[Fit, Field(description=one_of(Fit))] = "crop"
     """How images of another ratio than the video are fitted."""
     width: Annotated[int, _integer(1)]
     height: Annotated[int, _integer(1)]
@@ -99,8 +99,8 @@ class GenerateRequest(Checked):
     """Guidance of the low-noise expert; None: `guidance_scale`."""
     flow_shift: Annotated[float, _number("a number above 0", gt=0)]
     boundary_ratio: Annotated[float | None, _number("a number between 0 and 1", gt=0, lt=1)] = None
-    solver: Annotated[Solver, Field(description="unipc, dpm++, euler or renoise")] = "unipc"
-    schedule: Annotated[ScheduleName, Field(description="diffusers or official")] = "diffusers"
+    solver: Annotated[Solver, Field(description=one_of(Solver))] = "unipc"
+    schedule: Annotated[ScheduleName, Field(description=one_of(ScheduleName))] = "diffusers"
     """Whose timesteps for this number of steps; see docs/models.md."""
     seed: Annotated[int, _integer(0, MAX_SEED)]
     max_sequence_length: Annotated[int, _integer(1, 512)] = 512

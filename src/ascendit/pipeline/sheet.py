@@ -22,7 +22,7 @@ from ascendit.errors import UsageError, escaped
 from ascendit.geometry import rate_text
 from ascendit.pipeline.video import Video, check_name
 from ascendit.pipeline.video_codecs import import_library
-from ascendit.report import shell_line
+from ascendit.report import free_path, shell_line
 
 log = logging.getLogger("ascendit")
 
@@ -113,10 +113,8 @@ def check_sheet(path: Path, *, overwrite: bool) -> None:
         fix = shell_line(["--sheet", str(path.with_suffix(".png")) if path.name else "sheet.png"])
         raise UsageError(f"unknown image format of {str(path)!r}", needs=rule, fix=fix)
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
-        names = (path.with_stem(f"{path.stem}-{n}") for n in range(2, 10_000))
-        free = next(name for name in names if not os.path.lexists(name))
         rule = "a new name; files are overwritten only with --overwrite"
-        fix = shell_line(["--sheet", str(free)])
+        fix = shell_line(["--sheet", str(free_path(path))])
         raise UsageError(f"{path} already exists", needs=rule, fix=fix, code="E-USE-03")
     import_library("PIL", "pillow")
     check_name(path)
