@@ -343,6 +343,21 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "weight_scale []": scheme_fp8,
     "weight_scale [N, 1]": lambda: scheme_fp8(shape="[N, 1]"),
     "input_scale": lambda: scheme_fp8(inputs="input_scale"),
+    "input_scale, config": lambda: replace(
+        scheme_fp8(inputs="input_scale"),
+        config=CONFIG | {"quantization_config": {"quant_method": "modelopt"}},
+    ),
+    "input_scale, attention": lambda: with_(
+        scheme_fp8(inputs="input_scale"),
+        blocks__0__attn1__q_bmm_quantizer__scale=torch.ones(()),
+        blocks__0__attn1__k_scale=torch.ones(()),
+    ),
+    "states and rotary tables": lambda: with_(
+        floats(str),
+        blocks__0__attn1__norm_q___extra_state=torch.zeros(0, dtype=torch.uint8),
+        freqs=torch.zeros(4, 2, dtype=torch.complex64),
+        rope__freqs_cos=torch.zeros(4, 2, dtype=torch.float64),
+    ),
     "int8, input_scale": static_int8,
     "MXFP4 in F4, U8": lambda: mxfp4(False),
     "MXFP4 in F4, E8M0": lambda: mxfp4(True),
@@ -360,6 +375,7 @@ INPUTS: dict[str, Callable[[], Owned]] = {
     "_orig_mod.module.": lambda: floats(lambda n: f"_orig_mod.module.{n}"),
     "module._orig_mod.transformer.": lambda: floats(lambda n: f"module._orig_mod.transformer.{n}"),
     "dit.": lambda: floats(lambda n: f"dit.{n}"),
+    "base_layer": lambda: floats(lambda n: n.replace("to_q.", "to_q.base_layer.")),
     "wrapped blocks": lambda: floats(
         lambda n: f"_fsdp_wrapped_module.{n}".replace("s.0.", "s.0._checkpoint_wrapped_module._orig_mod.")
     ),
@@ -433,6 +449,11 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
     ),
     "quanto": (lambda: quantizer(roles(weight___data=I8, weight___scale=F32)), "E-CKP-04", "quanto"),
     "torchao": (lambda: quantizer(roles(_weight_qdata=I8, _weight_scale=F32)), "E-CKP-04", "torchao"),
+    "torchao, flattened": (
+        lambda: quantizer(roles(**{"weight:qdata": E4M3, "weight:scale": F32})),
+        "E-CKP-04",
+        "torchao",
+    ),
     "nunchaku": (
         lambda: quantizer(roles(qweight=I8, wscales=F32, proj_down=F32, smooth_factor=F32)),
         "E-CKP-04",
@@ -525,6 +546,35 @@ REFUSED: dict[str, tuple[Callable[[], Owned], str, str]] = {
         lambda: with_(turbodiffusion(), blocks__0__self_attn__q__weight=torch.ones(128, 128)),
         "E-CKP-09",
         "has both",
+    ),
+    "a LoRA": (
+        lambda: Owned(
+            {f"{QUERY}.lora_{x}.weight".replace("__", "."): torch.ones(2, 2) for x in "AB"}, {}, ()
+        ),
+        "E-CKP-01",
+        "is a LoRA: blocks.0.attn1.to_q.lora_A.weight",
+    ),
+    "a LoRA of kohya": (
+        lambda: Owned(
+            {f"lora_unet_blocks_0_ffn_0.{x}": torch.ones(2, 2) for x in ("hada_w1_a", "alpha")}, {}, ()
+        ),
+        "E-CKP-01",
+        "is a LoRA: lora_unet_blocks_0_ffn_0.hada_w1_a",
+    ),
+    "a model with a LoRA": (
+        lambda: with_(floats(str), blocks__0__attn1__to_q__lora_A__default__weight=torch.ones(2, 2)),
+        "E-CKP-01",
+        "has a LoRA beside its weights: blocks.0.attn1.to_q.lora_A.default.weight",
+    ),
+    "a VACE module": (
+        lambda: Owned({"vace_blocks.0.ffn.0.weight": torch.ones(2, 2)}, {}, ()),
+        "E-CKP-01",
+        "is a VACE module without its transformer",
+    ),
+    "TAEHV": (
+        lambda: Owned({"decoder.1.weight": torch.ones(2, 2), "encoder.0.bias": torch.ones(2)}, {}, ()),
+        "E-CKP-01",
+        "is a tiny autoencoder (TAEHV)",
     ),
     "no Wan names": (
         lambda: renamed(plain(), lambda n: f"unknown.{n}"),

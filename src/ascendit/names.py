@@ -319,9 +319,11 @@ PARTS = (
 EMA = ("ema", "ema_model", "model_ema", "net_ema", "transformer_ema", "generator_ema", "unet_ema", "dit_ema")
 """Components before a moving average of the weights, which trainers store beside them or alone."""
 _PREFIX = re.compile(rf"(?:(?:{'|'.join([*PREFIXES, *PARTS, *EMA])})\.)+")
-WRAPPERS = "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module".split()
+WRAPPERS = (
+    "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module base_layer".split()
+)
 """Wrappers of modules in training, anywhere in a name: DDP, torch.compile, FSDP, activation checkpoints,
-DeepSpeed.
+DeepSpeed, PEFT.
 """
 _WRAPPER = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 _WRAPPED = re.compile(r"\.linear(\.(?:weight(?:_\w+)?|bias))$|\.div(\.mul_scale)$")
@@ -368,7 +370,7 @@ def without_prefix(name: str) -> str:
     For tensors of a transformer, a text encoder or a VAE, none of which has a module of these names at its
     top.
     """
-    if "mod" in name:
+    if "mod" in name or "base_layer" in name:
         name = _WRAPPER.sub("", name)
     match = _PREFIX.match(name)
     return name[match.end() :] if match else name

@@ -464,3 +464,23 @@ def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     assert "cannot be read: Permission denied" in refused(tmp_path, "E-CKP-01").got
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("__0_0.distcp", "torch.distributed"),
+        ("step_1/__1_0.distcp", "dcp_to_torch"),
+        ("zero_to_fp32.py", "DeepSpeed"),
+    ],
+)
+def test_a_folder_of_a_trainer(tmp_path: Path, name: str, message: str) -> None:
+    write(tmp_path / name, {})
+    error = refused(tmp_path, "E-CKP-04")
+    assert message in f"{error.got} {error.fix}" and str((tmp_path / name).parent) in error.fix
+
+
+def test_a_part_of_a_split_file_needs_the_others(tmp_path: Path) -> None:
+    write(tmp_path / "wan-Q8_0-00001-of-00002.gguf", {})
+    error = refused(tmp_path, "E-CKP-03")
+    assert "number 2 of 2 is missing" in error.got and error.fix == "download the missing files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ascendit.checkpoint.part_check import check_part
 from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
 from ascendit.checkpoint.part_names import canonical_part, llama_cpp_names, recognise_part
 from ascendit.checkpoint.part_tensors import autoencoder_tensors, image_encoder_tensors, text_encoder_tensors
-from ascendit.checkpoint.tensor_info import TensorInfo
+from ascendit.checkpoint.tensor_info import Encoding, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
 from ascendit.names import Shapes, expected_tensors, to_wan
@@ -85,6 +86,10 @@ FILES: dict[str, tuple[str | None, Callable[[], list[str]]]] = {
     "umt5 tied": ("text_encoder", lambda: [*list(UMT5)[1:], "encoder.embed_tokens.weight"]),
     "umt5 wan": ("text_encoder", lambda: [umt5_name(name) for name in UMT5]),
     "umt5 comfy": ("text_encoder", lambda: [*UMT5, "spiece_model", "scaled_fp8"]),
+    "umt5 quantized": (
+        "text_encoder",
+        lambda: [x.replace(".weight", ".qweight") if "q" in x else x for x in UMT5],
+    ),
     "umt5 prefix": ("text_encoder", lambda: [f"model.{umt5_name(name)}" for name in UMT5]),
     "vae prefix": ("vae", lambda: [f"first_stage_model.{name}" for name in VAES[0]]),
     "vae": ("vae", lambda: list(VAES[0])),
@@ -122,6 +127,38 @@ def test_unknown_names_stay_and_duplicates_are_refused() -> None:
     assert e.value.code == "E-CKP-09"
     names: dict[str, Any] = infos(["blocks.0.norm2.weight", "module.x"])
     assert canonical_part("transformer", names) == names
+
+
+UNUSED = {
+    "text_encoder": ["decoder.block.0.layer.0.SelfAttention.q.weight", "model.lm_head.weight", "logit_scale"],
+    "vae": ["mean", "model.std"],
+    "image_encoder": [
+        "text_model.embeddings.token_embedding.weight",
+        "logit_scale",
+        "text_projection.weight",
+    ],
+}
+
+
+@pytest.mark.parametrize("part", UNUSED)
+def test_tensors_that_wan_does_not_use_are_left_out(part: str) -> None:
+    names: dict[str, Any] = infos([*UNUSED[part], "other.weight"])
+    assert list(canonical_part(part, names)) == ["other.weight"]
+    assert canonical_part("transformer", names) == names
+    llama: dict[str, Any] = infos(["dec.blk.0.attn_q.weight", "output.weight", "enc.blk.0.attn_q.weight"])
+    assert len(canonical_part("text_encoder", llama)) == 1
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (6,), (6, 1)])
+def test_query_key_and_value_in_one_encoded_tensor(scale: tuple[int, ...]) -> None:
+    path, size = Path("f"), math.prod(scale)
+    factor = TensorInfo("s", "F32", scale, path, 100, 100 + 4 * size)
+    info = TensorInfo("w", "BF16", (6, 4), path, 0, 24, encoding=Encoding("F8_E4M3", factor))
+    stored = {"visual.transformer.0.attn.to_qkv.weight": info}
+    pieces = list(canonical_part("image_encoder", stored).values())
+    assert [(x.shape, x.start, x.end) for x in pieces] == [((2, 4), 8 * i, 8 * i + 8) for i in range(3)]
+    rows = [(100 + 8 * i, 108 + 8 * i) if size == 6 else (100, 104) for i in range(3)]
+    assert [(x.encoding.scale.start, x.encoding.scale.end) for x in pieces] == rows  # type: ignore[union-attr]
 
 
 # ---- text encoders in llama.cpp, against the table of the package `gguf` ---------------------------

@@ -187,7 +187,7 @@ def test_a_missing_file_needs_one_of_its_own_format(tmp_path: Path, name: str, n
     assert e.value.needs == f"a complete file of {needs}"
 
 
-@pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant"])
+@pytest.mark.parametrize("kind", ["plain", "plain e5m2", "scaled", "comfy_quant", "rows e4m3", "rows int8"])
 def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
     """The loaded encoder has exactly the values of the oracle; its embedding is plain fp8."""
     tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
@@ -203,7 +203,14 @@ def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
             factor = torch.tensor(scale)
             expected[name] = owned.bf16(stored[name], factor)
             layer = name.removesuffix(".weight")
-            if kind == "scaled" and not table:
+            if "rows" in kind and not table:
+                rows = tensor.float().abs().amax(1, keepdim=True) / (127 if "int8" in kind else 448)
+                stored[name] = (tensor.float() / rows).to(torch.int8 if "int8" in kind else dtype)
+                stored |= {f"{layer}.weight_scale": rows}
+                expected[name] = owned.bf16(stored[name], rows)
+            elif "rows" in kind:
+                stored[name], expected[name] = tensor, tensor
+            elif kind == "scaled" and not table:
                 stored |= {f"{layer}.scale_weight": factor, "scaled_fp8": torch.zeros(0, dtype=dtype)}
             elif kind == "comfy_quant" and not table:
                 entry = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
@@ -213,6 +220,7 @@ def test_a_text_encoder(tmp_path: Path, kind: str) -> None:
     part = replace(DEMO.part("text_encoder"), path=folder)
     shards = check_part(part)
     kinds = {"scaled": "comfy-scaled-fp8", "comfy_quant": "comfy-quant-fp8"}
+    kinds |= {"rows e4m3": "scaled-part", "rows int8": "scaled-part"}
     assert shards is not None and shards.kinds == (kinds.get(kind, "fp8"),)
     state = load_library_part(part, shards, torch.float32).state_dict()
     for name, tensor in expected.items():
@@ -231,13 +239,15 @@ def test_a_vae_in_plain_fp8(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in stored.items())
 
 
-def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("role, label", [("SCB", "bitsandbytes"), ("weight_scale_inv", "fp8 in tiles")])
+def test_a_quantized_text_encoder_is_refused_by_name(tmp_path: Path, role: str, label: str) -> None:
     tensors = load_file(DEMO.root / "text_encoder" / "model.safetensors")
     shutil.copytree(DEMO.root / "text_encoder", folder := tmp_path / "text_encoder")
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    tensors |= {name: tensors[name].to(torch.int8), name.replace("weight", "SCB"): torch.ones(32)}
+    dtype = torch.int8 if role == "SCB" else torch.float8_e4m3fn
+    tensors |= {name: tensors[name].to(dtype), name.replace("weight", role): torch.ones(32)}
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="bitsandbytes") as e:
+    with pytest.raises(CheckpointError, match=label) as e:
         check_part(replace(DEMO.part("text_encoder"), path=folder))
     assert e.value.code == "E-CKP-04" and e.value.fix == "use the text_encoder of the BF16 model"
 

@@ -93,6 +93,7 @@ def test_one_expert_alone_keeps_the_other(cascade: Path, files: dict[str, Path],
         (["{transformer}", "{transformer}"], "are both the transformer", "E-USE-01"),
         (["{unnamed}"], "does not say whether for high or low noise", "E-USE-01"),
         (["vae={transformer}"], "has the tensors of a transformer", "E-USE-01"),
+        (["vae={tiny}"], "the tensors of a tiny autoencoder", "E-USE-01"),
         (["{transformer}", "{cascade}"], "is a Diffusers pipeline folder", "E-USE-01"),
         (["{transformer}", "none.gguf"], "no model at none.gguf", "E-USE-02"),
     ],
@@ -102,7 +103,8 @@ def test_files_that_do_not_fit(
 ) -> None:
     unnamed = tmp_path / "wan.safetensors"
     unnamed.symlink_to(files["transformer"])
-    paths = {**files, "unnamed": unnamed, "cascade": cascade}
+    save_file({"decoder.1.weight": torch.ones(2)}, tmp_path / "taew2_1.safetensors")
+    paths = {**files, "unnamed": unnamed, "cascade": cascade, "tiny": tmp_path / "taew2_1.safetensors"}
     names = [source.format(**paths) for source in sources]
     with pytest.raises(AscenditError, match=message) as e:
         repack(names, tmp_path / "out", base=cascade)
@@ -119,6 +121,8 @@ def test_an_image_encoder(tiny_folder: Any, tmp_path: Path) -> None:
     save_file(clip_state(other), tmp_path / "clip.safetensors")
     report = repack(tmp_path / "clip.safetensors", tmp_path / "out", base=base)
     assert [part["name"] for part in report.parts] == ["image_encoder"] and not report.experts
+    unused = "2 tensors not used, which Wan does not need: log_scale, textual.norm.weight"
+    assert f"image_encoder: {unused}" in report.warnings
     tensors = written(tmp_path / "out", "image_encoder")
     assert {n.removeprefix("vision_model."): x.tolist() for n, x in tensors.items()} == {
         n: x.tolist() for n, x in other.items()

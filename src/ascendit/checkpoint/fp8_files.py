@@ -1,4 +1,4 @@
-"""FP8 weights that are read as BF16 floats: plain casts, and the scaled files of ComfyUI and others.
+"""FP8 and int8 weights that are read as BF16 floats: plain casts, and scaled files of ComfyUI and others.
 
 Plain: the numbers are the weights. Scaled: `<layer>.scale_weight` or `<layer>.weight_scale` is one factor, or
 one per row; scales of activations and markers are not used. Imports no torch.
@@ -32,7 +32,9 @@ WEIGHT_SCALES = ("scale_weight", "weight_scale")
 INPUT_SCALES = ("scale_input", "input_scale")
 _ROLES = ("weight", LAYER_MARKER, *WEIGHT_SCALES, *INPUT_SCALES)
 _MAX_MARKER = 1 << 16  # bytes
-_READ = (*COMFY_FORMATS.values(), "F8_E4M3FNUZ", "F8_E5M2FNUZ", "BF16", "F16", "F32")
+_SCALED = FP8 | {"I8"}
+"""Dtypes of weights that need a scale, if another layer of their file has one."""
+_READ = (*sorted(_SCALED), "BF16", "F16", "F32")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:shared|embed_tokens|token_embedding|relative_attention_bias|embedding)")
 """Tables of a text encoder, which scaled files may store as plain FP8."""
 
@@ -98,7 +100,7 @@ def _problem(layer: str, roles: Tensors, formats: Mapping[str, str]) -> str:
     if weight is None:
         return f"{layer}.{others[0]} has no weight"
     if not others and layer not in formats:
-        unscaled = weight.dtype in FP8 and len(weight.shape) == 2 and not _EMBEDDING.fullmatch(layer)
+        unscaled = weight.dtype in _SCALED and len(weight.shape) == 2 and not _EMBEDDING.fullmatch(layer)
         return f"{layer}.weight ({weight.dtype}) has no scale" if unscaled else ""
     if scale is None:
         return f"{layer}.weight ({weight.dtype}) has no scale"

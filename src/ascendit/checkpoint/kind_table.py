@@ -51,6 +51,13 @@ KINDS: dict[str, Kind] = {
         read_as="BF16",
         requantized=True,
     ),
+    "scaled-part": Kind(
+        label="fp8 or int8 with scales",
+        marks="text encoder or image encoder with `F8_E4M3`, `F8_E5M2` or `I8` weights and a float "
+        "`<layer>.weight_scale` (LightX2V)",
+        read_as="BF16",
+        requantized=True,
+    ),
     "static-fp8": Kind(
         label="fp8 with static scales of activations",
         marks="`F8_E4M3` weights with `weight_scale` and `input_scale` (modelopt, compressed-tensors)",
@@ -116,8 +123,8 @@ KINDS: dict[str, Kind] = {
     ),
     "torchao": Kind(
         label="torchao",
-        marks="`<layer>._weight_qdata`",
-        roles=r"_\w+_qdata|qdata|tensor_impl",
+        marks="`<layer>._weight_qdata`, `<layer>.weight:qdata`",
+        roles=r"_\w+_qdata|(\w+:)?qdata|tensor_impl",
         methods=("torchao",),
     ),
     "nunchaku": Kind(

@@ -35,6 +35,7 @@ from ascendit.checkpoint.weight_sets import (
     WEIGHT_SUFFIXES,
     has_weight_suffix,
     is_complete_set,
+    weight_set,
     weights_in,
 )
 from ascendit.errors import CheckpointError, UsageError
@@ -136,6 +137,8 @@ def recognise(path: Path | str) -> Layout:
         if recognised is not None:
             kind, parts = recognised
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
+        if (unfinished := _saved_by_trainer(root)) is not None:
+            raise unfinished
         raise CheckpointError(
             f"no model recognised at {root}: {_hint(root)}",
             needs=f"a Diffusers folder with {INDEX_FILE} at its top; a folder with only transformers; "
@@ -152,6 +155,30 @@ def recognise(path: Path | str) -> Layout:
             fix="correct the path, or its permissions",
             code="E-CKP-01",
         ) from e
+
+
+def _saved_by_trainer(root: Path) -> CheckpointError | None:
+    """The error E-CKP-04 for a folder in the format of a trainer with several processes; else None."""
+    new = root.with_name(f"{root.name}-model")
+    pieces = sorted([*root.glob("*.distcp"), *root.glob("*/*.distcp")])
+    if pieces:
+        label = "a checkpoint of torch.distributed (DCP)"
+        command = [
+            "torch.distributed.checkpoint.format_utils",
+            "dcp_to_torch",
+            str(pieces[0].parent),
+            f"{new}.pth",
+        ]
+    elif (root / "zero_to_fp32.py").exists():
+        label, command = "a checkpoint of DeepSpeed", ["deepspeed.utils.zero_to_fp32", str(root), str(new)]
+    else:
+        return None
+    return CheckpointError(
+        f"{root} is {label}, with the weights in pieces for each process",
+        needs="the weights as safetensors, or as one file of torch.save",
+        fix=f"join them: {shell_line(['python', '-m', *command])}",
+        code="E-CKP-04",
+    )
 
 
 def _hint(root: Path) -> str:
@@ -399,6 +426,8 @@ def _by_weights(folder: Path, name: str) -> Recognised | None:
             return None
         return "wan" if naming == "wan" else "transformer", [Part(name, folder)]
     files = weights_in(folder)
+    if files and all(NUMBERED.fullmatch(file) for file in files) and not is_complete_set(files):
+        weight_set(folder, STEM)  # raises the numbers that are missing
     if (folder / "config.json").exists() or not is_complete_set(files):
         return None
     if len(files) == 1:

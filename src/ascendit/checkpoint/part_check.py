@@ -18,7 +18,7 @@ from ascendit.checkpoint.part_configs import (
     PartConfig,
     TextEncoderConfig,
 )
-from ascendit.checkpoint.part_names import PROJECTION, VISION_PREFIX, canonical_part
+from ascendit.checkpoint.part_names import PROJECTION, VISION_PREFIX, canonical_part, is_unused
 from ascendit.checkpoint.part_tensors import (
     EMBEDDINGS,
     autoencoder_tensors,
@@ -33,7 +33,7 @@ from ascendit.checkpoint.tokenizer_check import check_tokenizer
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.names import Shapes, listed
-from ascendit.report import shell_line
+from ascendit.report import counted, shell_line
 
 LIBRARY_CONFIGS: dict[str, type[PartConfig]] = {
     "AutoencoderKLWan": AutoencoderConfig,
@@ -62,7 +62,10 @@ def check_part(part: Part) -> Shards | None:
             tensors = canonical_part(part.name, read.tensors)
             if part.class_name == "CLIPVisionModel":
                 tensors.pop(PROJECTION, None)
-            shards = replace(shards, tensors=tensors, kinds=read.kinds)
+            unused = [name for name in read.tensors if is_unused(part.name, name)]
+            text = f"{counted(len(unused), 'tensor')} not used, which Wan does not need: {listed(unused, 3)}"
+            notes = (*read.notes, text) if unused else read.notes
+            shards = replace(shards, tensors=tensors, kinds=read.kinds, notes=notes)
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
             config = config if part.config else _published_config(part, stored)
             _check_tensors(part, _expected_tensors(part, config, stored), stored)

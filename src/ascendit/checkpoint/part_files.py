@@ -17,10 +17,12 @@ from ascendit.checkpoint.component import EXPERT_ALIASES, EXPERTS, Part, noise_o
 from ascendit.checkpoint.headers import read_header
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, Layout, recognise
+from ascendit.checkpoint.part_names import other_model, recognise_part
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.stored_kinds import parts_in
 from ascendit.checkpoint.trust import PART_CLASSES
 from ascendit.errors import UsageError
+from ascendit.names import listed, naming_of
 
 PART_NAMES = {
     **EXPERT_ALIASES,
@@ -78,13 +80,19 @@ def _part_of(path: str, name: str | None) -> Part:
         return part
     if {name, part.name} <= set(EXPERTS):
         return replace(part, name=name)
-    if name in parts_in(read_header(layout.root)):
+    header = read_header(layout.root)
+    if name in parts_in(header):
         row = PART_CLASSES[name]
         return Part(name, layout.root, row.library, row.classes[0], files=(layout.root,))
+    if recognise_part(header) is None and naming_of(header) is None:
+        other = other_model(header) or "no component of a Wan model"
+        got, fix = f"{other}: {listed(header, 3)}", f"pass the {name} of a Wan model, or omit {name}="
+    else:
+        got, fix = f"a {part.name}", f"pass it as {part.name}={path}, or without a name"
     raise UsageError(
-        f"{name}={path}, but the file has the tensors of a {part.name}",
+        f"{name}={path}, but the file has the tensors of {got}",
         needs=f"a file with the weights of a {name}",
-        fix=f"pass it as {part.name}={path}, or without a name",
+        fix=fix,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.names import naming_of, unwrapped
+from ascendit.names import naming_of, unwrapped, without_prefix
 
 VISION_PREFIX = "vision_model."
 """Prefix of a CLIPVisionModel's tensors in files of transformers before version 5."""
@@ -36,14 +36,39 @@ def recognise_part(names: Collection[str]) -> str | None:
     return parts[0] if len(parts) == 1 else None
 
 
+_OTHER_MODELS = {
+    r"vace_(blocks|patch_embedding)\.": "a VACE module without its transformer",
+    r"(double|single)_blocks\.|(double|single)_stream_modulation": "a FLUX or HunyuanVideo transformer",
+    r"(single_)?transformer_blocks\.|joint_blocks\.": "a transformer of another family",
+    r"(en|de)coder\.\d+\.": "a tiny autoencoder (TAEHV)",
+    r"control(net)?_(blocks|patch)": "a ControlNet",
+}
+"""Start of a name -> the model that has it, of those that people take for a part of Wan."""
+
+
+def other_model(names: Collection[str]) -> str:
+    """The model of another kind that tensors of these names belong to; "" if unknown."""
+    inner = [without_prefix(name) for name in names]
+    labels = (x for start, x in _OTHER_MODELS.items() if any(re.match(start, name) for name in inner))
+    return next(labels, "")
+
+
+def is_unused(part: str, name: str) -> bool:
+    """Whether Wan does not use the stored tensor `name` in a file of this component."""
+    return part in _UNUSED and _UNUSED[part].match(unwrapped(name)) is not None
+
+
 def canonical_part(part: str, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a component under the names of transformers or Diffusers. `part`: its name.
 
-    Unknown names do not change. Raises CheckpointError (E-CKP-09) if two tensors map to one name.
+    Tensors of other parts of a complete UMT5 or CLIP are left out, unknown names do not change. Raises
+    CheckpointError (E-CKP-09) if two tensors map to one name.
     """
     tensors: dict[str, TensorInfo] = {}
     renamed = _renamed(part, stored)
     for name, info in stored.items():
+        if is_unused(part, name):
+            continue
         for new, piece in _pieces(renamed.get(name, name), info):
             if new in tensors:
                 raise CheckpointError(
@@ -66,25 +91,35 @@ def _renamed(part: str, names: Collection[str]) -> dict[str, str]:
 
 
 def _pieces(name: str, info: TensorInfo) -> Iterable[tuple[str, TensorInfo]]:
-    """The tensors of the library in one stored tensor: none for the text model in a file of CLIP."""
-    if _UNUSED.match(name):
-        return
+    """The tensors of the library in one stored tensor."""
     if (axes := _CLIP_AXES.get(name)) is not None and len(info.shape) == 3:
         shape = info.shape[-axes:]
         if math.prod(shape) == math.prod(info.shape):
             info = replace(info, shape=shape, strides=info.strides and info.strides[-axes:])
     if name == _CLIP_HEAD:
         name, info = PROJECTION, _transposed(info)
-    fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias")) and info.is_plain
-    rows, remainder = divmod(info.shape[0] if info.shape else 1, 3)
-    if not fused or remainder:
+    fused = name.endswith((f".{_FUSED}.weight", f".{_FUSED}.bias"))
+    pieces = [piece for i in range(3) if (piece := _third(info, i))] if fused else []
+    if not pieces:
         yield name, info
-        return
+    for layer, piece in zip("qkv", pieces, strict=bool(pieces)):
+        yield name.replace(_FUSED, f"{layer}_proj"), piece
+
+
+def _third(info: TensorInfo, i: int) -> TensorInfo | None:
+    """The third `i` of the rows of a tensor, with their scales; None if it cannot be divided."""
+    rows, remainder = divmod(info.shape[0] if info.shape else 1, 3)
+    encoding = info.encoding
+    block = encoding.block if encoding else 1
+    if remainder or info.strides is not None or rows * math.prod(info.shape[1:]) % block:
+        return None
+    if encoding and encoding.scale and encoding.scale.shape[:1] == info.shape[:1]:
+        if (scale := _third(encoding.scale, i)) is None:
+            return None
+        encoding = replace(encoding, scale=scale)
     size = info.nbytes // 3
-    for i, layer in enumerate(("q_proj", "k_proj", "v_proj")):
-        start = info.start + i * size
-        piece = replace(info, shape=(rows, *info.shape[1:]), start=start, end=start + size)
-        yield name.replace(_FUSED, layer), piece
+    start = info.start + i * size
+    return replace(info, shape=(rows, *info.shape[1:]), start=start, end=start + size, encoding=encoding)
 
 
 def _transposed(info: TensorInfo) -> TensorInfo:
@@ -257,8 +292,6 @@ _CLIP_AXES = {
 _CLIP_HEAD = "visual.head"
 """The projection, of which the library stores the transpose."""
 _CLIP = re.compile(rf"transformer\.{_NUMBER}\.({'|'.join(map(re.escape, _CLIP_LAYER))})\.")
-_UNUSED = re.compile(r"textual\.|log_scale$")
-"""The text model in a file of CLIP, which Wan does not use."""
 
 
 def _wan_clip(names: Iterable[str]) -> dict[str, str]:
@@ -280,9 +313,22 @@ def _wan_clip(names: Iterable[str]) -> dict[str, str]:
 
 _STYLES = {"text_encoder": (_wan_umt5, llama_cpp_names), "vae": (_wan_vae,), "image_encoder": (_wan_clip,)}
 """Component -> its names in other tools."""
+_UNUSED = {
+    "text_encoder": re.compile(r"(decoder|lm_head|dec)\.|(logit_scale|output\.weight)$"),
+    "vae": re.compile(r"(mean|std|inv_std)$"),
+    "image_encoder": re.compile(
+        r"(textual|text_model)\.|(log_scale|logit_scale|text_projection(\.weight)?|logit_bias)$"
+    ),
+}
+"""Component -> tensors in its files that Wan does not use: the decoder of a complete UMT5, the text model of
+a complete CLIP, the statistics of latents, which are in the config of the VAE.
+"""
 _TYPICAL = {
-    "text_encoder": {"encoder.block.0.layer.0.SelfAttention.q.weight"},
-    "vae": {"decoder.mid_block.attentions.0.to_qkv.weight"},
+    "text_encoder": {
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.block.0.layer.0.layer_norm.weight",
+    },
+    "vae": {"decoder.mid_block.attentions.0.to_qkv.weight", "decoder.mid_block.attentions.0.norm.gamma"},
     "image_encoder": {f"{prefix}{_CLIP_TOP['cls_embedding']}" for prefix in ("", VISION_PREFIX)},
 }
-"""Component -> names of the library, of which every file has one."""
+"""Component -> names of the library, of which every file has one; a quantizer renames no norm."""

@@ -51,9 +51,18 @@ _TRAINING = re.compile(
     r"|fake_score\w*|real_score|teacher\w*|critic\w*|discriminator\w*)\."
 )
 _EMA = re.compile(rf"(?:{'|'.join(EMA)})\.")
+_LORA = re.compile(
+    r"[._]lora_(?:A|B|down|up|mid)(?:\.\w+)*$|\.(?:hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|dora_scale)$"
+)
 _TRANSFORMS = re.compile("rot|hadamard|smooth|svd|low_?rank|pre_quant")
 """In a key of a `comfy_quant` entry: the weight is not only scaled."""
 _TURBO_ROLES = {"int8_weight": "weight", "scale": "weight_scale"}
+_STATE = re.compile(
+    r"(?:.*\.)?_extra_state|(?:rope\w*\.)?(?:freqs|inv_freq)(?:_\w+)?|rope\w*\.(?:cos|sin)\w*"
+)
+"""Tensors of a transformer that are no weights: states of TransformerEngine, tables of rotary positions."""
+_ACTIVATION = re.compile(r".*\.(?:(?:input|output|[qkv]|softmax)_scale|\w+_bmm_quantizer\.\w+)")
+"""Static scales of the inputs of layers and attentions, by modelopt and compressed-tensors."""
 _PROJECTION = ".attn_op.local_attn."
 """Sparse-linear attention of TurboDiffusion: `self_attn.attn_op.local_attn.proj_l.weight`."""
 
@@ -113,12 +122,15 @@ def interpret(
 
     `tensors`: the stored tensors of one part. `config`: its config.json. `part`: its name. `described`: a
     manifest declares the schemes of its layers. Raises CheckpointError: E-CKP-04 for a kind that is not read,
-    E-CKP-08 for weights and scales of a kind that do not match, E-CKP-06 for a damaged description of layers.
+    E-CKP-01 for a LoRA, E-CKP-08 for weights and scales of a kind that do not match, E-CKP-06 for a damaged
+    description of layers.
     """
     stored = _one_part(Stored(part, {n: x for n, x in tensors.items() if n.rpartition(".")[2] != VOCABULARY}))
     if not stored.tensors:
         return stored
     _refuse_training(stored.tensors)
+    _refuse_lora(stored.tensors)
+    stored = stored if stored.part in _PARTS else _without_state(stored)
     roles = {name.rpartition(".")[2] for name in stored.tensors}
     quantization = config.get("quantization_config")
     manifest, described = described, described or isinstance(quantization, dict)
@@ -134,9 +146,25 @@ def interpret(
     dtypes = {info.dtype for info in stored.tensors.values()}
     if "F4" in dtypes:
         return _f4(stored)
-    if "I8" in dtypes and not dtypes & FP8 and "input_scale" in roles and not described:
-        return _static(stored, "static-int8")
-    return _fp8(stored, roles, described=described) if dtypes & FP8 else stored
+    if stored.part in _PARTS and (names := [n for n in stored.tensors if n.endswith(".weight_scale_inv")]):
+        raise _refused(stored, "fp8 in tiles", names)
+    if stored.part in _PARTS and "weight_scale" in roles and dtypes & {*FP8, "I8"}:
+        label = KINDS["scaled-part"].label
+        return _add(stored, "scaled-part", fp8_files.scaled(stored.tensors, label, {}, required=False))
+    static = "input_scale" in roles and not manifest
+    if "I8" in dtypes and not dtypes & FP8:
+        return _static(stored, "static-int8") if static else stored
+    return _fp8(stored, roles, described=described, static=static) if dtypes & FP8 else stored
+
+
+def _without_state(stored: Stored) -> Stored:
+    """Leave out tensors that are no weights, with a note."""
+    states = [name for name in stored.tensors if _STATE.fullmatch(without_prefix(name))]
+    if not states:
+        return stored
+    kept = {name: info for name, info in stored.tensors.items() if name not in states}
+    note = f"{counted(len(states), 'tensor')} not used, which are no weights: {listed(states, 3)}"
+    return replace(stored, tensors=kept, notes=(*stored.notes, note))
 
 
 def _add(stored: Stored, kind: str, tensors: dict[str, TensorInfo], *notes: str) -> Stored:
@@ -169,6 +197,23 @@ def parts_in(names: Collection[str]) -> dict[str, list[str]]:
 def _part_of(name: str) -> str:
     match = _PART.match(name)
     return match.lastgroup or "" if match else "transformer"
+
+
+def _refuse_lora(tensors: Tensors) -> None:
+    """Raise CheckpointError (E-CKP-01) for the file of a LoRA, and of a model with one that is not merged."""
+    factors = [name for name in tensors if _LORA.search(name)]
+    if not factors:
+        return
+    file = next(iter(tensors.values())).file
+    alone = 2 * len(factors) >= len(tensors)
+    raise CheckpointError(
+        f"{file} " + ("is a LoRA" if alone else "has a LoRA beside its weights") + f": {listed(factors, 2)}",
+        needs="the weights of a model",
+        fix=f"apply it to its model: ascendit generate MODEL PROMPT {shell_line(['--lora', str(file)])}"
+        if alone
+        else "merge it in the program that saved the file, for example with merge_and_unload() of PEFT",
+        code="E-CKP-01",
+    )
 
 
 def _refuse_training(tensors: Tensors) -> None:
@@ -242,15 +287,18 @@ def _comfy(stored: Stored, roles: Collection[str], *, described: bool) -> Stored
     return _add(stored, "comfy-quant-fp8", fp8_files.scaled(stored.tensors, label, formats, required=False))
 
 
-def _fp8(stored: Stored, roles: Collection[str], *, described: bool) -> Stored:
-    """Files with FP8 tensors: scaled, plain, or ascendit's own schemes, which stay unchanged."""
+def _fp8(stored: Stored, roles: Collection[str], *, described: bool, static: bool) -> Stored:
+    """Files with FP8 tensors: scaled, plain, or ascendit's own schemes, which stay unchanged.
+
+    `static`: activations have scales too, and no manifest declares them.
+    """
     tensors = stored.tensors
     marked = any(without_prefix(name) == MARKER for name in tensors if name.endswith(MARKER))
     if marked or "scale_weight" in roles:
         label = KINDS["comfy-scaled-fp8"].label
         return _add(stored, "comfy-scaled-fp8", fp8_files.scaled(tensors, label, {}, required=marked))
     if described:
-        return stored
+        return _static(stored, "static-fp8") if static else stored
     if not _SCALES & {*roles}:
         return _add(stored, "fp8", fp8_files.plain(tensors))
     floats = {info.dtype for n, info in tensors.items() if n.endswith(".weight_scale")} <= FLOAT_DTYPES
@@ -258,14 +306,14 @@ def _fp8(stored: Stored, roles: Collection[str], *, described: bool) -> Stored:
     if floats and "F8_E5M2" in weights:
         label = KINDS["scaled-e5m2"].label
         return _add(stored, "scaled-e5m2", fp8_files.scaled(tensors, label, {}, required=False))
-    return _static(stored, "static-fp8") if "input_scale" in roles else stored
+    return _static(stored, "static-fp8") if static else stored
 
 
 def _static(stored: Stored, kind: str) -> Stored:
     """Drop the static scales of activations, which ascendit computes for each token."""
-    dropped = [name for name in stored.tensors if name.endswith(".input_scale")]
+    dropped = [name for name in stored.tensors if _ACTIVATION.fullmatch(name)]
     kept = {name: info for name, info in stored.tensors.items() if name not in dropped}
-    note = f"{counted(len(dropped), 'input_scale')} not used: activations get a scale for each token"
+    note = f"{counted(len(dropped), 'static scale')} not used: activations get a scale for each token"
     return _add(stored, kind, kept, note)
 
 

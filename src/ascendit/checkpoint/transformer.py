@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ascendit.checkpoint.component import TRANSFORMER, Part
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer, read_layers
 from ascendit.checkpoint.part_configs import TransformerConfig
+from ascendit.checkpoint.part_names import other_model
 from ascendit.checkpoint.quant_metadata import (
     CONFIG_KEY,
     Manifest,
@@ -123,7 +124,8 @@ def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     label = f"{part.path} ({stored_as})" if stored_as else f"{part.path}"
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
-            f"{label} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            f"{label} is {other_model(stored) or 'not a Wan transformer'}; it has {len(stored)} tensors: "
+            + listed(stored, 3),
             needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
             fix="pass the file or folder of the diffusion transformer",
             code="E-CKP-01",

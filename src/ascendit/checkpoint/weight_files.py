@@ -26,6 +26,8 @@ class Shards:
     files: tuple[Path, ...]
     kinds: tuple[str, ...] = ()
     """The kinds of the files of a part that a library runs, keys of `kind_table.KINDS`."""
+    notes: tuple[str, ...] = ()
+    """Tensors of such a part that are not used, as sentences."""
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:

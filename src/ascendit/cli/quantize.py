@@ -41,7 +41,9 @@ Lora = Annotated[
 ]
 LoraSkip = Annotated[
     list[str] | None,
-    flag("--lora-skip GROUP", "LoRA keys to leave out: image, text or control; repeatable."),
+    flag(
+        "--lora-skip GROUP", "LoRA keys to leave out: image, text, control, audio, face or patch; repeatable."
+    ),
 ]
 Calibrate = Annotated[
     str | None,

@@ -35,6 +35,8 @@ class PartOutput:
     """Name in the library -> where it is stored."""
     layers: Mapping[str, Layer] = field(default_factory=dict)
     """Quantized layers: none."""
+    notes: tuple[str, ...] = ()
+    """Tensors of the file that are not used, as sentences."""
 
     @property
     def path(self) -> Path:
@@ -100,5 +102,5 @@ def part_outputs(files: Layout, base: Layout) -> list[PartOutput]:
         if name in files.parts and name not in EXPERTS:
             shards = check_part(part)
             assert shards is not None
-            outputs.append(PartOutput(part=part, tensors=shards.tensors))
+            outputs.append(PartOutput(part=part, tensors=shards.tensors, notes=shards.notes))
     return outputs

@@ -208,7 +208,7 @@ class RepackPlan:
             parts=tuple(part.as_dict() for part in self.parts),
             linked=self.others.names if self.others else (),
             omitted=self.others.omitted if self.others else (),
-            warnings=_warnings(self.outputs, self.target, self.pipeline),
+            warnings=_warnings(self.outputs, self.parts, self.target, self.pipeline),
             dry_run=dry_run,
             seconds=0.0,
             next=provenance.next_command(
@@ -355,10 +355,13 @@ def _expert_report(output: ExpertOutput) -> RepackedExpert:
     )
 
 
-def _warnings(outputs: list[ExpertOutput], target: TargetFormat, pipeline: Layout | None) -> tuple[str, ...]:
+def _warnings(
+    outputs: list[ExpertOutput], parts: list[PartOutput], target: TargetFormat, pipeline: Layout | None
+) -> tuple[str, ...]:
     unchanged = [output.source for output in outputs if output.config == output.source.config]
     texts = [source.config_problem for source in unchanged if source.config_problem]
     texts += [text for output in outputs for text in stored_warnings(output.source)]
+    texts += [f"{part.part.name}: {note}" for part in parts for note in part.notes]
     if target.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
         texts.append("MindIE-SD also needs the float checkpoint, for the layers that are not quantized")
     if pipeline is None and target.naming == "diffusers":

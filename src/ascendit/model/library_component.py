@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, suppor
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.exclusive import Exclusive
 
+log = logging.getLogger("ascendit")
 LOADING = Exclusive("the loading of a model")
 """Held while a part loads: transformers changes PyTorch's default dtype and initializers of the process."""
 
@@ -81,6 +83,8 @@ def load_library_part(part: Part, shards: Shards, dtype: torch.dtype) -> Any:
     only logs it.
     """
     values = library_config(part).model_dump()
+    for note in shards.notes:
+        log.warning(f"{part.name}: {note}")
     build = _from_diffusers if part.library == "diffusers" else _from_transformers
     with LOADING.hold(), _library_errors(part), quiet():
         cls = library_class(part)

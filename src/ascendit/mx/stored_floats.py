@@ -85,8 +85,9 @@ _FLOATS = {
     "BF16": "bfloat16",
     "F16": "float16",
     "F32": "float32",
+    "I8": "int8",
 }
-"""safetensors dtype -> torch dtype, of floats that may have a scale."""
+"""safetensors dtype -> torch dtype, of numbers that may have a scale."""
 
 
 def _decode_float(dtype: str, stored: Tensor) -> Tensor:

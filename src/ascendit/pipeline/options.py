@@ -183,7 +183,7 @@ class LoadOptions(Checked):
         tuple[str, ...],
         BeforeValidator(_patterns),
         Option(
-            "LoRA keys to leave out: image, text or control; repeatable.",
+            "LoRA keys to leave out: image, text, control, audio, face or patch; repeatable.",
             "GROUP",
             hidden=True,
             repeatable=True,

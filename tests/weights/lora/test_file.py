@@ -85,7 +85,9 @@ def test_a_folder_of_several_files_is_refused_and_they_are_listed(tmp_path: Path
     assert "is a folder" in error(tmp_path, "E-USE-01").got
     for name in ("high", "low"):
         save(tmp_path / f"{name}.safetensors", PAIR)
-    assert "is a folder with high.safetensors, low.safetensors" in error(tmp_path, "E-USE-01").got
+    problem = error(tmp_path, "E-USE-01")
+    assert "is a folder with high.safetensors, low.safetensors" in problem.got
+    assert f'loras=["high={tmp_path}/high.safetensors", "low={tmp_path}/low.safetensors"]' in problem.fix
     path = save(tmp_path / "adapter_model.safetensors", PAIR).path
     assert LoraSource(tmp_path).path == path
 

@@ -12,7 +12,9 @@ from convert.loras import IMAGE, IMAGE_LAYERS, LAYERS, block_layers, matrices, s
 from torch import Tensor
 
 from ascendit.errors import CheckpointError, UsageError
+from ascendit.weights.lora.file import MERGE_FIX
 from ascendit.weights.lora.fold import Folds, LoraSource, require_skipped
+from ascendit.weights.lora.keys import SKIPPED
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 DOWN, UP = torch.ones(2, 24), torch.ones(24, 2)
@@ -91,7 +93,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": torch.ones(24, 3)},
         "ranks differ (up [24, 3], down [2, 24])",
     ),
-    "rank nothing": ({f"{Q}.lora_A.weight": DOWN[:0], f"{Q}.lora_B.weight": UP[:, :0]}, "ranks differ"),
+    "rank nothing": ({f"{Q}.lora_A.weight": DOWN[:0], f"{Q}.lora_B.weight": UP[:, :0]}, "the rank is 0 (up"),
     "another width": (
         {f"{Q}.lora_A.weight": torch.ones(2, 5120), f"{Q}.lora_B.weight": torch.ones(5120, 2)},
         "its product [5120, 5120] does not match the [24, 24] of blocks.0.attn1.to_q.weight",
@@ -201,15 +203,39 @@ def test_only_the_named_group_is_skipped(tmp_path: Path) -> None:
     assert "1 of 7 keys" in e.value.got and "lora_skip" not in e.value.fix
 
 
+def test_the_pages_list_every_group() -> None:
+    *names, last = SKIPPED
+    page = Path(__file__).parents[3] / "docs" / "cli.md"
+    assert page.read_text().count(f"LoRA keys to leave out: {', '.join(names)} or {last};") == 3
+
+
 def test_groups_that_do_not_exist_or_have_no_key(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", PAIR)
     with pytest.raises(UsageError, match=r'lora_skip=\["imgs"\]') as e:
         Folds.open([source], "transformer", shapes(), skip=["imgs"])
-    assert (e.value.code, e.value.needs) == ("E-USE-01", "a group of keys: image, text, control")
+    assert (e.value.code, e.value.needs) == ("E-USE-01", f"a group of keys: {', '.join(SKIPPED)}")
     folds = Folds.open([source], "transformer", shapes(), skip=["image"])
     with pytest.raises(UsageError, match=r'lora_skip=\["image"\] matches no key') as e:
         require_skipped(["image"], [folds])
     assert e.value.code == "E-USE-05"
+
+
+def test_the_first_layer_of_an_image_to_video_model(tmp_path: Path) -> None:
+    """A text-to-video LoRA, whose first layer has fewer input channels, can be used without that layer."""
+    first = {"diffusion_model.patch_embedding.diff": torch.ones(24, 4, 1, 2, 2)}
+    assert refused(tmp_path, PAIR | first).fix == 'use a LoRA for this model, or add lora_skip=["patch"]'
+    source = LoraSource(tmp_path / "a.safetensors")
+    assert Folds.open([source], "transformer", shapes(), skip=["patch"]).names == {
+        "blocks.0.attn1.to_q.weight"
+    }
+    other = {f"{Q}.lora_A.weight": torch.ones(2, 25), f"{Q}.lora_B.weight": UP}
+    assert "lora_skip" not in refused(tmp_path, first | other).fix  # of another width
+
+
+@pytest.mark.parametrize("role", ["dora_scale", "oft_blocks", "ia3_l", "vera_lambda_b", "bone_", "hra_u"])
+def test_what_changes_the_weight_in_another_way_is_to_be_merged(tmp_path: Path, role: str) -> None:
+    error = refused(tmp_path, PAIR | {f"{Q}.alpha": torch.ones(()), f"{Q}.{role}": torch.ones(24)})
+    assert f"q.{role}: " in error.got and "is not supported" in error.got and error.fix == MERGE_FIX
 
 
 def test_five_keys_are_listed_and_the_others_counted(tmp_path: Path) -> None:

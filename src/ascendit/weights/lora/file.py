@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascendit.checkpoint.component import noise_of
 from ascendit.checkpoint.headers import read_header, read_values
 from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.tensor_info import TensorInfo
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 # ---- the file -----------------------------------------------------------------------------------
 
+MERGE_FIX = "merge it into the model with the program that made it, and use the merged model"
 MAX_SHOWN_KEYS = 5
 """Maximum number of keys listed in an error."""
 SUFFIXES = (".safetensors", *PICKLED)
@@ -136,7 +138,12 @@ def _not_a_lora(path: Path) -> UsageError:
         names = ", ".join(file.name for file in _files_in(path)[:3])
         got = f"LoRA {path} is a folder" + (f" with {names}" if names else "")
     needs = f"one file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or a folder with one"
-    return UsageError(got, needs=needs, fix="pass the path of a .safetensors file")
+    noises = {noise_of(file.stem): file for file in (_files_in(path) if path.is_dir() else [])}
+    fix = "pass the path of a .safetensors file"
+    if len(noises) == len(_files_in(path)) == 2 and noises.keys() == {"high", "low"}:
+        texts = [f"{noise}={noises[noise]}" for noise in ("high", "low")]
+        fix = "pass one file for each expert: " + " ".join(shell_line(["--lora", text]) for text in texts)
+    return UsageError(got, needs=needs, fix=fix)
 
 
 def unusable_keys(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
@@ -146,7 +153,8 @@ def unusable_keys(path: Path, total: int, problems: list[Problem]) -> Checkpoint
     more = f"; and {len(problems) - MAX_SHOWN_KEYS} more" if len(problems) > MAX_SHOWN_KEYS else ""
     groups = sorted({problem.group for problem in problems})
     skip = " ".join(f"--lora-skip {group}" for group in groups)
-    fix = next((p.fix for p in problems if not p.group), f"use a LoRA for this model, or add {skip}")
+    fixes = sorted((p.fix for p in problems if not p.group), key=lambda fix: fix == Problem.fix)
+    fix = next(iter(fixes), f"use a LoRA for this model, or add {skip}")
     return CheckpointError(
         f"{path}: {len(problems)} of {total} keys cannot be used: {shown}{more}",
         needs="a LoRA in which every key changes a tensor of this model; no key is skipped silently",
@@ -276,7 +284,8 @@ def shape_problem(kind: str, tensors: Mapping[str, TensorInfo], shape: tuple[int
     flat = {role: (info.shape[0], math.prod(info.shape[1:])) for role, info in tensors.items()}
     for _, left, right in FACTORS[kind]:
         if left in flat and (flat[left][1] != flat[right][0] or not flat[right][0]):
-            return f"ranks differ ({left} {list(tensors[left].shape)}, {right} {list(tensors[right].shape)})"
+            shapes = f"({left} {list(tensors[left].shape)}, {right} {list(tensors[right].shape)})"
+            return f"{'ranks differ' if flat[right][0] else 'the rank is 0'} {shapes}"
     sizes = [
         flat[whole] if whole in flat else (flat[left][0], flat[right][1])
         for whole, left, right in FACTORS[kind]

@@ -32,6 +32,7 @@ from ascendit.weights.lora.fields import ALPHA_KEYS, plain
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
     FACTORS,
+    MERGE_FIX,
     SUFFIXES,
     Delta,
     LoraFile,
@@ -45,7 +46,7 @@ from ascendit.weights.lora.file import (
     shape_problem,
     unusable_keys,
 )
-from ascendit.weights.lora.keys import SKIPPED, WRAPPERS, LoraKey, Targets, refusal
+from ascendit.weights.lora.keys import SKIPPED, WRAPPERS, LoraKey, Targets, changes_others, refusal
 from ascendit.weights.lora.strength import (
     ROUNDING,
     AppliedLora,
@@ -384,7 +385,8 @@ class DeltaReader:
         groups: dict[str, dict[str, LoraKey]] = {}
         for key in self.keys:
             if key.role is None:
-                self.problem(key, refusal(key.name) or "not a key of a supported kind of LoRA")
+                reason = refusal(key.name) or "not a key of a supported kind of LoRA"
+                self.problem(key, reason, MERGE_FIX if changes_others(key.name) else Problem.fix)
             elif (target := self.targets.find(key)) is None:
                 self.problem(key, self.targets.reason_missing(key), group=key.group)
             else:
@@ -428,7 +430,9 @@ class DeltaReader:
             return None
         shape = self.targets.shapes[target]
         if problem := shape_problem(kind, infos, shape):
-            self.problem(next(iter(keys.values())), f"{problem} of {target}", _OTHER_MODEL)
+            first = next(iter(keys.values()))
+            group = first.group if first.group == "patch" else ""
+            self.problem(first, f"{problem} of {target}", _OTHER_MODEL, group)
             return None
         # A modulation table may lack the first axis of size 1: use the rows of the model.
         return {"diff": _reshaped(infos["diff"], shape)} if kind == "diff" else infos

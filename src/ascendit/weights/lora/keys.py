@@ -31,9 +31,7 @@ NAMES_ONE_EXPERT = (
     *(wrapper for wrapper, expert in WRAPPERS.items() if expert == "transformer_2"),
 )
 """Wrappers that always mean one expert; `transformer.` and `dit.` do in files that also have one of these."""
-INNER_WRAPPERS = tuple(
-    f"{name}." for name in sorted((*MODULE_WRAPPERS, "base_layer"), key=lambda name: -len(name))
-)
+INNER_WRAPPERS = tuple(f"{name}." for name in sorted(MODULE_WRAPPERS, key=lambda name: -len(name)))
 """Names that training and PEFT insert anywhere in a key; longest first, as some are the end of another."""
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_dit_", "lycoris_")
 """Prefixes of a path with underscores, before other wrappers. VideoX-Fun writes a second underscore."""
@@ -73,9 +71,20 @@ REFUSED = (
     (r"\.(lora_mid\.weight|hada_t[12]|lokr_t2)$", "Tucker-decomposed factors are not supported"),
     (r"\.[ab][12]\.weight$", "GLoRA is not supported"),
     (r"\.(oft_|boft_)\w*(\.\w+)*$|\.rescale$", "OFT is not supported: it rotates the weight"),
+    (r"\.ia3_l\b|\.on_input$", "IA3 is not supported: it scales rows or columns of the weight"),
+    (r"\.vera_lambda_[bd]\b|\bvera_[AB]\b", "VeRA is not supported: its factors may be outside the file"),
+    (r"\.fourierft_spectrum\b", "FourierFT is not supported"),
+    (r"\.hra_u\b", "HRA is not supported: it reflects the weight"),
+    (r"\.(bone|miss)_", "Bone (MiSS) is not supported"),
+    (
+        r"\brandlora_|\bvblora_|\.(shira|c3a|road|waveft|delora|gralora)_",
+        "this kind of PEFT is not supported",
+    ),
     (r"\.(weight|bias)$", "this is a complete tensor, not a change of one"),
 )
-"""(pattern of a key, reason why it cannot be used), tried in order for keys without a known suffix."""
+"""(pattern of a key, reason why it cannot be used), tried in order for keys without a known suffix. All but
+the last change the weight in another way, so that the rest of the file without these keys is another change.
+"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,22 @@ SKIPPED = {
         r"^(vace_blocks|vace_patch_embedding|vace|control_adapter|control_blocks|controlnet|ref_conv)(?=[._]|$)",
         "VACE and Fun-Control: `vace_blocks`, `control_adapter`, `ref_conv`",
         "the model has no control input; this LoRA is for VACE or Fun-Control",
+    ),
+    "audio": KeyGroup(
+        r"^(audio_injector|casual_audio_encoder|audio_proj|multitalk_audio_proj|cond_encoder|frame_packer"
+        r"|trainable_cond_mask)(?=[._]|$)|[._]audio_cross_attn(?=[._]|$)",
+        "audio of S2V and InfiniteTalk: `audio_injector`, `audio_proj`",
+        "the model has no audio input; this LoRA is for S2V, MultiTalk or InfiniteTalk",
+    ),
+    "face": KeyGroup(
+        r"^(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)(?=[._]|$)",
+        "faces and poses of Animate: `face_adapter`, `motion_encoder`, `pose_patch_embedding`",
+        "the model has no face input; this LoRA is for Animate",
+    ),
+    "patch": KeyGroup(
+        r"^patch_embedding(?=[._]|$)",
+        "the first layer, whose input channels differ between text-to-video and image-to-video",
+        "the patch embedding has no such layer",
     ),
 }
 """Group of keys that `--lora-skip` leaves out."""
@@ -179,6 +204,11 @@ def expert_of(wrappers: Iterable[str]) -> str | None:
 def refusal(name: str) -> str | None:
     """The reason why such a key cannot be used in any model, or None."""
     return next((reason for pattern, reason in REFUSED if re.search(pattern, name)), None)
+
+
+def changes_others(name: str) -> bool:
+    """Whether the other keys of a file mean another change without this refused key."""
+    return refusal(name) not in (None, REFUSED[-1][1])
 
 
 class Targets:

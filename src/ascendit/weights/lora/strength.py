@@ -49,7 +49,7 @@ from ascendit.weights.lora.fields import (
     plain,
     switch,
 )
-from ascendit.weights.lora.file import LoraFile, Problem, unusable_keys
+from ascendit.weights.lora.file import MERGE_FIX, LoraFile, Problem, unusable_keys
 from ascendit.weights.lora.keys import LoraKey, without_wrappers
 
 # ---- tables ---------------------------------------------------------------------------------------
@@ -66,7 +66,6 @@ CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `init_lora_weights` with which PEFT changes the weights of the model before training."""
 PEFT_DEFAULT = 8
 """Alpha and rank in a configuration of PEFT without them."""
-MERGE_FIX = "merge it with PEFT, then quantize the result"
 HEADER_FIX = (
     "remove the header: safetensors.torch.save_file(safetensors.torch.load_file(FILE), NEW); without alpha "
     "tensors, pass alpha / rank as NEW:WEIGHT"
