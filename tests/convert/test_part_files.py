@@ -95,7 +95,7 @@ def test_one_expert_alone_keeps_the_other(cascade: Path, files: dict[str, Path],
         (["vae={transformer}"], "has the tensors of a transformer", "E-USE-01"),
         (["vae={tiny}"], "the tensors of a tiny autoencoder", "E-USE-01"),
         (["{transformer}", "{cascade}"], "is a Diffusers pipeline folder", "E-USE-01"),
-        (["{transformer}", "none.gguf"], "no model at none.gguf", "E-USE-02"),
+        (["{transformer}", "none.gguf"], "no file at none.gguf", "E-USE-02"),
     ],
 )
 def test_files_that_do_not_fit(
