@@ -49,6 +49,8 @@ def cases(layers: int, dtype: torch.dtype, per_token: bool) -> dict[str, Callabl
     x, text = torch.randn(1, 16, *GRID).to(dtype), torch.randn(1, 512, 4096).to(dtype)
     grid = ours.grid_of(x)
     tokens, frame = grid[0] * grid[1] * grid[2], grid[1] * grid[2]
+    timestep: tuple[float, ...]
+    spans: tuple[int, ...]
     if per_token:
         timestep, spans = (0.0, 700.0), (frame, tokens - frame)
         t = torch.cat([torch.zeros(frame), torch.full((tokens - frame,), 700.0)])[None]
@@ -58,7 +60,8 @@ def cases(layers: int, dtype: torch.dtype, per_token: bool) -> dict[str, Callabl
 
     def step() -> torch.Tensor:
         state.shared.modulation.clear()  # each step has its own timestep
-        return ours(x, timestep, state, spans)
+        out: torch.Tensor = ours(x, timestep, state, spans)
+        return out
 
     return {
         "ascendit step": step,

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -35,8 +36,8 @@ SIZES = {(64, 64): 17, (100, 50): 17, (258, 130): 17, (480, 832): 9, (832, 480):
 """(width, height) -> number of frames."""
 THREADS = (None, 1, 2, 3, 5)
 """None: x264's default number of threads."""
-CODEC, OPTIONS, CONTAINER = video_codecs.CODECS["mp4"]
-DEFAULTS = {"crf": OPTIONS["crf"]}
+MP4 = video_codecs.CODECS["mp4"]
+DEFAULTS = {"crf": MP4.options["crf"]}
 BUSY = "while True: pass"
 
 
@@ -57,13 +58,13 @@ def moving(width: int, height: int, frames: int) -> Frames:
 
 def encode(frames: Frames, folder: Path, options: dict[str, str]) -> bytes:
     """The bytes of the mp4 that `Video.save` writes with these encoder options."""
-    with mock.patch.dict(video_codecs.CODECS, mp4=(CODEC, options, CONTAINER)):
+    with mock.patch.dict(video_codecs.CODECS, mp4=MP4._replace(options=options)):
         return Video(frames, 16).save(folder / "out.mp4", metadata=False, overwrite=True).read_bytes()
 
 
 def child(width: int, height: int, threads: str, repetitions: int) -> None:
     """Print a hash of each encode; `threads`: a number, `auto`, or `control` for x264's defaults."""
-    frames, options = moving(width, height, SIZES[width, height]), dict(OPTIONS)
+    frames, options = moving(width, height, SIZES[width, height]), dict(MP4.options)
     if threads == "control":
         options = dict(DEFAULTS)
     elif threads != "auto":
@@ -110,8 +111,8 @@ def measure(frames: Frames, repetitions: int) -> None:
     """Print the time of `Video.save` with ascendit's options and with x264's defaults."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {
-            "x264's defaults": lambda: encode(frames, Path(folder), DEFAULTS),
-            "ascendit": lambda: encode(frames, Path(folder), dict(OPTIONS)),
+            "x264's defaults": partial(encode, frames, Path(folder), DEFAULTS),
+            "ascendit": partial(encode, frames, Path(folder), dict(MP4.options)),
         }
         processor: dict[str, list[float]] = {name: [] for name in runs}
 
@@ -120,7 +121,7 @@ def measure(frames: Frames, repetitions: int) -> None:
             runs[name]()
             processor[name].append(time.process_time() - start)
 
-        seconds = interleaved({name: lambda name=name: counted(name) for name in runs}, repetitions)  # type: ignore[misc]
+        seconds = interleaved({name: partial(counted, name) for name in runs}, repetitions)
         sizes = {name: len(run()) for name, run in runs.items()}
     base = statistics.median(seconds["x264's defaults"])
     print("| options | median s | min s | x time | CPU s | bytes |\n|---|---|---|---|---|---|")

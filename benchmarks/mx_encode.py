@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ from ascendit.mx.formats import lookup, resolve_rounding, resolve_rule
 from ascendit.mx.row_encoder import RowEncoder, ScaleSearch
 
 FORMATS = ("mxfp8", "mxfp4", "mxfp4_dualscale", "int8")
-OTHERS = (("mxfp8_e5m2", None), ("fp8", None), ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:7.25"))
-OTHERS += (("mxfp4_dualscale", "msms:dualscale"), ("int8", "msms:int8"))
+OTHERS = (
+    *(("mxfp8_e5m2", None), ("fp8", None), ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:7.25")),
+    *(("mxfp4_dualscale", "msms:dualscale"), ("int8", "msms:int8")),
+)
 PEERS = ("mxfp8", "mxfp4")
 """Formats that torchao has too; ratios are to its first row of the format."""
 MEMCPY = ("memcpy, OpenMP", "memcpy, torch")
@@ -81,7 +84,7 @@ def torchao_rows(x: Tensor) -> dict[str, Row] | str:
     cases = dict(zip(PEERS, ((torch.float8_e4m3fn, ("RCEIL", "FLOOR")), (fp4, ("FLOOR",))), strict=True))
     return {
         f"torchao, {fmt}, {mode}, {version}": Row(
-            lambda d=dtype, m=Mode[mode]: to_mx(x, d, 32, m), moved_by(x, fmt), slow=True
+            partial(to_mx, x, dtype, 32, Mode[mode]), moved_by(x, fmt), slow=True
         )
         for fmt, (dtype, modes) in cases.items()
         for mode in modes
@@ -104,7 +107,7 @@ def rows_of(x: Tensor) -> tuple[dict[str, Row], str]:
         rows |= {f"kernel, {fmt}, {rule or 'default'}": kernel(x, fmt, rule) for fmt, rule in OTHERS}
         rows["kernel, mxfp8, measured"] = kernel(x, "mxfp8", measure=True)
         rows["msms:ceil_x:search, errors of 25"] = Row(lambda: ScaleSearch().add(x), x.nbytes)
-    rows |= {f"mx.encode, {fmt}": Row(lambda f=fmt: mx.encode(x, f), moved_by(x, fmt)) for fmt in FORMATS}
+    rows |= {f"mx.encode, {fmt}": Row(partial(mx.encode, x, fmt), moved_by(x, fmt)) for fmt in FORMATS}
     for fmt in FORMATS:
         if plain := without_compiler(x, fmt):
             rows[f"no compiler, {fmt}"] = plain

@@ -69,7 +69,8 @@ def cases(layers: int, schemes: list[str], emulate: Any) -> tuple[dict[str, Forw
 
         def run() -> torch.Tensor:
             state.shared.modulation.clear()  # each step has its own timestep
-            return model(x, (700.0,), state, (grid[0] * grid[1] * grid[2],))
+            out: torch.Tensor = model(x, (700.0,), state, (grid[0] * grid[1] * grid[2],))
+            return out
 
         return run
 
