@@ -84,6 +84,12 @@ class Handler(socketserver.BaseRequestHandler):
 
 class Server(socketserver.ForkingMixIn, socketserver.UnixStreamServer):
     max_children = 8
+    parent = os.getppid()
+
+    def service_actions(self) -> None:
+        super().service_actions()
+        if os.getppid() != self.parent:  # the tests were killed
+            os._exit(1)
 
 
 def _run(name: str, *arguments: str) -> int:
