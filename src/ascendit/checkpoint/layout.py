@@ -137,8 +137,7 @@ def recognise(path: Path | str) -> Layout:
         if recognised is not None:
             kind, parts = recognised
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
-        if (unfinished := _saved_by_trainer(root)) is not None:
-            raise unfinished
+        _refuse_trainer_formats(root)
         raise CheckpointError(
             f"no model recognised at {root}: {_hint(root)}",
             needs=f"a Diffusers folder with {INDEX_FILE} at its top; a folder with only transformers; "
@@ -157,23 +156,19 @@ def recognise(path: Path | str) -> Layout:
         ) from e
 
 
-def _saved_by_trainer(root: Path) -> CheckpointError | None:
-    """The error E-CKP-04 for a folder in the format of a trainer with several processes; else None."""
+def _refuse_trainer_formats(root: Path) -> None:
+    """Raise CheckpointError (E-CKP-04) for a folder that a trainer with several processes saved."""
     new = root.with_name(f"{root.name}-model")
     pieces = sorted([*root.glob("*.distcp"), *root.glob("*/*.distcp")])
     if pieces:
         label = "a checkpoint of torch.distributed (DCP)"
-        command = [
-            "torch.distributed.checkpoint.format_utils",
-            "dcp_to_torch",
-            str(pieces[0].parent),
-            f"{new}.pth",
-        ]
+        module = "torch.distributed.checkpoint.format_utils"
+        command = [module, "dcp_to_torch", str(pieces[0].parent), f"{new}.pth"]
     elif (root / "zero_to_fp32.py").exists():
         label, command = "a checkpoint of DeepSpeed", ["deepspeed.utils.zero_to_fp32", str(root), str(new)]
     else:
-        return None
-    return CheckpointError(
+        return
+    raise CheckpointError(
         f"{root} is {label}, with the weights in pieces for each process",
         needs="the weights as safetensors, or as one file of torch.save",
         fix=f"join them: {shell_line(['python', '-m', *command])}",

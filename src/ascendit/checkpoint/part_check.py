@@ -62,9 +62,10 @@ def check_part(part: Part) -> Shards | None:
             tensors = canonical_part(part.name, read.tensors)
             if part.class_name == "CLIPVisionModel":
                 tensors.pop(PROJECTION, None)
-            unused = [name for name in read.tensors if is_unused(part.name, name)]
-            text = f"{counted(len(unused), 'tensor')} not used, which Wan does not need: {listed(unused, 3)}"
-            notes = (*read.notes, text) if unused else read.notes
+            notes = read.notes
+            if unused := [name for name in read.tensors if is_unused(part.name, name)]:
+                count = counted(len(unused), "tensor")
+                notes += (f"{count} not used, which Wan does not need: {listed(unused, 3)}",)
             shards = replace(shards, tensors=tensors, kinds=read.kinds, notes=notes)
             stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
             config = config if part.config else _published_config(part, stored)
