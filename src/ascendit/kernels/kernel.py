@@ -24,6 +24,8 @@ from ascendit.mx.codec import Encoded
 from ascendit.quant.schemes import Scheme
 
 Function = Callable[..., Tensor]
+Attended = Any
+"""Output of an attention: [B, S, H, d], or a pair of it and its log-sum-exp, float32 [B, H, S]."""
 Prepare = Callable[..., Any]
 Emulate = Literal["decode-on-use", "decode-once"]
 """When to dequantize weights of a scheme without a matmul: on each call, or once, which takes memory."""

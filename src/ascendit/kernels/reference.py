@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, QuantLinearKernel
+from ascendit.kernels.kernel import Activation, Attended, Emulate, PreparedWeight, QuantLinearKernel
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.mx.smoothing import smooth_input
 from ascendit.quant.schemes import scheme_of
@@ -102,17 +102,20 @@ def gelu(x: Tensor) -> Tensor:
     return (0.5 * f * (1 + torch.erf(f * 0.7071067811865476))).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """softmax(q k^T / sqrt(d)) v, no mask. q [B, S, H, d], k, v [B, L, H, d] -> [B, S, H, d], q's dtype.
 
+    `return_lse`: also return log(sum(exp(q k^T / sqrt(d)))), the natural logarithm, float32 [B, H, S].
     Computes 256 queries at a time, so the scores take at most 256 x L per head.
     """
     kt, vt = k.float().permute(0, 2, 3, 1), v.float().transpose(1, 2)  # [B, H, d, L], [B, H, L, d]
-    out = []
+    out, sums = [], []
     for queries in q.float().transpose(1, 2).split(256, dim=2):
         scores = (queries @ kt) * q.shape[-1] ** -0.5
         out.append(torch.softmax(scores, -1) @ vt)
-    return torch.cat(out, 2).transpose(1, 2).to(q.dtype)
+        sums.append(torch.logsumexp(scores, -1))
+    result = torch.cat(out, 2).transpose(1, 2).to(q.dtype)
+    return (result, torch.cat(sums, 2)) if return_lse else result
 
 
 def prepare_weight(
