@@ -264,7 +264,7 @@ def test_loading_needs_few_modules() -> None:
     """Modules reachable from `pipeline.job`, including imports in functions, without empty files."""
     reached = reachable(import_graph(), "ascendit.pipeline.job")
     sizes = {module_name(path): path.stat().st_size for path in sources()}
-    assert len([module for module in reached if sizes[module]]) <= 116
+    assert len([module for module in reached if sizes[module]]) <= 124
 
 
 def late_imports() -> dict[tuple[str, str], str]:
@@ -431,7 +431,7 @@ def test_files_stay_small() -> None:
 def test_the_number_and_size_of_files() -> None:
     """A limited number of files of medium size."""
     lines = sorted(len(p.read_text(encoding="utf-8").splitlines()) for p in sources() if p.stat().st_size)
-    assert len(lines) <= 220
+    assert len(lines) <= 235
     assert 150 <= lines[len(lines) // 2] <= 300
 
 
