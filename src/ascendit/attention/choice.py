@@ -20,8 +20,9 @@ from ascendit.device.attention_kernels import (
     attention_text,
 )
 from ascendit.device.device import Device
-from ascendit.device.operator_support import attention_schemes_on, capability
+from ascendit.device.operator_support import capability, native_attention_on, no_attention_for
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+from ascendit.family import WanConfig
 from ascendit.option_text import option
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 
@@ -46,6 +47,34 @@ class AttentionCall:
     keys: int
     key_length: int | None = None
     """Number of valid keys, if the others are padding."""
+
+
+def calls_of(
+    config: WanConfig,
+    dtype: str,
+    tokens: int,
+    contexts: Mapping[Kind, int],
+    key_length: int | None = None,
+) -> dict[Kind, AttentionCall]:
+    """The attentions of a transformer.
+
+    `tokens`: those of the video; after the first `key_length` they are padding. `contexts`: kind -> tokens of
+    text and image.
+    """
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    lengths: dict[Kind, int] = {"self": tokens, **contexts}
+    return {
+        kind: AttentionCall(
+            kind=kind,
+            dtype=dtype,
+            heads=heads,
+            head_dim=head_dim,
+            queries=tokens,
+            keys=keys,
+            key_length=key_length if kind == "self" else None,
+        )
+        for kind, keys in lengths.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +122,7 @@ class AttentionPolicy:
         reason, name = next(((k, v) for k, v in sources.items() if v is not None), ("default", AUTOMATIC))
         sub_head = self.sub_head if call.kind == "self" and self.sub_head != call.heads else None
         if name in ATTENTION_FORMATS:
-            if problem := self._scheme_problem(name):
-                raise self._no_scheme(name, call, problem, step)
+            self._check_scheme(name, call, step, declared)
             return Choice(name=name, reason=reason, sub_head=sub_head)
         if name == AUTOMATIC:
             best = self.automatic(call)
@@ -169,24 +197,20 @@ class AttentionPolicy:
             return f"{row.operator} does not run on {device.chip}"
         return ""
 
-    def _scheme_problem(self, scheme: str) -> str:
-        """Why the device does not compute a scheme, "" if it does."""
-        chip = self.device.chip
-        if self.reference or self.emulate or chip is None or scheme in attention_schemes_on(chip):
-            return ""
-        return f"{chip} has no attention in {scheme}"
-
-    def _no_scheme(
-        self, scheme: str, call: AttentionCall, problem: str, step: str | None
-    ) -> EnvironmentProblem:
-        native = sorted(attention_schemes_on(str(self.device.chip)))
-        return EnvironmentProblem(
-            f"{self._shown(call.kind, scheme, step)} on {self.device}: {problem}",
-            needs=f"{' or '.join(native) or 'attention without quantization'}, or its emulation",
-            fix="--emulate decode-on-use: the same numbers, slower"
-            + ("" if step else f"; or {option('attention', f'{call.kind}={AUTOMATIC}')}"),
-            code="E-CAP-01",
-        )
+    def _check_scheme(self, scheme: str, call: AttentionCall, step: str | None, declared: str | None) -> None:
+        """Raise the error of a scheme that the device does not compute, or that cannot rotate the heads."""
+        chip, shown = self.device.chip, self._shown(call.kind, scheme, step)
+        if chip and not (self.reference or self.emulate or scheme in native_attention_on(chip)):
+            error = no_attention_for(self.device, chip, scheme)
+            error.got = f"{shown}: {error.got}"
+            raise error
+        size = call.head_dim
+        if ATTENTION_FORMATS[scheme].rotate and size & (size - 1) and scheme != declared:
+            raise UsageError(
+                f"{shown} with head size {size}",
+                needs="a head size that is a power of two, for the rotation of this scheme",
+                fix=option("attention", f"{call.kind}=int8"),
+            )
 
     def _refused(self, name: str, call: AttentionCall, problem: str, step: str | None) -> AscenditError:
         """The error for a kernel: lists those that can compute `call`, and why the others cannot."""

@@ -42,7 +42,7 @@ class AttentionPlan:
 
 def make_plan(
     ops: Ops,
-    policy: AttentionPolicy,
+    policy: AttentionPolicy | None,
     expert: str,
     calls: Mapping[Kind, AttentionCall],
     layers: Mapping[Kind, Sequence[Any]],
@@ -53,8 +53,7 @@ def make_plan(
     `layers`: the attention module of each block, whose `scheme`, `q_rot` and `k_rot` declare quantized
     attention. `steps`: those that the expert runs. Raises the errors of `AttentionPolicy.choose` and `select`.
     """
-    kernels = dense_kernels(ops)
-    policy = with_kernels(policy, ops)
+    kernels, policy = dense_kernels(ops), with_kernels(policy, ops)
     declared = {kind: [module.scheme for module in modules] for kind, modules in layers.items()}
     resolved = resolve(policy, calls, declared, steps)
     bound: dict[tuple[Kind, Choice, int], Function] = {}
