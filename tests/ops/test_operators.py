@@ -54,7 +54,8 @@ def test_two_phases_of_rms_norm_give_the_fused_numbers(dtype: torch.dtype) -> No
 
 
 def test_attention_kernels_are_named_if_there_are_several() -> None:
-    assert bind("cpu").attention_kernels == bind("twin:a5", "reference").attention_kernels == {}
+    assert bind("twin:a5", "reference").attention_kernels == {}
+    assert "sdpa" in bind("cpu").attention_kernels
     ops = bind("twin:a2")
     assert set(ops.attention_kernels) == {"fusion", "fused_infer"}
     assert ops.attention_kernels["fusion"] is ops.attention
