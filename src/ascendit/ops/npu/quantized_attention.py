@@ -8,16 +8,11 @@ probabilities too, the twin does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from ascendit.errors import UsageError
-from ascendit.kernels.kernel import Attended, Function, Kernel
-from ascendit.quant.attention_schemes import ATTENTION_FORMATS
-from ascendit.twin.contract import FP8_E4M3, HALF_DTYPES, SCALE_E8M0
+from ascendit.kernels.kernel import Kernel
 
 CHANNELS = 128
 """Channels of a tile of npu_dynamic_block_quant. A tile of fp8 attention is a whole head, at most this."""
