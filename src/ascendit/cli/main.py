@@ -37,6 +37,7 @@ COMMANDS = {
     "repack": "Convert a checkpoint to another layout.",
     "inspect": "Show the contents of a checkpoint.",
     "verify": "Check the quality of a model's videos.",
+    "bench": "Measure the attention kernels of a device.",
     "models": "List the models with their defaults.",
     "doctor": "Check this machine and its libraries.",
 }
