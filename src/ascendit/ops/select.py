@@ -18,6 +18,7 @@ from ascendit.device.operator_support import no_matmul_for
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Kernel, Wish
+from ascendit.kernels.quantized_attention import emulated_kernels
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 log = logging.getLogger("ascendit")
@@ -63,6 +64,9 @@ def select(operator: str, device: Device, wish: Wish) -> Kernel:
 
 
 def _reference_kernel(operator: str, device: Device, wish: Wish) -> Kernel:
+    for kernel in emulated_kernels("reference", reference.attention):
+        if kernel.operator == operator:
+            return kernel
     if operator not in LINEAR_SCHEMES:
         reason = "requested" if wish.reference else f"{device.operators} has no faster kernel"
         return Kernel(operator, "reference", getattr(reference, operator), f"reference: {reason}")

@@ -21,6 +21,7 @@ from ascendit.kernels import reference
 from ascendit.kernels.cpu.attention import attention
 from ascendit.kernels.cpu.elementwise import PHASES, gelu, gelu_tanh
 from ascendit.kernels.kernel import Function, Kernel, Wish
+from ascendit.kernels.quantized_attention import emulated_kernels
 from ascendit.kernels.reference import Spans
 from ascendit.ops.cuda import linear, triton_kernels
 from ascendit.ops.cuda.triton_linear import dense_rows, launch, triton_steps
@@ -36,7 +37,12 @@ PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """All kernels, the best of each operator first."""
-    return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))
+    return (
+        *triton_kernels_on(device.torch_name),
+        *PYTORCH,
+        *emulated_kernels("cuda", attention),
+        *linear.list_kernels(device, wish.emulate),
+    )
 
 
 def triton_kernels_on(device: str) -> tuple[Kernel, ...]:
