@@ -56,6 +56,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "loras": prepared.loras,
         "dtype": denoiser.dtype,
         "schemes": schemes,
+        "attention_kernels": [row.as_dict() for row in prepared.attention],
         **estimate.as_dict(),
         "replay": replay,
     }
@@ -80,6 +81,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "defaults from",
         *(f"  {source}" for source in _sources(prepared, call, out)),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
+        *_attention_lines(prepared),
         *(f"LoRA       {line}" for line in lora_lines(prepared.loras)),
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
@@ -87,6 +89,12 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         *(_video_lines(plan) if many else ()),
     ]
     out.result(data, lines)
+
+
+def _attention_lines(prepared: Prepared) -> list[str]:
+    """The kernels of the run; equal ones of two experts once."""
+    texts = dict.fromkeys(row.text for row in prepared.attention)
+    return [f"{'attention' if n == 0 else '':<10} {text}" for n, text in enumerate(texts)]
 
 
 def _video_lines(plan: Sequence[Planned]) -> list[str]:
