@@ -520,6 +520,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags-repack": lambda: flags_table("repack"),
     "flags-inspect": lambda: flags_table("inspect"),
     "flags-verify": lambda: flags_table("verify"),
+    "flags-bench": lambda: flags_table("bench"),
     "flags-models": lambda: flags_table("models"),
     "flags-doctor": lambda: flags_table("doctor"),
     "settings": settings_table,

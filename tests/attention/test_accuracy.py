@@ -1,7 +1,7 @@
 """Every dense attention kernel of a CPU and of the twins against float64.
 
-Errors are in half steps of BF16: half the distance between two BF16 numbers of the size of the largest output,
-which is the error of rounding once. Kernels whose probabilities are BF16 numbers err by as much again.
+Errors are in half steps of BF16: half the distance between two BF16 numbers of the size of the largest
+output, the error of rounding once. Kernels whose probabilities are BF16 numbers err by as much again.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def test_all_combinations(device: str, name: str, length: int) -> None:
 
 def test_the_oracle_and_the_limits_see_errors() -> None:
     """A kernel with a wrong scale, and one that ignores the last key, are seen."""
+
     def wrong_scale(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> object:
         out, lse = oracle(1.01 * q, k, v, torch.arange(q.shape[1]))
         return (out.bfloat16(), lse.float()) if return_lse else out.bfloat16()

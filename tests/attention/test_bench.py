@@ -25,7 +25,10 @@ CPU = parse_device("cpu")
 def kernels(*calls: tuple[str, str, Any], missing: str = "") -> list[Kernel]:
     """A list of kernels: (operator, name, call); the last one is missing for this reason."""
     listed = [Kernel(operator, "cpu", call, "", name=name) for operator, name, call in calls]
-    return [*listed, Kernel("attention", "cpu", reference.attention, "", name="flash", missing=lambda: missing)]
+    return [
+        *listed,
+        Kernel("attention", "cpu", reference.attention, "", name="flash", missing=lambda: missing),
+    ]
 
 
 def test_every_kernel_of_a_cpu_is_measured() -> None:
@@ -45,7 +48,9 @@ def test_a_wrong_kernel_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> No
     def doubled(q: Any, k: Any, v: Any) -> Any:
         return 2 * reference.attention(q, k, v)
 
-    wrong = kernels(("attention", "cpu", doubled), ("attention", "sdpa", reference.attention), missing="absent")
+    wrong = kernels(
+        ("attention", "cpu", doubled), ("attention", "sdpa", reference.attention), missing="absent"
+    )
     monkeypatch.setattr(bench, "kernels_of", lambda device, wish: wrong)
     result = run_benchmark(CPU, [SELF], repeats=1)
     assert [row.kernel for row in result.rows] == ["cpu", "sdpa"]
@@ -54,13 +59,13 @@ def test_a_wrong_kernel_has_a_large_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_slow_kernel_gets_fewer_heads_and_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"cpu": 1e-4, "sdpa": 20.0}
+    seconds = {"cpu": 1e-4, "sdpa": 0.2}  # per head
     heads = []
 
     def time_of(device: Any, candidate: Any, inputs: Any) -> tuple[float, torch.Tensor]:
         q = inputs[0]
         heads.append((candidate.name, q.shape[2]))
-        return seconds[candidate.name] * q.shape[1] * q.shape[2] / 4096, reference.attention(*inputs)
+        return seconds[candidate.name] * q.shape[2] * (q.shape[1] / 40) ** 2, reference.attention(*inputs)
 
     two = kernels(("attention", "cpu", None), ("attention", "sdpa", None), missing="absent")
     monkeypatch.setattr(bench, "kernels_of", lambda device, wish: two)
@@ -70,8 +75,9 @@ def test_a_slow_kernel_gets_fewer_heads_and_calls(monkeypatch: pytest.MonkeyPatc
     notes: list[str] = []
     fast, slow = run_benchmark(CPU, [SELF], repeats=9, on_note=notes.append).rows
     assert (fast.measured_heads, fast.repeats) == (4, 9)
-    assert (slow.measured_heads, slow.repeats) == (1, 2) and heads[-1] == ("sdpa", 1)
-    assert slow.seconds == pytest.approx(4 * 20 * 40 / 4096)  # of all four heads
+    assert (slow.measured_heads, slow.repeats) == (1, 2)
+    assert heads[-13:] == [*[("cpu", 4), ("sdpa", 1)] * 3, *[("cpu", 4)] * 7]
+    assert slow.seconds == pytest.approx(4 * 0.2)  # of all four heads
     assert notes == []
 
 

@@ -1,8 +1,8 @@
 """`ascendit bench attention`: the time and the error of every attention kernel that works on a device.
 
 The kernels take turns, so that load on the machine affects all alike. One call of a slow kernel has fewer
-heads, which do not depend on one another, and its time is scaled to all of them; kernels that are slow even so
-run fewer times. Rotations of quantized attention, which run before the kernel, are not measured.
+heads, which do not depend on one another, and its time is scaled to all of them; if a single head is slow, it
+runs fewer times. Rotations of quantized attention, which run before the kernel, are not measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit.attention.choice import AttentionCall, limit_of
 from ascendit.attention.measured import Measurement, Shape, file_data
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.device.device import Device
@@ -30,11 +31,13 @@ from ascendit.progress import OnProgress, Progress
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.report import human_bytes
 
-DTYPE = torch.bfloat16
+DTYPE_NAME = "bfloat16"
 SCHEMES = {"attention": "", **{f"attention_{scheme}": scheme for scheme in ATTENTION_FORMATS}}
 """Operator -> scheme of quantized attention, empty for the dense one."""
 KERNEL_SECONDS = 60.0
 """Time for one kernel at one shape; at least two calls run, with at least one head."""
+ANNOUNCED_SECONDS = 10
+"""A run of at least this time is announced."""
 PROBE_TOKENS, PROBE_HEADS = 2048, 4
 """Largest size of the calls that predict the time."""
 SAMPLED_ROWS, SAMPLED_HEADS = 64, 4
@@ -111,7 +114,8 @@ def run_benchmark(
         for shape in shapes:
             planned = list(_plan(device, candidates, shape, repeats, result, cancel))
             seconds = sum(p.estimate * (p.repeats + 1) for p in planned)
-            on_note(f"{shape.kind}-attention, {shape}: about {max(seconds, 1):.0f} s; Ctrl-C stops")
+            if seconds >= ANNOUNCED_SECONDS:
+                on_note(f"{shape.kind}-attention, {shape}: about {seconds:.0f} s; Ctrl-C stops it")
             _measure(device, planned, shape, on_progress, cancel)
             result.rows += [_row(p, shape) for p in planned]
     return result
@@ -164,17 +168,18 @@ def _plan(
 
 
 def _limit(candidate: Candidate, shape: Shape) -> str:
-    """Why the kernel does not take the shape; "" if it does."""
+    """Why a dense kernel does not take the shape; "" if it does."""
     if candidate.scheme or candidate.name not in ATTENTION_KERNELS:
         return ""
-    row = ATTENTION_KERNELS[candidate.name]
-    if shape.kind == "cross" and row.kinds == ("self",):
-        return "it computes self-attention only"
-    if shape.head_dim % row.head_multiple or shape.head_dim > (row.largest_head or shape.head_dim):
-        return f"head size {shape.head_dim}; it takes multiples of {row.head_multiple} up to {row.largest_head}"
-    if min(shape.queries, shape.keys) < row.shortest:
-        return f"it needs at least {row.shortest:,} tokens"
-    return ""
+    call = AttentionCall(
+        kind="self" if shape.kind == "self" else "text",
+        dtype=DTYPE_NAME,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        queries=shape.queries,
+        keys=shape.keys,
+    )
+    return limit_of(ATTENTION_KERNELS[candidate.name], call)
 
 
 def _heads_that_fit(device: Device, shape: Shape) -> int:
@@ -198,7 +203,9 @@ def _inputs(device: Device, shape: Shape, heads: int) -> tuple[Tensor, Tensor, T
     generator = torch.Generator().manual_seed(5)
 
     def normal(tokens: int) -> Tensor:
-        numbers = torch.randn(1, tokens, heads, shape.head_dim, generator=generator, dtype=DTYPE)
+        numbers = torch.randn(
+            1, tokens, heads, shape.head_dim, generator=generator, dtype=getattr(torch, DTYPE_NAME)
+        )
         return numbers.to(device.torch_name)
 
     return normal(shape.queries), normal(shape.keys), normal(shape.keys)
@@ -216,7 +223,11 @@ def _time(
 
 
 def _measure(
-    device: Device, planned: Sequence[Planned], shape: Shape, on_progress: OnProgress | None, cancel: Stop | None
+    device: Device,
+    planned: Sequence[Planned],
+    shape: Shape,
+    on_progress: OnProgress | None,
+    cancel: Stop | None,
 ) -> None:
     """Warm up each kernel, which also measures its error, then run the kernels in turns."""
     inputs = _inputs(device, shape, max((p.heads for p in planned), default=1))
@@ -241,9 +252,7 @@ def _error(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
     """norm(out - reference) / norm(reference), of some queries of the first heads of [1, S, H, d]."""
     rows = torch.linspace(0, q.shape[1] - 1, min(q.shape[1], SAMPLED_ROWS)).long().to(q.device)
     heads = slice(0, SAMPLED_HEADS)
-    expected = reference.attention(
-        q[:, rows, heads].float(), k[:, :, heads].float(), v[:, :, heads].float()
-    )
+    expected = reference.attention(q[:, rows, heads].float(), k[:, :, heads].float(), v[:, :, heads].float())
     difference = out[:, rows, heads].float() - expected
     return float(difference.norm() / expected.norm())
 
@@ -254,7 +263,7 @@ def _row(p: Planned, shape: Shape) -> Measurement:
         kernel=p.candidate.name,
         scheme=p.candidate.scheme,
         shape=shape,
-        dtype=str(DTYPE).removeprefix("torch."),
+        dtype=DTYPE_NAME,
         seconds=statistics.median(p.seconds) * scale,
         best_seconds=min(p.seconds) * scale,
         repeats=len(p.seconds),

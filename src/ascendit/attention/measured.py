@@ -12,13 +12,14 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ascendit import environment
-from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind
+from ascendit.attention.choice import AttentionCall
+from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.device.device import Device
 from ascendit.errors import EnvironmentProblem
 from ascendit.version import __version__, installed
@@ -183,48 +184,42 @@ def _mismatch(data: Mapping[str, Any], hardware: str) -> str:
 
 
 def fastest(
-    device: Device,
-    kind: Kind,
-    *,
-    hardware: str,
-    usable: Collection[str],
-    queries: int,
-    keys: int,
-    heads: int,
-    head_dim: int,
-    dtype: str = "bfloat16",
+    device: Device, call: AttentionCall, usable: Callable[[str], bool], *, hardware: str
 ) -> tuple[str, str] | None:
-    """The fastest measured kernel for an attention of `kind`, with the reason for the log; None without data.
+    """The fastest measured kernel for `call`, with the reason for the log; None without measurements.
 
-    `usable`: names of the kernels that can run this call; those on request are never chosen. `hardware`: from
+    `usable`: whether a kernel can compute `call`; those on request are never chosen. `hardware`: from
     `ops.open_device.hardware_name`. The nearest measured shape of this head size and dtype decides. A twin
     has no measurements. Raises EnvironmentProblem (E-ENV-02) if this user has no home folder.
     """
     if device.kind == "twin":
         return None
-    names = {name for name in usable if name in ATTENTION_KERNELS and not ATTENTION_KERNELS[name].on_request}
     wanted = Shape(
-        kind="self" if kind == "self" else "cross",
-        queries=queries,
-        keys=keys,
-        heads=heads,
-        head_dim=head_dim,
+        kind="self" if call.kind == "self" else "cross",
+        queries=call.queries,
+        keys=call.key_length or call.keys,
+        heads=call.heads,
+        head_dim=call.head_dim,
     )
     rows = [
         row
         for row in read_measurements(cached_file(device, hardware), hardware)
-        if row.kernel in names and not row.scheme and row.dtype == dtype and row.error <= ERROR_LIMIT
-        if (row.shape.kind, row.shape.head_dim) == (wanted.kind, head_dim)
-        if _distance(row.shape, wanted)[0] <= FARTHEST
+        if (row.shape.kind, row.shape.head_dim, row.dtype) == (wanted.kind, call.head_dim, call.dtype)
+        if _is_automatic(row) and _distance(row.shape, wanted)[0] <= FARTHEST
     ]
-    if not rows:
-        return None
-    nearest = min((row.shape for row in rows), key=lambda shape: _distance(shape, wanted))
+    nearest = min((row.shape for row in rows), key=lambda shape: _distance(shape, wanted), default=None)
     measured = sorted((row for row in rows if row.shape == nearest), key=lambda row: row.seconds)
-    if len(measured) < 2:
+    if len(measured) < 2:  # nothing to compare
         return None
     times = ", ".join(f"{row.kernel} {row.seconds * 1e3:.4g} ms" for row in measured)
-    return measured[0].kernel, f"fastest in ascendit bench attention at {nearest}: {times}"
+    reason = f"fastest in ascendit bench attention at {nearest}: {times}"
+    return next(((row.kernel, reason) for row in measured if usable(row.kernel)), None)
+
+
+def _is_automatic(row: Measurement) -> bool:
+    """Whether the automatic choice may take this kernel."""
+    kernel = ATTENTION_KERNELS.get(row.kernel)
+    return bool(kernel and not kernel.on_request and not row.scheme and row.error <= ERROR_LIMIT)
 
 
 def _distance(a: Shape, b: Shape) -> tuple[float, float]:
