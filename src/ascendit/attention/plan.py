@@ -18,13 +18,14 @@ from torch import Tensor
 
 from ascendit.attention.choice import AttentionCall, AttentionPolicy, Choice
 from ascendit.attention.measured import fastest
+from ascendit.attention.quantized import quantized_attention
 from ascendit.attention.steps import AttentionRow, report, resolve
 from ascendit.device.attention_kernels import Kind
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Attended, Function, Kernel
 from ascendit.ops.open_device import hardware_name
 from ascendit.ops.operators import Ops
-from ascendit.ops.select import kernels_of, select
+from ascendit.ops.select import kernels_of
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.schedule import Step
 
@@ -70,7 +71,7 @@ def make_plan(
                     )
 
     def describe(name: str) -> tuple[str, str]:
-        kernel = _scheme_kernel(name, ops) if name in ATTENTION_FORMATS else kernels[name]
+        kernel = ops.quantized.attention(name) if name in ATTENTION_FORMATS else kernels[name]
         return kernel.backend, kernel.reason
 
     return AttentionPlan(
@@ -137,9 +138,5 @@ def limited(call: Function, *, sub_head: int | None = None, key_length: int | No
 
 def _function(choice: Choice, kernels: Mapping[str, Kernel], ops: Ops, module: Any) -> Function:
     if choice.name in ATTENTION_FORMATS:
-        return _scheme_kernel(choice.name, ops).call
+        return quantized_attention(choice.name, ops, module.q_rot, module.k_rot)
     return kernels[choice.name].call
-
-
-def _scheme_kernel(scheme: str, ops: Ops) -> Kernel:
-    return select(f"attention_{scheme}", ops.quantized.device, ops.quantized.wish)

@@ -42,13 +42,10 @@ class AttentionRow:
         return asdict(self)
 
     @property
-    def text(self) -> str:
-        """One line: `self-attention, blocks 0-7, steps 0-15: cpu on cpu, ..`."""
+    def choice(self) -> str:
+        """Kernel and reason: `cpu on cpu (default; native: ..)`."""
         heads = f", {self.sub_head} heads in one call" if self.sub_head else ""
-        return (
-            f"{self.expert}, {self.kind}, blocks {self.blocks}, steps {self.steps}: "
-            f"{self.kernel} ({self.backend}){heads}: {self.reason}"
-        )
+        return f"{self.kernel} on {self.backend}{heads} ({self.reason})"
 
 
 def resolve(
@@ -108,6 +105,22 @@ def report(
             )
         )
     return tuple(rows)
+
+
+def row_lines(rows: Iterable[AttentionRow]) -> list[str]:
+    """A text for each choice; with expert, blocks and steps if its kind has several."""
+    by_kind: dict[Kind, list[AttentionRow]] = {}
+    for row in rows:
+        by_kind.setdefault(row.kind, []).append(row)
+    single: dict[str, list[Kind]] = {}
+    texts = []
+    for kind, own in by_kind.items():
+        if len(choices := {row.choice for row in own}) == 1:
+            single.setdefault(choices.pop(), []).append(kind)
+        else:
+            spans = ((f"{kind}, {x.expert}, blocks {x.blocks}, steps {x.steps}", x.choice) for x in own)
+            texts += [f"{span}: {choice}" for span, choice in spans]
+    return [f"{' and '.join(kinds)}: {choice}" for choice, kinds in single.items()] + texts
 
 
 def describe_on(policy: AttentionPolicy) -> Callable[[str], tuple[str, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ascendit.attention.steps import row_lines
 from ascendit.convert.report import lora_lines
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
@@ -92,9 +93,8 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
 
 
 def _attention_lines(prepared: Prepared) -> list[str]:
-    """The kernels of the run; equal ones of two experts once."""
-    texts = dict.fromkeys(row.text for row in prepared.attention)
-    return [f"{'attention' if n == 0 else '':<10} {text}" for n, text in enumerate(texts)]
+    """The kernels of the run."""
+    return [f"{'' if n else 'attention':<10} {text}" for n, text in enumerate(row_lines(prepared.attention))]
 
 
 def _video_lines(plan: Sequence[Planned]) -> list[str]:

@@ -44,7 +44,13 @@ from ascendit.schedule import Step
 
 
 class Attention(nn.Module):
-    """One attention. `added_kv_proj_dim` adds keys and values for image tokens."""
+    """One attention. `added_kv_proj_dim` adds keys and values for image tokens.
+
+    `q_rot` and `k_rot` [d, d]: the rotations of a checkpoint, else None; used if the attention is quantized.
+    """
+
+    q_rot: nn.Parameter | None
+    k_rot: nn.Parameter | None
 
     def __init__(self, config: WanConfig, cross: bool) -> None:
         super().__init__()
@@ -53,6 +59,10 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
         self.norm_q, self.norm_k = nn.RMSNorm(d), nn.RMSNorm(d)
+        self.scheme: str | None = None
+        """How the checkpoint or recipe quantizes this attention, a key of `ATTENTION_FORMATS`."""
+        self.register_parameter("q_rot", None)
+        self.register_parameter("k_rot", None)
         if cross and config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, d)
             self.add_v_proj = nn.Linear(config.added_kv_proj_dim, d)

@@ -30,11 +30,13 @@ from ascendit.kernels.kernel import (
     Activation,
     Emulate,
     Function,
+    Kernel,
     Prepare,
     PreparedWeight,
     QuantLinearKernel,
     Wish,
 )
+from ascendit.kernels.quantized_attention import operator_of
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.open_device import open_device
@@ -66,6 +68,7 @@ class Schemes:
     nz: bool = False
     """Store weights in FRACTAL_NZ if the NPU supports both layouts for a scheme."""
     _selected: dict[str, QuantLinearKernel] = field(default_factory=dict, init=False)
+    _attention: dict[str, Kernel] = field(default_factory=dict, init=False)
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
         """The kernel of `scheme`.
@@ -79,6 +82,17 @@ class Schemes:
                 "linear layers in %s on %s -> %s: %s", scheme, self.device, kernel.backend, kernel.reason
             )
             self._selected[scheme] = kernel
+        return kernel
+
+    def attention(self, scheme: str) -> Kernel:
+        """The kernel of attention in a scheme of `ATTENTION_FORMATS`.
+
+        Raises EnvironmentProblem (E-CAP-01) if this chip does not support it.
+        """
+        operator = operator_of(scheme)
+        if (kernel := self._attention.get(operator)) is None:
+            kernel = self._attention[operator] = select(operator, self.device, self.wish)
+            log.info("attention in %s on %s -> %s: %s", scheme, self.device, kernel.backend, kernel.reason)
         return kernel
 
     def check(self, used: Iterable[str]) -> None:

@@ -386,10 +386,10 @@ def plan_attention(
         tokens = len(shared[name].part)
         plans[name] = expert.plan_attention(tokens, contexts, own, policy=pipe.attention, expert=name)
     for row in (row for plan in plans.values() for row in plan.rows):
-        text_of_row = f"{KIND_NAMES[row.kind]} -> {row.kernel} on {row.backend}: {row.reason}"
-        if text_of_row not in pipe.logged:
-            pipe.logged.add(text_of_row)
-            log.info("%s (--attention %s=NAME for another)", text_of_row, row.kind)
+        choice = f"{KIND_NAMES[row.kind]} -> {row.choice}"
+        if choice not in pipe.logged:
+            pipe.logged.add(choice)
+            log.info("%s; --attention %s=NAME for another", choice, row.kind)
     return plans
 
 

@@ -30,8 +30,11 @@ log = logging.getLogger("ascendit")
 ERROR_LIMIT = 4e-3
 """Largest relative error of a correct operator on bfloat16 hidden states."""
 
-_CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES, attention)
-PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS)
+_CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES)
+PYTORCH = (
+    *(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS),
+    Kernel("attention", "cuda", attention, "cuda: fused PyTorch kernel", name="sdpa"),
+)
 """Operators with a fused PyTorch kernel, called as on a CPU."""
 
 
