@@ -246,7 +246,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "fp8",
         used_for="attention in fp8",
         attention="fp8",
-        aclnn="aclnnEagleFusedInferAttentionScore",
+        aclnn="aclnnEagleFusedInferAttentionScoreV5",
         dtypes="e4m3, modes 7 7 7",
         layout="BNSD, one sample",
         **_QUANTIZED_ATTENTION,

@@ -20,7 +20,7 @@ from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
 from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.pipeline.sigmas import is_high_noise
+from ascendit.pipeline.sigmas import expert_of
 from ascendit.schedule import Step
 from ascendit.weights.applied_recipe import AppliedRecipe, attention_schemes
 
@@ -71,10 +71,10 @@ def attention_rows(
     contexts |= {"image": image_tokens} if image_tokens else {}
     schedule = request.denoising_schedule
     settings = model.schedule.resolve(len(schedule.timesteps))
-    high = [is_high_noise(t, request.boundary_ratio) for t in schedule.timesteps]
+    names = [expert_of(t, request.boundary_ratio) for t in schedule.timesteps]
     rows: list[AttentionRow] = []
-    for number, (expert, applied) in enumerate(model.experts):
-        steps = {i: settings[i] for i, first in enumerate(high) if first is (number == 0)}
+    for expert, applied in model.experts:
+        steps = {i: settings[i] for i, name in enumerate(names) if name == expert.name}
         resolved = _resolved(model, expert, applied, tokens, contexts, steps)
         rows += report(expert.name, resolved, describe_on(model.attention))
     return tuple(rows)

@@ -21,7 +21,6 @@ from torch import Tensor
 from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
 from ascendit.attention.choice import KIND_NAMES, AttentionPolicy
 from ascendit.attention.plan import AttentionPlan
-from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.attention_kernels import Kind
 from ascendit.device.device import Device
@@ -37,7 +36,7 @@ from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import Frames, check_visible, to_uint8
 from ascendit.pipeline.images import Pictures, fitted_pictures, name_image, open_image, size_source
 from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
-from ascendit.pipeline.sigmas import is_high_noise
+from ascendit.pipeline.sigmas import expert_of
 from ascendit.pipeline.solver import make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
@@ -314,18 +313,16 @@ def denoise(
     steps = pipe.policy.resolve(len(timesteps))
     # for both experts before the loop, so that the switch costs nothing
     shared = share(pipe.experts, latents, condition, timesteps)
-    # high noise: the first expert; low noise: the second, with its own guidance
-    names = [EXPERTS[0 if is_high_noise(t, request.boundary_ratio) else 1] for t in timesteps]
-    plans = plan_attention(pipe, shared, texts[0], condition, dict(enumerate(zip(names, steps, strict=True))))
+    names = [expert_of(t, request.boundary_ratio) for t in timesteps]
+    plans = plan_attention(pipe, shared, texts[0], condition, [*zip(names, steps, strict=True)])
     on_plan([*plans.values()])
 
     states: list[DenoiseState] = []
-    for i, t in enumerate(timesteps):
+    for i, (t, name) in enumerate(zip(timesteps, names, strict=True)):
         stop_if(cancel)
         start = time.perf_counter()
 
-        name = names[i]
-        guidance = request.guidance_for(high=name == EXPERTS[0])
+        guidance = request.guidance_for(high=name == "transformer")
         if not states or states[0].expert != name:
             make = partial(pipe.make_state, steps=steps, step=i, expert=name, plan=plans[name])
             states = [
@@ -371,9 +368,9 @@ def plan_attention(
     shared: Mapping[str, Shared],
     text: Tensor,
     condition: Condition,
-    steps: Mapping[int, tuple[str, Step]],
+    steps: Sequence[tuple[str, Step]],
 ) -> dict[str, AttentionPlan]:
-    """The attention of each expert. `text` [1, L, text_dim]; `steps`: step -> its expert and settings.
+    """The attention of each expert. `text` [1, L, text_dim]; `steps`: expert and settings of each.
 
     Raises the errors of `make_plan`.
     """
@@ -382,7 +379,7 @@ def plan_attention(
         contexts: dict[Kind, int] = {"text": text.shape[1]}
         if condition.tokens is not None:
             contexts["image"] = expert.image_keys(condition.tokens)
-        own = {i: step for i, (of, step) in steps.items() if of == name}
+        own = {i: step for i, (of, step) in enumerate(steps) if of == name}
         tokens = len(shared[name].part)
         plans[name] = expert.plan_attention(tokens, contexts, own, policy=pipe.attention, expert=name)
     for row in (row for plan in plans.values() for row in plan.rows):

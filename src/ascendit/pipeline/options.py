@@ -234,7 +234,8 @@ class LoadOptions(Checked):
         Variable(
             "ALGO",
             {"0": None, "1": "self=laser", "3": "self=fused_infer"},
-            "attention {} on an NPU, if no option sets it (--attention overrides it)",
+            "attention {} on an NPU (--attention overrides it)",
+            default="the default attention kernels",
         ),
     ] = None
     sub_head: Annotated[

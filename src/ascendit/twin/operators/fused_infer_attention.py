@@ -131,7 +131,7 @@ def _dequantizer(a: Call, modes: tuple[int, ...]) -> Any:
     ]
     a.require(shapes == pairs, "infer.mx_scale_shapes", shapes=shapes, pairs=pairs)
     return lambda *qkv: [
-        mx_quantize.dequantize(t, s, axis, target.element)
+        mx_quantize.dequantize(t, s, axis, target.element).contiguous()
         for t, s, axis in zip(qkv, scales, _AXES, strict=True)
     ]
 
