@@ -109,9 +109,7 @@ class AttentionPolicy:
     """Why a kernel that this kind of device has is missing on this machine, "" if it is not."""
     measured: Measured = lambda device, call, usable: None
 
-    def choose(
-        self, call: AttentionCall, *, step: str | None = None, declared: str | None = None
-    ) -> Choice:
+    def choose(self, call: AttentionCall, *, step: str | None = None, declared: str | None = None) -> Choice:
         """The kernel or scheme of an attention.
 
         `step`: the request of the step schedule. `declared`: the scheme that the model declares. The first of
@@ -163,9 +161,7 @@ class AttentionPolicy:
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
             size = max(row.shortest, 1)
-            call = AttentionCall(
-                kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size
-            )
+            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem, None)
 

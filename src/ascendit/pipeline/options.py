@@ -242,7 +242,12 @@ class LoadOptions(Checked):
         int | None,
         Field(strict=True, ge=1),
         Option("Heads of self-attention in one call; must divide the heads.", "N", hidden=True),
-        Variable("USE_SUB_HEAD", {}, "{} heads of self-attention in one call (--sub-head overrides it)", number=True),
+        Variable(
+            "USE_SUB_HEAD",
+            {},
+            "{} heads of self-attention in one call (--sub-head overrides it)",
+            number=True,
+        ),
     ] = None
     attention_probabilities: Annotated[
         Literal["one", "two"] | None,
