@@ -47,7 +47,7 @@ def encode_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> Parts:
     elif fmt.kind == "dual":
         qdata, scale, dual = _encode_dual(rows, fmt, rule, rounding)
     elif fmt.kind == "tile":
-        qdata, scale = _encode_tiles(rows, fmt, rounding)
+        qdata, scale = encode_tiles(rows, fmt, rounding, (fmt.tile, fmt.tile))
     else:
         qdata, scale = _encode_scaled_rows(rows, fmt, rule, rounding)
     return Parts(elements.pack(qdata) if fmt.packed else qdata, scale, dual)
@@ -139,20 +139,21 @@ def _encode_scaled_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> 
     return _quantized(values, scale, finite, fmt, rounding), scale.where(finite, torch.nan)
 
 
-def _encode_tiles(rows: Tensor, fmt: Format, rounding: str) -> tuple[Tensor, Tensor]:
-    """[N, K] -> int8 or uint8 qdata [N, K] and float32 scale [ceil(N / tile), ceil(K / tile)].
+def encode_tiles(rows: Tensor, fmt: Format, rounding: str, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """[.., N, K] -> int8 or uint8 qdata [.., N, K] and a float32 scale for each `tile` of rows and columns.
 
-    npu_dynamic_block_quant on A5: scale = amax / 127 or / 448, qdata = round(x / scale). A tile of zeros has
-    scale 0, a tile that is not finite NaN. The last tiles may be short.
+    Scales: [.., ceil(N / rows), ceil(K / columns)]. npu_dynamic_block_quant on A5: scale = amax / 127 or
+    / 448, qdata = round(x / scale). A tile of zeros has scale 0, a tile that is not finite NaN. The last
+    tiles may be short.
     """
-    (n, k), tile = rows.shape, fmt.tile
-    padded = torch.nn.functional.pad(rows, (0, -k % tile, 0, -n % tile))
-    tiles = padded.unflatten(1, (-(-k // tile), tile)).unflatten(0, (-(-n // tile), tile))
-    finite = tiles.isfinite().all(3, keepdim=True).all(1, keepdim=True)
+    (n, k), (r, c) = rows.shape[-2:], tile
+    padded = torch.nn.functional.pad(rows, (0, -k % c, 0, -n % r))
+    tiles = padded.unflatten(-1, (-(-k // c), c)).unflatten(-3, (-(-n // r), r))
+    finite = tiles.isfinite().all(-1, keepdim=True).all(-3, keepdim=True)
     values = tiles.where(finite, 0).to(torch.float32)
-    scale = values.abs().amax((1, 3), keepdim=True) / fmt.largest
-    qdata = _quantized(values, scale, finite, fmt, rounding).flatten(2).flatten(0, 1)[:n, :k]
-    return qdata, scale.where(finite, torch.nan)[:, 0, :, 0]
+    scale = values.abs().amax((-3, -1), keepdim=True) / fmt.largest
+    qdata = _quantized(values, scale, finite, fmt, rounding).flatten(-2).flatten(-3, -2)[..., :n, :k]
+    return qdata, scale.where(finite, torch.nan)[..., 0, :, 0]
 
 
 def _quantized(values: Tensor, scale: Tensor, finite: Tensor, fmt: Format, rounding: str) -> Tensor:

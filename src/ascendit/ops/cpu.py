@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from ascendit.device.device import Device
 from ascendit.kernels.cpu import attention, elementwise, linear
 from ascendit.kernels.kernel import Kernel, Wish
+from ascendit.kernels.quantized_attention import emulated_kernels
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """All kernels, the best of each operator first. The C++ sources are compiled on first use."""
-    return (*elementwise.list_kernels(), *attention.list_kernels(), *linear.list_kernels(wish.emulate))
+    return (
+        *elementwise.list_kernels(),
+        *attention.list_kernels(),
+        *emulated_kernels("cpu", attention.attention),
+        *linear.list_kernels(wish.emulate),
+    )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.kernels import reference
+from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
@@ -43,9 +44,10 @@ def list_kernels() -> tuple[Kernel, ...]:
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
     built = library()
     if built.library is None:
-        return (fused,)
+        return fused, qk_int8.kernel()
     reason = f"native: {built.reason}, for BF16 activations"
-    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu"), fused
+    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
+    return cpp, fused, qk_int8.kernel()
 
 
 def library() -> Built:

@@ -18,25 +18,29 @@ from torch import Tensor
 
 from ascendit.device.device import Device
 from ascendit.kernels import reference
-from ascendit.kernels.cpu.attention import attention
 from ascendit.kernels.cpu.elementwise import PHASES, gelu, gelu_tanh
 from ascendit.kernels.kernel import Function, Kernel, Wish
 from ascendit.kernels.reference import Spans
-from ascendit.ops.cuda import linear, triton_kernels
+from ascendit.ops.cuda import attention, linear, triton_kernels
 from ascendit.ops.cuda.triton_linear import dense_rows, launch, triton_steps
 
 log = logging.getLogger("ascendit")
 ERROR_LIMIT = 4e-3
 """Largest relative error of a correct operator on bfloat16 hidden states."""
 
-_CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES, attention)
+_CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES)
 PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS)
 """Operators with a fused PyTorch kernel, called as on a CPU."""
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """All kernels, the best of each operator first."""
-    return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))
+    return (
+        *triton_kernels_on(device.torch_name),
+        *PYTORCH,
+        *attention.list_kernels(device, wish),
+        *linear.list_kernels(device, wish.emulate),
+    )
 
 
 def triton_kernels_on(device: str) -> tuple[Kernel, ...]:
