@@ -29,6 +29,7 @@ import torch
 from _timing import interleaved
 from torch import Tensor
 
+from ascendit.device.attention_kernels import Probabilities
 from ascendit.kernels.cpu import attention
 
 CHECKED = 64
@@ -55,7 +56,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(out, 1)[None]
 
 
-def with_probabilities(numbers: attention.Probabilities, call: Callable[..., Tensor], heads: Heads) -> Tensor:
+def with_probabilities(numbers: Probabilities, call: Callable[..., Tensor], heads: Heads) -> Tensor:
     with attention.attention_probabilities(numbers):
         return call(*heads)
 

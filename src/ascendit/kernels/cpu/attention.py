@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.device.attention_kernels import Probabilities
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
@@ -23,16 +24,13 @@ from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
 
 LARGEST_HEAD = 256
-Probabilities = Literal["one", "two"]
-"""BF16 numbers whose sum is a probability. With one, as in PyTorch, its rounding error is as large as that of
-the output; two take half as long again and leave only the error of the output."""
 _probabilities: ContextVar[Probabilities] = ContextVar("attention_probabilities", default="one")
 
 
 @contextmanager
-def attention_probabilities(numbers: Probabilities) -> Iterator[None]:
-    """Use `numbers` in the C++ attention calls of this context, on a CPU and on its NPU twin."""
-    token = _probabilities.set(numbers)
+def attention_probabilities(numbers: Probabilities | None) -> Iterator[None]:
+    """Use `numbers` in the C++ attention calls of this context, on a CPU and a twin. None changes nothing."""
+    token = _probabilities.set(numbers or _probabilities.get())
     try:
         yield
     finally:
