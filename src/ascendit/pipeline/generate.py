@@ -22,11 +22,10 @@ from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
 from ascendit.attention.choice import KIND_NAMES, AttentionPolicy
 from ascendit.attention.plan import AttentionPlan
 from ascendit.checkpoint.layout import Layout
-from ascendit.device.attention_kernels import Kind
+from ascendit.device.attention_kernels import Kind, attention_probabilities
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
-from ascendit.kernels.cpu.attention import attention_probabilities
 from ascendit.kernels.reference import Spans
 from ascendit.model.state import DenoiseState, Shared, Timesteps
 from ascendit.model.wan import WanTransformer

@@ -7,16 +7,13 @@ float32, float16 and other head sizes use PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.device.attention_kernels import Probabilities
+from ascendit.device.attention_kernels import PROBABILITIES
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
@@ -24,17 +21,6 @@ from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
 
 LARGEST_HEAD = 256
-_probabilities: ContextVar[Probabilities] = ContextVar("attention_probabilities", default="one")
-
-
-@contextmanager
-def attention_probabilities(numbers: Probabilities | None) -> Iterator[None]:
-    """Use `numbers` in the C++ attention calls of this context, on a CPU and a twin. None changes nothing."""
-    token = _probabilities.set(numbers or _probabilities.get())
-    try:
-        yield
-    finally:
-        _probabilities.reset(token)
 
 
 def list_kernels() -> tuple[Kernel, ...]:
@@ -88,7 +74,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None) -> Tensor:
     (b, s, h, d), length = q.shape, k.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, native_library = torch.empty_like(q), cast(Any, library().library)
-    parts, threads = 1 if _probabilities.get() == "one" else 2, torch.get_num_threads()
+    parts, threads = 1 if PROBABILITIES.get() == "one" else 2, torch.get_num_threads()
     for i in range(b):
         statistics = (None, None) if sums is None else pointers(*sums[:, i])
         addresses = pointers(q[i], k[i], v[i], out[i])
