@@ -30,6 +30,7 @@ import torch
 from _timing import interleaved
 from torch import Tensor
 
+from ascendit.device.attention_kernels import Probabilities, attention_probabilities
 from ascendit.kernels.cpu import attention, qk_int8
 from ascendit.kernels.kernel import Kernel
 
@@ -41,10 +42,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    found = [
+    matches = [
         re.search(rf"^({name})\s*:\s*(.*)$", text, re.M) for name in ("model name", "cpu family", "model")
     ]
-    known = " ".join(f"{m[1]} {m[2]}," for m in found if m) or platform.processor()
+    known = " ".join(f"{m[1]} {m[2]}," for m in matches if m) or platform.processor()
     return f"{known} {os.cpu_count()} CPUs"
 
 
@@ -57,8 +58,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(out, 1)[None]
 
 
-def with_probabilities(numbers: attention.Probabilities, call: Callable[..., Tensor], heads: Heads) -> Tensor:
-    with attention.attention_probabilities(numbers):
+def with_probabilities(numbers: Probabilities, call: Callable[..., Tensor], heads: Heads) -> Tensor:
+    with attention_probabilities(numbers):
         return call(*heads)
 
 
@@ -95,7 +96,7 @@ def measure(tokens: int, args: argparse.Namespace) -> None:
     runs = candidates((q, k, v), args.kernels)
     rows = slice(None, None, max(1, tokens // CHECKED))
     truth = exact(q[:, rows], k, v)
-    found = {name: errors(run, rows, truth) for name, run in runs.items()}  # and warms up
+    measured = {name: errors(run, rows, truth) for name, run in runs.items()}  # and warms up
     seconds = interleaved({"matmul": partial(torch.mm, a, b), **runs}, args.reps)
     work = {name: 4 * tokens * keys * args.heads * args.head / 1e9 for name in runs}
     rates = {
@@ -107,7 +108,7 @@ def measure(tokens: int, args: argparse.Namespace) -> None:
     for name, rate in rates.items():
         cells = [f"{statistics.median(rate):.0f} ({max(rate):.0f})"]
         cells += [ratio(rate, rates[other]) if other in rates else "" for other in ("matmul", "cpu")]
-        cells += [f"{e:.2e}" for e in found[name]] if name in found else ["", ""]
+        cells += [f"{e:.2e}" for e in measured[name]] if name in measured else ["", ""]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -7,35 +7,19 @@ float32, float16 and other head sizes use PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.device.attention_kernels import PROBABILITIES
 from ascendit.kernels import reference
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
 
 LARGEST_HEAD = 256
-Probabilities = Literal["one", "two"]
-"""BF16 numbers whose sum is a probability. With one, as in PyTorch, its rounding error is as large as that of
-the output; two take half as long again and leave only the error of the output."""
-_probabilities: ContextVar[Probabilities] = ContextVar("attention_probabilities", default="one")
-
-
-@contextmanager
-def attention_probabilities(numbers: Probabilities) -> Iterator[None]:
-    """Use `numbers` in the C++ attention calls of this context, on a CPU and on its NPU twin."""
-    token = _probabilities.set(numbers)
-    try:
-        yield
-    finally:
-        _probabilities.reset(token)
 
 
 def list_kernels() -> tuple[Kernel, ...]:
@@ -89,7 +73,7 @@ def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None =
     (b, s, h, d), length = q.shape, k.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    parts, threads = 1 if _probabilities.get() == "one" else 2, torch.get_num_threads()
+    parts, threads = 1 if PROBABILITIES.get() == "one" else 2, torch.get_num_threads()
     for i in range(b):
         statistics = (None, None) if sums is None else pointers(*sums[:, i])
         addresses = pointers(q[i], k[i], v[i], out[i])
