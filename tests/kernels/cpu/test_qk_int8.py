@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ascendit.device.attention_kernels import attention_probabilities
 from ascendit.device.device import parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import quantized_attention
 from ascendit.kernels.cpu import qk_int8
-from ascendit.kernels.cpu.attention import attention_probabilities
 from ascendit.kernels.kernel import Wish
 from ascendit.native.build import Built
 from ascendit.ops.select import select
