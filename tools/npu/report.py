@@ -178,7 +178,7 @@ def launches(report: Mapping[str, Any]) -> list[str]:
 
 
 def attention(report: Mapping[str, Any]) -> list[str]:
-    """Kernels of each attention on each chip, as a Markdown table; calls with the same kernels share a row."""
+    """Kernels of each attention on each chip, as a Markdown table; calls with equal kernels share a row."""
     by_name: dict[str, dict[str, str]] = {}
     for row in report["calls"]:
         if row["name"].startswith(OURS + ATTENTION):
