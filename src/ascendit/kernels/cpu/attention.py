@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Function, Kernel
 from ascendit.native.build import declared, native
@@ -22,13 +23,14 @@ LARGEST_HEAD = 256
 
 def list_kernels() -> tuple[Kernel, ...]:
     """The attention kernels, best first."""
-    fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel")
-    built = declared(native("attention"), {"attention_bf16": "ppppppiiiii"}, None)
+    fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
+    built = declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
     if built.library is None:
-        return (fused,)
+        return fused, qk_int8.kernel()
     reason = f"native: {built.reason}, for BF16 activations"
     compiled = _compiled(built.library.attention_bf16)
-    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp"), fused
+    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
+    return cpp, fused, qk_int8.kernel()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def _compiled(call: Any) -> Function:
         out = torch.empty_like(q)
         for i in range(b):
             stats = pointers(*(t[i] for t in sums)) if sums else (None, None)
-            call(*pointers(q[i], k[i], v[i], out[i]), *stats, s, length, h, d, torch.get_num_threads())
+            call(*pointers(q[i], k[i], v[i], out[i]), *stats, s, length, h, d, 2, torch.get_num_threads())
         return out
 
     return compiled
