@@ -53,7 +53,7 @@ def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool =
 def laser_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """As `reference.attention`, with MindIE-SD's laser attention in float16, on a2 and a3.
 
-    Values beyond 65504 become infinite in float16, and the output NaN; the check of the finished latents
+    Values beyond 65504 become infinite in float16, and the output infinite or NaN; the check of the latents
     detects it. Tokens are padded to a multiple of 256, heads to 128; the operator masks the padding. Raises
     UsageError (E-USE-01) unless q and k have one length, at least 2048, the head size is at most 128, and the
     dtype float16 or bfloat16.
