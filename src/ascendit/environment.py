@@ -21,7 +21,6 @@ TOOLKIT_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 
 _NOT_USED = {
     "PRECISION": "no effect, noise is always drawn on the CPU",
-    "USE_SUB_HEAD": "not used by this version, attention is not split by heads",
     "OVERLAP": "not used by this version, one device has nothing to overlap",
 }
 
@@ -32,11 +31,15 @@ class Variable:
 
     name: str
     values: Mapping[str, Any]
-    """Text of the variable -> value of the option."""
+    """Text of the variable -> value of the option; None: that without the option."""
     effect: str
     """Text of the note; `{}` is replaced by the value of the option."""
     switch: bool = False
     """Whether it accepts 0, on, off, true, false, yes and no as well as 1."""
+    default: str = ""
+    """The note for a value None."""
+    number: bool = False
+    """Whether it accepts whole numbers, not `values`; 0 is as unset."""
 
 
 def read_environment(
@@ -44,7 +47,8 @@ def read_environment(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return option -> value, and a note on the effect of each variable that is set.
 
-    `variables`: option -> the variable that sets it. Raises UsageError (E-USE-01) for an invalid switch.
+    `variables`: option -> the variable that sets it. Raises UsageError (E-USE-01) for an invalid switch or
+    number.
     """
     environ = os.environ if environ is None else environ
     options, notes = {}, []
@@ -53,9 +57,13 @@ def read_environment(
         text = environ.get(name, "").strip()
         if variable.switch:
             text = "1" if _is_on(environ, name) else ""
+        if variable.number and text:
+            values = {text: _number(name, text)}
+            text = text if values[text] else ""
         if text in values:
-            options[option] = values[text]
-            notes.append(f"{name}={text}: {variable.effect.format(values[text])}")
+            options |= {} if values[text] is None else {option: values[text]}
+            effect = variable.default if values[text] is None else variable.effect.format(values[text])
+            notes.append(f"{name}={text}: {effect}")
         elif text:
             notes.append(f"{name}={text}: not used by this version, which supports {', '.join(values)}")
     notes += [f"{name}={environ[name]}: {reason}" for name, reason in _NOT_USED.items() if environ.get(name)]
@@ -135,6 +143,16 @@ def join_bash_words() -> str:
         after_break = is_break
     os.environ |= {"COMP_WORDS": "\n".join(joined), "COMP_CWORD": str(len(joined) - 1)}
     return typed
+
+
+def _number(name: str, text: str) -> int:
+    if re.fullmatch(r"\d{1,9}", text):
+        return int(text)
+    raise UsageError(
+        f"environment variable {name}={text!r}",
+        needs=f"{name} to be a whole number",
+        fix=f"export {name}=1, or unset {name}",
+    )
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

@@ -233,7 +233,7 @@ def test_a_contradicting_scheme_or_scale_rule_is_an_error():
     ("text", "problem"),
     [
         ("[[rules]\n", "it is not TOML"),
-        ("about = 'x'\n", "it has no [[rules]]"),
+        ("about = 'x'\n", "it has no [[rules]] and no [[attention]]"),
         ("about = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "about and source are not texts"),
         ("rule = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "the file has rule; allowed are about"),
         ("rules = 'x'\n", "rules is not a list of tables"),

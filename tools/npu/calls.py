@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascendit import mx
+from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.device.device import Device
+from ascendit.kernels.kernel import Wish
 from ascendit.ops.npu.linear import NZ_SCHEMES
 from ascendit.ops.operators import Ops, bind
+from ascendit.ops.select import kernels_of
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 S, TEXT, HEADS, HEAD = 20, 12, 2, 32
@@ -25,21 +29,29 @@ D = HEADS * HEAD
 BF16 = torch.bfloat16
 OURS = "ops: "
 """Prefix of the names of these calls in reports."""
+ATTENTION = "attention"
+MOST = {"fusion": 1, "fused_infer": 1, "laser": 8, "emulated": 0}
+"""Attention kernel -> limit of launches without log-sum-exp, if it is not 4: three quantizations and one."""
 RULES = {"mxfp8": ("floor", "ceil"), "mxfp4": ("floor", "max:6.0", "max:7.25"), "w4a8": ("floor", "ceil")}
 
 
 @dataclass(frozen=True)
 class Call:
-    """`run` calls one of ascendit's functions. `scheme`: of a quantized layer, else bf16."""
+    """`run` calls one of ascendit's functions. `scheme`: of a quantized layer, else bf16.
+
+    `most`: limit of the kernels that it launches, if it is not that of the scheme; 0: no limit.
+    """
 
     name: str
     run: Callable[[], Any]
     scheme: str = "bf16"
+    most: int | None = None
 
 
 def calls(device: Device) -> Iterator[Call]:
     """Calls on the device that is open."""
     yield from _dense(bind(device), device)
+    yield from _attention(device)
     fast = bind(device, fast_layernorm=True)
     x, row = (t.to(device.torch_name) for t in (rand(1, S, D), rand(D).float()))
     yield Call("layer_norm, fast_layernorm", lambda: fast.layer_norm(x, row, row, 1e-6))
@@ -59,7 +71,7 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
 
     x, y, weight, bias = move(rand(1, S, D), rand(1, S, D), rand(40, D), rand(40))
     gamma = move(rand(D).float())
-    q, k = move(rand(1, S, HEADS, HEAD), rand(1, TEXT, HEADS, HEAD))
+    q = move(rand(1, S, HEADS, HEAD))
     angle = rand(S, HEAD // 2).float()
     cos, sin = ops.prepare("rope", *move(angle.cos(), angle.sin()), dtype=BF16)
     yield Call("linear", lambda: ops.linear(x, weight, bias))
@@ -68,10 +80,6 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
     yield Call("rope", lambda: ops.rope(q, cos, sin))
     yield Call("gelu_tanh", lambda: ops.gelu_tanh(x))
     yield Call("gelu", lambda: ops.gelu(x))
-    yield Call("attention", lambda: ops.attention(q, q, q))
-    yield Call("attention to text", lambda: ops.attention(q, k, k))
-    infer = bind(device, attention="fused_infer")
-    yield Call("attention, fused_infer", lambda: infer.attention(q, k, k))
     for spans in ((S,), (5, S - 5)):
         rows = move(rand(len(spans), D).float())
         (scale,) = ops.prepare("adaln", rows, dtype=BF16)
@@ -79,6 +87,27 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
         name = f"{len(spans)} span" + "s" * (len(spans) > 1)
         yield Call(f"adaln, {name}", lambda s=scale, n=spans: ops.adaln(x, s, s, n, 1e-6))
         yield Call(f"gated_residual, {name}", lambda g=gate, n=spans: ops.gated_residual(x, y, g, n))
+
+
+def _attention(device: Device) -> Iterator[Call]:
+    """Every attention kernel of the chip: self- and cross-attention, with and without log-sum-exp."""
+    for kernel in kernels_of(device, Wish(emulate="decode-on-use")):
+        if not kernel.operator.startswith(ATTENTION) or kernel.missing():
+            continue
+        row = ATTENTION_KERNELS.get(kernel.name)
+        s = max(S, row.shortest + 2 if row else 0)
+        q, k = (rand(1, n, HEADS, HEAD).to(device.torch_name) for n in (s, TEXT))
+        scheme = kernel.operator.removeprefix(ATTENTION).removeprefix("_") or "bf16"
+        most = MOST.get(kernel.name, 4)
+        if most == 0:
+            kernel.call(q, q, q)  # copies the table of the format to the device
+        for kind, keys in (("self", q), ("cross", k)):
+            if row and kind == "cross" and row.kinds == ("self",):
+                continue
+            for suffix, options in (("", {}), (" + LSE", {"return_lse": True})):
+                name = f"{ATTENTION} {scheme}, {kernel.name}: {kind}{suffix}"
+                run = partial(kernel.call, q, keys, keys, **options)
+                yield Call(name, run, scheme, most + 2 * len(options) if most else 0)
 
 
 def _quantized(ops: Ops, device: Device, scheme: str) -> Iterator[Call]:

@@ -76,7 +76,7 @@ def run_calls(device: Device, stub: Stub) -> list[dict[str, Any]]:
 
 
 def _row(call: Call, trace: Trace, dry: str) -> dict[str, Any]:
-    row = {"name": OURS + call.name, "scheme": call.scheme, "dry": dry}
+    row = {"name": OURS + call.name, "scheme": call.scheme, "most": call.most, "dry": dry}
     return row | {"launched": list(trace.launched), "host": trace.host}
 
 

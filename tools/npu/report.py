@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from npu import loop
-from npu.calls import OURS
+from npu.calls import ATTENTION, OURS
 
 from ascendit.device.chip import CHIPS
 
@@ -15,6 +16,8 @@ FORWARD, BLOCK = 100, 26
 """Limits of launches: a forward of two layers in BF16, a block with MindIE-SD's operators."""
 KERNELS = {("int8_block", "a2"): 16, ("int8_block", "a3"): 16, ("int8_block", "a5"): 2}
 """(scheme, chip) -> limit of kernels that quantize an activation, where it is not 1."""
+SCALAR = "H2D 4"
+"""A number that torch_npu copies for `torch.where`; allowed in emulated kernels."""
 CONTROL = "aten::special_bessel_j0"
 """An operator without a kernel. The dry run calls it last, to test that a fall-back is detected."""
 EXPECTED = {
@@ -85,11 +88,14 @@ def _call_problems(row: Mapping[str, Any]) -> Iterator[str]:
     """Calls in the loop must not wait; a quantization and a quantized matmul are one kernel, or `KERNELS`."""
     if not row["name"].startswith(OURS) or row["dry"] != "same" or ": weight" in row["name"]:
         return
-    if row["host"]:
-        yield f"the host waits or copies: {', '.join(row['host'])}"
-    most = 3 if row["scheme"] == "bf16" else KERNELS.get((row["scheme"], row["chip"]), 1)
-    most = 1 if ": matmul" in row["name"] else most + (", smoothed" in row["name"])
-    if len(row["launched"]) > most:
+    host = [line for line in row["host"] if row["most"] != 0 or line != SCALAR]
+    if host:
+        yield f"the host waits or copies: {', '.join(host)}"
+    most = row["most"]
+    if most is None:
+        most = 3 if row["scheme"] == "bf16" else KERNELS.get((row["scheme"], row["chip"]), 1)
+        most = 1 if ": matmul" in row["name"] else most + (", smoothed" in row["name"])
+    if len(row["launched"]) > (most or len(row["launched"])):
         yield f"{len(row['launched'])} kernels instead of {most}: {', '.join(row['launched'])}"
 
 
@@ -118,7 +124,7 @@ def text(report: Mapping[str, Any]) -> str:
     total = report["accepted"]
     counts = ", ".join(f"{n} on {chip}" for chip, n in total.items())
     lines += ["", f"accepted by twin, Meta kernels and dry run: {sum(total.values())} calls ({counts})"]
-    lines += ["", *launches(report), "", *table(*loop.rows(report["dry"])), ""]
+    lines += ["", *launches(report), "", *attention(report), "", *table(*loop.rows(report["dry"])), ""]
     excused = {r["operators"][0] for r in report["calls"] if r["dry"] != "same"} & set(EXPECTED)
     lines += [f"expected: {name}: {EXPECTED[name]}" for name in sorted(excused)]
     lines += [f"control: {line}" for line in report["controls"]]
@@ -171,9 +177,35 @@ def launches(report: Mapping[str, Any]) -> list[str]:
     return list(table(("launches", *runs), rows))
 
 
+def attention(report: Mapping[str, Any]) -> list[str]:
+    """Kernels of each attention on each chip, as a Markdown table; calls with the same kernels share a row."""
+    by_name: dict[str, dict[str, str]] = {}
+    for row in report["calls"]:
+        if row["name"].startswith(OURS + ATTENTION):
+            by_name.setdefault(row["name"], {})[row["chip"]] = _launched(row)
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, launched in by_name.items():
+        kernel, _, kind = name.removeprefix(f"{OURS}{ATTENTION} ").partition(": ")
+        kinds.setdefault((kernel, *(launched.get(chip, "-") for chip in CHIPS)), []).append(kind)
+    rows = [(kernel, "; ".join(names), *cells) for (kernel, *cells), names in kinds.items()]
+    return list(table((ATTENTION, "calls", *CHIPS), rows))
+
+
+def _launched(row: Mapping[str, Any]) -> str:
+    """`3 DynamicMxQuantV3, FusedInferAttentionScoreV5`; the number of kernels if it has no limit."""
+    if row["most"] == 0:
+        return f"{len(row['launched'])} kernels"
+    counts = Counter(k.removeprefix("aclnn") for k in row["launched"])
+    return ", ".join(f"{n} {kernel}" if n > 1 else kernel for kernel, n in counts.items())
+
+
 def renew(page: str, report: Mapping[str, Any]) -> str:
     """`page` with renewed tables, each from `<!-- dry run: NAME -->` to `<!-- end of the table -->`."""
-    tables = {"launches": launches(report), "loop": table(*loop.rows(report["dry"]))}
+    tables = {
+        "launches": launches(report),
+        "attention": attention(report),
+        "loop": table(*loop.rows(report["dry"])),
+    }
     lines = {name: "".join(f"{line}\n" for line in rows) for name, rows in tables.items()}
     return TABLE.sub(lambda m: f"{m[1]}{lines[m[2]]}{m[3]}", page)
 

@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.cli.generate_options import KEYS, SPLIT, check_values, own_value, parse_settings, typed_layer
 from ascendit.cli.output import COMMON
 from ascendit.cli.prompts import parse_seeds
+from ascendit.device.attention_kernels import parse_attention
 from ascendit.device.device import parse_device
-from ascendit.device.limits import check_attention
 from ascendit.errors import AscenditError
 from ascendit.option_text import KEYWORDS
 from ascendit.pipeline.video import locate
@@ -65,7 +66,8 @@ def refusal(command: str, new: Sequence[str], choices: Sequence[str] = (), devic
 
 def _check(layer: Mapping[str, Any], device: str) -> None:
     check_values(layer)
-    check_attention(parse_device(device), layer.get("attention"), reference=False)
+    if (request := layer.get("attention")) is not None:
+        AttentionPolicy(device=parse_device(device), request=parse_attention(request)).check_names()
 
 
 def own_size(size: Mapping[str, str], model: str | None) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ascendit.attention.steps import row_lines
 from ascendit.convert.report import lora_lines
 from ascendit.family import PRESETS
 from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
@@ -56,6 +57,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "loras": prepared.loras,
         "dtype": denoiser.dtype,
         "schemes": schemes,
+        "attention": [row.as_dict() for row in prepared.attention],
         **estimate.as_dict(),
         "replay": replay,
     }
@@ -80,6 +82,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "defaults from",
         *(f"  {source}" for source in _sources(prepared, call, out)),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
+        *_attention_lines(prepared),
         *(f"LoRA       {line}" for line in lora_lines(prepared.loras)),
         *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
@@ -87,6 +90,11 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         *(_video_lines(plan) if many else ()),
     ]
     out.result(data, lines)
+
+
+def _attention_lines(prepared: Prepared) -> list[str]:
+    """The kernels of the run."""
+    return [f"{'' if n else 'attention':<10} {text}" for n, text in enumerate(row_lines(prepared.attention))]
 
 
 def _video_lines(plan: Sequence[Planned]) -> list[str]:

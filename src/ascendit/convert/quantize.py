@@ -25,7 +25,6 @@ from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.replacement import check_replaceable
 from ascendit.checkpoint.sources import record_source, recording
@@ -318,7 +317,6 @@ class QuantizeJob:
     def output_of(self, expert: RecipeSteps) -> ExpertOutput:
         """The planned output of one expert."""
         applied, source = expert.applied, expert.applied.expert
-        attention = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in applied.attention if a.quant_type}
         return ExpertOutput(
             source=source,
             folder=self.target.folder(source.name, len(self.experts)),
@@ -326,7 +324,7 @@ class QuantizeJob:
             steps=expert.plan(),
             config=source.config,
             layers=applied.layer_schemes,
-            attention=source.attention | attention,
+            attention=applied.attention_types,
         )
 
     def run(self, resume: bool, on_progress: OnProgress | None, overwrite: bool = False) -> QuantizeReport:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+from ascendit.errors import UsageError
+from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 
 Kind = Literal["self", "text", "image"]
 """Self-attention of the video, cross-attention to the text and, in Wan2.1 I2V, to the image."""
+ATTENTION_KINDS: tuple[Kind, ...] = get_args(Kind)
 KINDS: Mapping[str, tuple[Kind, ...]] = {
     "self": ("self",),
     "cross": ("text", "image"),
@@ -40,12 +45,13 @@ class AttentionKernel:
     largest_head: int | None = None
     shortest: int = 1
     """Least number of queries and of keys."""
+    padded_keys: bool = True
+    """Whether it takes the first of a padded sequence of keys."""
     on_request: bool = False
     """Never chosen automatically: its numbers differ by more than rounding to the dtype."""
 
 
 ATTENTION_KERNELS: Mapping[str, AttentionKernel] = {
-    "reference": AttentionKernel(about="plain PyTorch in float32", backends=("cpu", "cuda", "npu")),
     "cpu": AttentionKernel(
         about="C++ with the BF16 instructions of the processor",
         backends=("cpu",),
@@ -122,7 +128,68 @@ ATTENTION_KERNELS: Mapping[str, AttentionKernel] = {
         dtypes=HALF,
         largest_head=128,
         shortest=2048,
+        padded_keys=False,
         on_request=True,
     ),
+    "reference": AttentionKernel(about="plain PyTorch in float32", backends=("cpu", "cuda", "npu")),
 }
 """Name -> kernel; on each backend the best first, of those that are not only on request."""
+
+# ---- requests -----------------------------------------------------------------------------------
+
+AUTOMATIC = "bf16"
+"""In a request: no quantization, the best kernel of the device."""
+_ALIASES = {alias: name for name, row in ATTENTION_KERNELS.items() for alias in row.aliases}
+
+
+def attention_name(text: str) -> str | None:
+    """The key of a table for the name or alias of a kernel or scheme, or `bf16`; None if it is unknown."""
+    name = _ALIASES.get(text, text)
+    return name if name in (AUTOMATIC, *ATTENTION_KERNELS, *ATTENTION_FORMATS) else None
+
+
+def near_name(text: str) -> str | None:
+    """The name of a kernel or scheme that is spelled like `text`."""
+    names = [AUTOMATIC, *ATTENTION_KERNELS, *ATTENTION_FORMATS, *_ALIASES]
+    return next(iter(get_close_matches(text.lower(), names, n=1)), None)
+
+
+def parse_attention(text: str) -> dict[Kind, str]:
+    """Parse a kernel or scheme for every kind, `sdpa`, or for some: `self=laser,cross=sdpa`.
+
+    Raises UsageError (E-USE-01) for an unknown kind or name, and for a kind that is named twice.
+    """
+    if not isinstance(text, str):
+        raise _bad(str(text), f"it has type {type(text).__name__}, not text")
+    request: dict[Kind, str] = {}
+    for item in text.split(","):
+        kind, equals, name = (part.strip() for part in item.rpartition("="))
+        if equals and kind not in KINDS:
+            raise _bad(text, f"{kind!r} is no kind of attention")
+        if (key := attention_name(name)) is None:
+            raise _bad(text, f"{name!r} is no kernel and no scheme", near_name(name))
+        for one in KINDS[kind] if equals else ATTENTION_KINDS:
+            if one in request:
+                raise _bad(text, f"{one}-attention is named twice")
+            request[one] = key
+    return request
+
+
+def attention_text(request: Mapping[Kind, str]) -> str:
+    """The text of a request, which `parse_attention` reads."""
+    if len({*request.values()}) == 1 and len(request) == len(ATTENTION_KINDS):
+        return request["self"]
+    names = dict(request)
+    cross = {"cross": names["text"]} if "text" in names and names["text"] == names.get("image") else {}
+    items = {kind: name for kind, name in names.items() if kind == "self" or not cross} | cross
+    return ",".join(f"{kind}={name}" for kind, name in items.items())
+
+
+def _bad(text: str, problem: str, near: str | None = None) -> UsageError:
+    kernels, schemes = ", ".join(ATTENTION_KERNELS), ", ".join(ATTENTION_FORMATS)
+    fixed = ",".join(f"{item.rpartition('=')[0]}={near}".lstrip("=") for item in text.split(",")[:1])
+    return UsageError(
+        f"attention {text!r}: {problem}",
+        needs=f"NAME or KIND=NAME,..; kinds: {', '.join(KINDS)}; names: bf16, {kernels}, {schemes}",
+        fix=f"--attention {fixed}" if near and "," not in text else "omit --attention",
+    )

@@ -104,11 +104,6 @@ class Device:
             if self.chip is not None and scheme not in self.native_schemes:
                 raise no_matmul_for(self, self.chip, scheme)
 
-    @property
-    def has_attention_kernels(self) -> bool:
-        """Whether `attention=` can select between several dense attention kernels."""
-        return self.operators == "npu"
-
     def dtype_name(self, dtype: object, keyword: str = "dtype") -> str | None:
         """torch's name of a dtype, by default the denoiser's; None for the stored dtype.
 

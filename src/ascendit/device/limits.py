@@ -64,16 +64,6 @@ def check_rules(rules: Mapping[str, str], schemes: Collection[str]) -> None:
         )
 
 
-def check_attention(device: Device, attention: str | None, *, reference: bool) -> None:
-    """Raise UsageError (E-USE-01) for an attention kernel of an NPU that `device` does not use."""
-    if attention is not None and (reference or not device.has_attention_kernels):
-        raise UsageError(
-            f"attention={attention} with {'ops=reference' if reference else f'device {device}'}",
-            needs="an NPU or a twin, whose kernels it names",
-            fix="omit --set attention",
-        )
-
-
 def check_layers(
     device: Device,
     layers: Iterable[QuantizedLayer],

@@ -12,6 +12,7 @@ from typing import Literal
 
 from ascendit.device.chip import CHIPS
 from ascendit.errors import EnvironmentProblem
+from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
 
 Support = Literal["native", "emulated"]
@@ -31,6 +32,8 @@ class Capability:
     """The twin's name of the mode; empty for the operator in all modes."""
     scheme: str = ""
     """The row of `quant.schemes.LINEAR_SCHEMES` that it computes, if any."""
+    attention: str = ""
+    """The row of `quant.attention_schemes.ATTENTION_FORMATS` that it computes, if any."""
     a2: Answer = "yes"
     a3: Answer = "yes"
     a5: Answer = "yes"
@@ -72,7 +75,8 @@ _A5_ADAPTER = {"a2": "adapter", "a3": "adapter"}
 _MX = {**_A5_ONLY, "instead": _INT8}
 _NOT_A5 = {"a5": "cann"}
 _NOT_A5_ADAPTER = {"a5": "adapter"}
-_BF16_ATTENTION = {**_A5_ONLY, "instead": "bf16 attention, which every chip has"}
+_QUANTIZED_ATTENTION = {**_A5_ONLY, "instead": "bf16 attention, which every chip has"}
+_ON_REQUEST = "attention, on request"
 
 
 def _row(operator: str, mode: str = "", /, **fields: str) -> Capability:
@@ -105,7 +109,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row("get_npu_format", used_for="weights in FRACTAL_NZ"),
     _row(
         "npu_dynamic_mx_quant",
-        used_for="activations in mxfp8 and mxfp4",
+        used_for="activations in mxfp8 and mxfp4, attention in mxfp8",
+        attention="mxfp8",
         aclnn="aclnnDynamicMxQuantV3",
         dtypes=f"{_FLOATS} -> e4m3 e5m2 e2m1",
         **_MX,
@@ -132,7 +137,14 @@ CAPABILITIES: tuple[Capability, ...] = (
         instead="operators of PyTorch",
         **_A5_ONLY,
     ),
-    _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
+    _row(
+        _BLOCK_QUANT,
+        "fp8",
+        used_for="attention in fp8",
+        attention="fp8",
+        aclnn="aclnnDynamicBlockQuantV2",
+        **_QUANTIZED_ATTENTION,
+    ),
     _matmul(
         "int8",
         dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
@@ -177,12 +189,26 @@ CAPABILITIES: tuple[Capability, ...] = (
         instead=f"npu_{_INFER} or {_FUSED}",
         **_NOT_A5_ADAPTER,
     ),
+    _row(f"npu_{_INFER}", used_for=_ON_REQUEST, dtypes="fp16 bf16", layout="contiguous"),
     _row(
         f"npu_{_INFER}",
-        "quantized",
+        "fp8",
+        used_for="attention in fp8, without MindIE-SD",
+        attention="fp8",
         aclnn="aclnnFusedInferAttentionScoreV5",
-        dtypes="e4m3, modes 7 7 7 and 6 6 8",
-        **_BF16_ATTENTION,
+        dtypes="e4m3, modes 7 7 7",
+        layout="BNSD, one sample",
+        **_QUANTIZED_ATTENTION,
+    ),
+    _row(
+        f"npu_{_INFER}",
+        "mxfp8",
+        used_for="attention in mxfp8",
+        attention="mxfp8",
+        aclnn="aclnnFusedInferAttentionScoreV5",
+        dtypes="e4m3, modes 6 6 8",
+        layout="TND",
+        **_QUANTIZED_ATTENTION,
     ),
     _row(
         "npu_apply_rotary_pos_emb",
@@ -217,10 +243,13 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     _row(
         f"mindiesd::{_INFER}",
-        "quantized",
-        aclnn="aclnnEagleFusedInferAttentionScore",
-        dtypes="e4m3, mode 7 7 7",
-        **_BF16_ATTENTION,
+        "fp8",
+        used_for="attention in fp8",
+        attention="fp8",
+        aclnn="aclnnEagleFusedInferAttentionScoreV5",
+        dtypes="e4m3, modes 7 7 7",
+        layout="BNSD, one sample",
+        **_QUANTIZED_ATTENTION,
     ),
     _row(
         "mindiesd::block_sparse_attention",
@@ -228,7 +257,15 @@ CAPABILITIES: tuple[Capability, ...] = (
         instead="npu_block_sparse_attention on a2 and a3",
         **_A5_ONLY,
     ),
-    _row("mindiesd::la", aclnn="aclnnLaserAttention", instead=f"{_FUSED} on a5", **_NOT_A5),
+    _row(
+        "mindiesd::la",
+        used_for=_ON_REQUEST,
+        aclnn="aclnnLaserAttention",
+        dtypes="fp16 -> fp32",
+        layout="BNSD, D of 128, tokens in multiples of 256",
+        instead=f"{_FUSED} on a5",
+        **_NOT_A5,
+    ),
     _row(
         "mindiesd::rainfusionattention",
         aclnn="aclnnRainFusionAttention",
@@ -261,6 +298,27 @@ def chips_for(schemes: Collection[str]) -> dict[str, Support]:
     """Chip -> `native` if it has a matmul for every scheme, else `emulated` (weights are dequantized)."""
     quantized = set(schemes) - {"bf16"}
     return {chip: "native" if quantized <= native_on(chip) else "emulated" for chip in CHIPS}
+
+
+def native_attention_on(chip: str) -> frozenset[str]:
+    """The schemes of quantized attention with kernels for all of their operators on this chip."""
+    rows: dict[str, list[Answer]] = {}
+    for row in CAPABILITIES:
+        rows.setdefault(row.attention, []).append(row.support_on(chip))
+    return frozenset(s for s in ATTENTION_FORMATS if s in rows and set(rows[s]) == {"yes"})
+
+
+def no_attention_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
+    """The error E-CAP-01 for quantized attention without a kernel on `chip`; lists the chips that have one."""
+    chips = [c for c in CHIPS.values() if scheme in native_attention_on(c.name)]
+    allowed = " or ".join(f"{c.product}, {c.name}" for c in chips) or "another scheme"
+    native = ["bf16", *(s for s in ATTENTION_FORMATS if s in native_attention_on(chip))]
+    return EnvironmentProblem(
+        f"attention in {scheme} on {device}: the {CHIPS[chip].product} has no kernel for it",
+        needs=f"{allowed}; {chip} has {', '.join(native)}",
+        fix="--emulate decode-on-use: the same numbers, slower",
+        code="E-CAP-01",
+    )
 
 
 def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:

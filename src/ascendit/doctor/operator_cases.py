@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 
 from ascendit import mx, twin
+from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.device.device import Device
 from ascendit.device.operator_support import CAPABILITIES
 from ascendit.kernels import reference
+from ascendit.kernels.kernel import Function, Wish
+from ascendit.kernels.quantized_attention import emulated
 from ascendit.mx.codec import decibels
 from ascendit.ops.npu import kernels
 from ascendit.ops.open_device import internal_format, synchronize
 from ascendit.ops.operators import OPERATOR_NAMES, bind
+from ascendit.ops.select import kernels_of
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import example_calls
 from ascendit.twin.nz import ND
@@ -329,12 +333,38 @@ def function_cases(device: Device) -> Iterator[CheckCase]:
         base = Result(part="function", name=name, operator=name, how=ops.choices[name])
         expected = getattr(reference, name)
         yield CheckCase(base, partial(_dense, ops=ops, name=name, expected=expected, args=args))
+    yield from _attention_cases(device)
     for scheme in LINEAR_SCHEMES:
         if device.chip and scheme not in device.native_schemes:
             continue
         for variant in ("", SMOOTHED, NZ) if device.operators == "npu" else ("", SMOOTHED):
             base = Result(part="function", name=f"{scheme} linear{variant}", operator=f"linear in {scheme}")
             yield CheckCase(base, partial(_linear, schemes=ops.quantized, scheme=scheme, variant=variant))
+
+
+def _attention_cases(device: Device) -> Iterator[CheckCase]:
+    """Every attention kernel of an NPU, dense and quantized, with the log-sum-exp, at odd lengths."""
+    for kernel in kernels_of(device, Wish()) if device.operators == "npu" else ():
+        if not kernel.operator.startswith("attention") or kernel.missing():
+            continue
+        scheme = kernel.operator.partition("attention_")[2]
+        row = ATTENTION_KERNELS.get(kernel.name)
+        length = max(TOKENS, row.shortest if row else 0) + 3
+        name = f"attention{' in ' * bool(scheme)}{scheme}, {kernel.name}"
+        base = Result(part="function", name=name, operator=kernel.needs, how=kernel.reason)
+        expected = emulated(scheme, reference.attention) if scheme else reference.attention
+        yield CheckCase(base, partial(_attention, call=kernel.call, expected=expected, length=length))
+
+
+def _attention(
+    card: CheckedDevice, base: Result, call: Function, expected: Function, length: int
+) -> Result:
+    q, k, v = (seeded(1, length, 1, HEAD, seed=seed).to(BF16) for seed in range(3))
+    moved = [card.to_device(t) for t in (q, k, v)]
+    actual = card.to_cpu(call(*moved, return_lse=True))
+    base = replace(base, arguments=tuple(map(describe, (q, k, v))))
+    result = compare_results(base, actual, expected(q, k, v, return_lse=True), db=ATTENTION_DECIBELS)
+    return replace(result, microseconds=card.seconds(lambda: call(*moved)) * 1e6)
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

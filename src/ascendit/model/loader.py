@@ -12,29 +12,34 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.transformer import Expert, model_config
+from ascendit.errors import CheckpointError
 from ascendit.model.linear import QuantLinear
 from ascendit.model.quantize_on_load import stored_dtype
-from ascendit.model.wan import WanTransformer
+from ascendit.model.wan import Attention, WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
 from ascendit.progress import Advance
-from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import scheme_after_reading
-from ascendit.weights.applied_recipe import AppliedRecipe, stored_warnings
+from ascendit.weights.applied_recipe import AppliedRecipe, attention_schemes, stored_warnings
 from ascendit.weights.recipe_steps import RecipeSteps
 from ascendit.weights.shards import LayerShards, columns_of, cut_steps, shard_of
 from ascendit.weights.tensor_steps import no_progress, run_steps, stored_steps, to_float32
 
 log = logging.getLogger("ascendit")
+ROTATIONS = ("q_rot", "k_rot")
+ROTATION_ERROR = 0.01
+"""Largest entry of q_rot k_rot^T - 1; rounding a random rotation to BF16 gives up to 0.003."""
 
 
 def load_expert(
@@ -54,11 +59,12 @@ def load_expert(
     CPU, else bfloat16. Parameters that Diffusers keeps in float32 are always float32. `floats`: store BF16
     weights of quantized layers too. `shards`: layer -> the rows or columns of this rank (`weights.shards`);
     only these are read, except for columns of int8 and fp8 (see `RecipeSteps`). Raises CheckpointError:
-    E-CKP-06 for a config of another model, E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard
-    outside its layer; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
+    E-CKP-06 for a config of another model, E-CKP-07 for a type of quantized attention without a kernel,
+    E-CKP-08 for invalid scales and rotations; UsageError (E-USE-05) for a shard outside its layer;
+    EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
     """
     config = model_config(expert)
-    warn_about_attention(expert.name, expert.attention.values(), expert.path)
+    attention = attention_schemes(expert, applied)
     for text in stored_warnings(expert, precision=applied is not None):
         log.warning(text)
     with torch.device("meta"):
@@ -70,12 +76,14 @@ def load_expert(
             ops.quantized.kernel(scheme)
         plan = RecipeSteps(applied).plan() if applied else stored_steps(expert)
         plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # already read
+        prepare_attention(model, attention, [step.name for step in plan])
         steps = cut_steps(plan, expert, schemes, shards)
         layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in layers.items()}
         if dtype is None:
             dtype = getattr(torch, stored_dtype(expert, applied)) if device == "cpu" else torch.bfloat16
         sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, float32=model.KEEP_FP32)
         run_steps(steps, reader, sink, advance=advance)
+        check_rotations(model, str(expert.path))
         if floats and applied:
             load_floats(model, applied, reader, device=device, dtype=dtype, shards=shards)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in layers.values()).items())
@@ -84,6 +92,42 @@ def load_expert(
         expert.name, str(dtype)[6:], f" and {used} layers" if used else "", device, nbytes(model) / 2**30,
     )  # fmt: skip
     return model.eval()
+
+
+def prepare_attention(model: WanTransformer, schemes: Mapping[str, str], names: Iterable[str]) -> None:
+    """Set the scheme of each attention in `schemes`, and make room for the rotations among tensor `names`.
+
+    The rotations are parameters [d, d] of the attention, in the dtype of the hidden states: BF16 ones are
+    exact in float32 and, for heads up to 16384, in float16. Without a scheme they are not used: they change
+    no score.
+    """
+    for name, scheme in schemes.items():
+        attention: Any = model.get_submodule(name)
+        attention.scheme = scheme
+    rotated = {name.rpartition(".")[0] for name in names if name.endswith(ROTATIONS)}
+    for name in rotated:
+        size = model.config.attention_head_dim
+        for role in ROTATIONS:
+            empty = nn.Parameter(torch.empty(size, size, device="meta"), requires_grad=False)
+            model.get_submodule(name).register_parameter(role, empty)
+    if unused := rotated - schemes.keys():
+        log.info("rotations of %d attentions in BF16 are not used: they change no score", len(unused))
+
+
+def check_rotations(model: WanTransformer, path: str) -> None:
+    """Raise CheckpointError (E-CKP-08) if a pair of rotations changes the scores: q_rot k_rot^T is not 1."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Attention) or module.q_rot is None or module.k_rot is None:
+            continue
+        q_rot, k_rot = module.q_rot.float().cpu(), module.k_rot.float().cpu()
+        error = float((q_rot @ k_rot.t() - torch.eye(len(q_rot))).abs().max())
+        if not error <= ROTATION_ERROR:
+            raise CheckpointError(
+                f"{path}: q_rot and k_rot of {name} change the scores: their product is {error:.3g} from 1",
+                needs=f"the same orthogonal matrix twice: q_rot k_rot^T is 1, within {ROTATION_ERROR}",
+                fix="download or export the model again",
+                code="E-CKP-08",
+            )
 
 
 def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:

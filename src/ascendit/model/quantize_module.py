@@ -32,7 +32,8 @@ from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
 from ascendit.ops.operators import bind
-from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, warn_about_attention
+from ascendit.quant.attention_schemes import QUANT_TYPES, warn_about_bf16
+from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import quantization_config_for
@@ -62,7 +63,7 @@ class ModuleSchemes(LayerSchemes):
     round_to: str
     """`bf16`: round all tensors to bfloat16 first; "": do not."""
     attention: Mapping[str, str]
-    """Attention -> quantization requested by the recipe, which Diffusers models do not run."""
+    """Attention -> its scheme in the recipe, which Diffusers models do not run."""
     kind: Literal["t2v", "i2v", "ti2v"] | None
     """The kind of a Wan transformer, None for other modules."""
 
@@ -116,14 +117,14 @@ def module_schemes(
         if problem := _unsupported(linears[name], layer.scheme, sizes=config is None):
             layers[name] = LayerScheme(name, "bf16", None, problem)
     requested = recipe.attention_schemes(config, model_kind=kind) if config and kind else ()
-    attention = {a.name: a.quant_type for a in requested if a.quant_type}
+    attention = {a.name: QUANT_TYPES[a.quant_type] for a in requested if a.quant_type}
     chosen = ModuleSchemes(tuple(layers.values()), recipe.round_to, attention, kind)
     if not chosen.quantized:
         excluded = "; ".join(f"{reason}: {', '.join(x[:3])}" for reason, x in chosen.kept.items())
         raise _refused(module, f"no layer is left to quantize ({excluded})", "use another recipe")
     if kind:
         check_kind(kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
-    warn_about_attention(type(module).__name__, attention.values())
+    warn_about_bf16(type(module).__name__, attention.values())
     return chosen
 
 

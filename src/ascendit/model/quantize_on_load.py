@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import stored_schedule
 from ascendit.checkpoint.tensor_info import DTYPE_BITS, common_dtype
 from ascendit.checkpoint.transformer import Expert
+from ascendit.device.attention_kernels import ATTENTION_KERNELS, AUTOMATIC, attention_name, near_name
 from ascendit.device.limits import QuantizedLayer
 from ascendit.errors import UsageError
 from ascendit.option_text import option
+from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.report import shell_line
-from ascendit.schedule import StepSchedule
+from ascendit.schedule import Step, StepSchedule
 from ascendit.weights.applied_recipe import (
     AppliedRecipe,
     apply_recipe,
@@ -158,7 +160,8 @@ def policy_for(
 ) -> StepSchedule:
     """Choose the step schedule: the requested one, else the recipe's, else the one stored in the folder.
 
-    Raises UsageError (E-USE-01) for a precision that the weights of the model do not support.
+    Raises UsageError (E-USE-01) for a precision that the weights of the model do not support, and for an
+    unknown attention kernel.
     """
     if requested is not None:
         policy = StepSchedule.parse(requested)
@@ -166,10 +169,33 @@ def policy_for(
         policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:
         policy = stored_schedule(layout)
+    policy = named_attention(policy)
     if policy != StepSchedule():
         policy.check_schemes(schemes_in(experts), floats=all(applied for _, applied in experts))
         log.info("step policy %s", policy)
     return policy
+
+
+def named_attention(policy: StepSchedule) -> StepSchedule:
+    """The schedule with the names that the tables of attention have.
+
+    Raises UsageError (E-USE-01) for an unknown kernel or scheme.
+    """
+
+    def change(step: Step, unknown: str | None = None) -> Step:
+        if step.attention is None:
+            return step
+        name = attention_name(step.attention) or unknown
+        if name is None:
+            near = policy.map(lambda step: change(step, near_name(step.attention or "") or AUTOMATIC))
+            raise UsageError(
+                f"step policy {policy}: {step.attention!r} is no attention kernel and no scheme",
+                needs=", ".join((AUTOMATIC, *ATTENTION_KERNELS, *ATTENTION_FORMATS)),
+                fix=f"--step-policy {near}",
+            )
+        return replace(step, attention=name)
+
+    return policy.map(change)
 
 
 def stored_dtype(expert: Expert, applied: AppliedRecipe | None) -> str:

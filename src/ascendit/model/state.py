@@ -12,11 +12,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ascendit.attention.plan import AttentionPlan
+from ascendit.device.attention_kernels import Kind
 from ascendit.geometry import Grid, num_tokens
 from ascendit.kernels.reference import Spans
 from ascendit.model.linear import LinearInput, linear, precision_of
@@ -25,7 +27,6 @@ from ascendit.schedule import Precision, Step
 
 log = logging.getLogger("ascendit")
 
-AttentionKind = Literal["self", "text", "image"]
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, L, H, d]."""
 Timesteps = tuple[float, ...]
@@ -114,13 +115,15 @@ class DenoiseState:
     expert: str = "transformer"
     branch: int = 0
     """0: conditional (the prompt); 1: unconditional (the negative prompt)."""
+    plan: AttentionPlan | None = None
+    """The attention of each step, kind and block; `WanTransformer.prepare` sets it if it is None."""
     agree: Callable[[float], float] = float
     """This rank's value of a number -> the value that all ranks use. Called once per step, see `predict`."""
     reduce_mean: Callable[[Tensor], Tensor] | None = None
     """Mean over this rank's channels -> mean over all channels; set if the heads are divided among ranks."""
-    context: dict[AttentionKind, Tensor] = field(default_factory=dict)
+    context: dict[Kind, Tensor] = field(default_factory=dict)
     """`text`, and `image` for Wan2.1 I2V: hidden states [B, L, D], the input of the K and V projections."""
-    keys: dict[AttentionKind, list[KeyValue]] = field(default_factory=dict)
+    keys: dict[Kind, list[KeyValue]] = field(default_factory=dict)
     """Keys and values of each context, one pair per block."""
     keys_precision: Precision | None = None
     """The precision of the step that computed `keys`."""
@@ -154,16 +157,15 @@ class DenoiseState:
         return hidden
 
     def run_attention(
-        self, kind: AttentionKind, block: int, hidden: Tensor, forward: Callable[[Tensor], Tensor]
+        self, kind: Kind, block: int, hidden: Tensor, forward: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """One attention with its Q, K, V and output layers: [B, S, D] -> same shape and dtype."""
         return forward(hidden)
 
-    def attend(self, kind: AttentionKind, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`reference.attention` with the kernel of this step: q [B, S, H, d] -> same shape and dtype."""
-        name = self.current.attention
-        kernel = self.ops.attention if name is None else self.ops.attention_kernels[name]
-        return kernel(q, k, v)
+    def attend(self, kind: Kind, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`reference.attention` by the function of `plan`: q [B, S, H, d] -> same shape and dtype."""
+        assert self.plan is not None, "a state of WanTransformer.prepare has a plan"
+        return self.plan.call(self.step, kind, block)(q, k, v)
 
     def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
         """Apply a linear layer in the precision of the current step: x [.., K] -> [.., N], x's dtype."""

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ascendit.attention.choice import AttentionPolicy, calls_of
+from ascendit.attention.plan import AttentionPlan, make_plan
+from ascendit.device.attention_kernels import Kind
 from ascendit.family import WanConfig
 from ascendit.geometry import Grid, num_tokens, patch_grid
 from ascendit.kernels.reference import Spans
@@ -37,10 +40,17 @@ from ascendit.model.state import (
 )
 from ascendit.names import FLOAT32_PARTS
 from ascendit.ops.operators import Ops
+from ascendit.schedule import Step
 
 
 class Attention(nn.Module):
-    """One attention. `added_kv_proj_dim` adds keys and values for image tokens."""
+    """One attention. `added_kv_proj_dim` adds keys and values for image tokens.
+
+    `q_rot` and `k_rot` [d, d]: the rotations of a checkpoint, else None; used if the attention is quantized.
+    """
+
+    q_rot: nn.Parameter | None
+    k_rot: nn.Parameter | None
 
     def __init__(self, config: WanConfig, cross: bool) -> None:
         super().__init__()
@@ -49,6 +59,10 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
         self.norm_q, self.norm_k = nn.RMSNorm(d), nn.RMSNorm(d)
+        self.scheme: str | None = None
+        """How the checkpoint or recipe quantizes this attention, a key of `ATTENTION_FORMATS`."""
+        self.register_parameter("q_rot", None)
+        self.register_parameter("k_rot", None)
         if cross and config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, d)
             self.add_v_proj = nn.Linear(config.added_kv_proj_dim, d)
@@ -228,15 +242,44 @@ class WanTransformer(nn.Module):
 
         `grid`: a grid, or the result of `share` that another branch uses too. text [B, L, text_dim] and image
         [B, T, image_dim] (CLIP tokens, or None) in any float dtype. `timesteps`: see `share`. `make`: the
-        class of the state; `run`: its `steps`, `step`, `expert` and `branch`.
+        class of the state; `run`: its `steps`, `step`, `expert`, `branch` and `plan`. Without a plan, the
+        attention is as the steps and the checkpoint say.
         """
         shared = grid if isinstance(grid, Shared) else self.share(grid, timesteps)
         state = make(self.ops, shared, **run)
         state.context["text"] = self._embed_text(text.to(self.device, self.dtype))
         if image is not None:
             state.context["image"] = self._embed_image(image.to(self.device, self.dtype))
+        if state.plan is None:
+            lengths = {kind: x.shape[1] for kind, x in state.context.items()}
+            steps = dict(enumerate(state.steps))
+            state.plan = self.plan_attention(len(shared.part), lengths, steps, expert=state.expert)
         self._make_keys(state)
         return state
+
+    def plan_attention(
+        self,
+        tokens: int,
+        contexts: Mapping[Kind, int],
+        steps: Mapping[int, Step],
+        *,
+        policy: AttentionPolicy | None = None,
+        expert: str = "transformer",
+        key_length: int | None = None,
+    ) -> AttentionPlan:
+        """The attention of `steps`, for both CFG branches.
+
+        `tokens`: those of the video; after the first `key_length` they are padding. `contexts`: kind -> tokens
+        of text and image. `policy`: the requests, None for the default kernels. Raises the errors of
+        `make_plan`.
+        """
+        calls = calls_of(self.config, str(self.dtype)[6:], tokens, contexts, key_length)
+        layers = {kind: [b.attn1 if kind == "self" else b.attn2 for b in self.blocks] for kind in calls}
+        return make_plan(self.ops, policy, expert, calls, layers, steps)
+
+    def image_keys(self, image: Tensor) -> int:
+        """Keys of the CLIP tokens [B, T, image_dim], or [2B, T, image_dim] of a first and a last image."""
+        return image.shape[1] * (1 if self.config.pos_embed_seq_len is None else 2)
 
     def _make_keys(self, state: DenoiseState) -> None:
         """Compute keys and values of text and image in every block, unless those in `state` are valid."""

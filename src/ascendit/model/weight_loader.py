@@ -88,7 +88,7 @@ class _Group:
 
 
 class ModelSink(Sink):
-    """Writes the tensors of a plan into `model`; ignores tensors that the model lacks, such as rotations.
+    """Writes the tensors of a plan into `model`; ignores static scales of attention.
 
     `layers`: the quantized or smoothed layers. `dtype`: dtype of the other parameters, except those with a
     part of their name in `float32`.

@@ -73,18 +73,18 @@ def decode_stored(raw: Tensor, element: Element, length: int) -> Tensor:
 
     Same values as `decode`, but faster: a lookup in a table of the 256 bytes.
     """
-    table = _table(element.name).to(raw.device)
+    table = _table(element.name, raw.device)
     if element.bits == 8:
         return table[raw.to(torch.int32)]
     return table[raw.to(torch.int32)].flatten(-2)[..., :length]
 
 
 @functools.cache
-def _table(name: str) -> Tensor:
+def _table(name: str, device: torch.device) -> Tensor:
     """float32 [256], or [256, 2] for the two FP4 values of a byte."""
     all_bytes = torch.arange(256, dtype=torch.uint8)
     element = ELEMENTS[name]
-    return decode(all_bytes if element.bits == 8 else unpack(all_bytes[:, None], 2), element)
+    return decode(all_bytes if element.bits == 8 else unpack(all_bytes[:, None], 2), element).to(device)
 
 
 def pack(qdata: Tensor) -> Tensor:

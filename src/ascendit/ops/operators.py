@@ -23,18 +23,20 @@ import torch
 from torch import Tensor
 
 from ascendit.device.device import Device, parse_device
-from ascendit.device.limits import check_attention, check_rules, parse_rules
+from ascendit.device.limits import check_rules, parse_rules
 from ascendit.errors import UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import (
     Activation,
     Emulate,
     Function,
+    Kernel,
     Prepare,
     PreparedWeight,
     QuantLinearKernel,
     Wish,
 )
+from ascendit.kernels.quantized_attention import operator_of
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.open_device import open_device
@@ -66,6 +68,7 @@ class Schemes:
     nz: bool = False
     """Store weights in FRACTAL_NZ if the NPU supports both layouts for a scheme."""
     _selected: dict[str, QuantLinearKernel] = field(default_factory=dict, init=False)
+    _attention: dict[str, Kernel] = field(default_factory=dict, init=False)
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
         """The kernel of `scheme`.
@@ -79,6 +82,17 @@ class Schemes:
                 "linear layers in %s on %s -> %s: %s", scheme, self.device, kernel.backend, kernel.reason
             )
             self._selected[scheme] = kernel
+        return kernel
+
+    def attention(self, scheme: str) -> Kernel:
+        """The kernel of attention in a scheme of `ATTENTION_FORMATS`.
+
+        Raises EnvironmentProblem (E-CAP-01) if this chip does not support it.
+        """
+        operator = operator_of(scheme)
+        if (kernel := self._attention.get(operator)) is None:
+            kernel = self._attention[operator] = select(operator, self.device, self.wish)
+            log.info("attention in %s on %s -> %s: %s", scheme, self.device, kernel.backend, kernel.reason)
         return kernel
 
     def check(self, used: Iterable[str]) -> None:
@@ -179,8 +193,6 @@ class Ops:
     mean_square: Function = reference.mean_square
     """With `rms_scale`, `rms_norm` in two phases: ranks that divide the heads can reduce in between."""
     rms_scale: Function = reference.rms_scale
-    attention_kernels: Mapping[str, Function] = dataclasses.field(default_factory=dict)
-    """Name -> attention kernel that a step of the schedule can select."""
     quantized: Schemes
     """Quantized linear layers: prepare_weight, quantize_activation, quantized_linear."""
     prepared: Mapping[str, Prepare] = dataclasses.field(default_factory=dict)
@@ -213,16 +225,14 @@ def bind(
     fast_layernorm: bool = False,
     emulate: Emulate | bool | None = None,
     activation_rule: str | None = None,
-    attention: str | None = None,
     nz: bool = False,
 ) -> Ops:
     """Bind the operators to `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
 
     `fast_layernorm`: use MindIE-SD's layer norm if the device has it. `emulate`: dequantize weights of
     schemes without a matmul, which Ascend chips refuse otherwise. `activation_rule`: scale rules that differ
-    from the default, such as `mxfp8=floor,mxfp4=max:7`. `attention`: an NPU kernel of `ops/npu/kernels.py`,
-    None for the best. `nz`: weights in FRACTAL_NZ if the NPU supports both layouts. Raises UsageError
-    (E-USE-01) for an invalid option, EnvironmentProblem if the device is missing.
+    from the default, such as `mxfp8=floor,mxfp4=max:7`. `nz`: weights in FRACTAL_NZ if the NPU supports both
+    layouts. Raises UsageError (E-USE-01) for an invalid option, EnvironmentProblem if the device is missing.
     """
     if force not in (None, "reference"):
         raise UsageError(
@@ -231,34 +241,25 @@ def bind(
             fix="--set ops=reference",
         )
     device = _device(device)
-    check_attention(device, attention, reference=bool(force))
-    wish = _wish(device, force, to_emulate(emulate), fast_layernorm, attention)
+    wish = _wish(device, force, to_emulate(emulate), fast_layernorm)
     chosen = {name: select(name, device, wish) for name in OPERATOR_NAMES}
-    for reason in dict.fromkeys(k.reason for k in chosen.values()):
-        names = ", ".join(n for n, k in chosen.items() if k.reason == reason)
+    listed = {n: k for n, k in chosen.items() if n != "attention"}  # `attention/` chooses for each call
+    for reason in dict.fromkeys(k.reason for k in listed.values()):
+        names = ", ".join(n for n, k in listed.items() if k.reason == reason)
         log.info("operators on %s: %s -> %s (--set ops=reference for plain PyTorch)", device, names, reason)
     return Ops(
         **{n: k.call for n, k in chosen.items()},
         **{name: select(name, device, wish).call for name in PHASES},
-        attention_kernels={
-            k.name: k.call
-            for k in (() if wish.reference else kernels_of(device, wish))
-            if k.operator == "attention" and k.name and not k.missing()
-        },
         quantized=Schemes(device, wish, parse_rules(activation_rule), nz),
         prepared={n: k.prepare for n, k in chosen.items() if k.prepare},
         choices={n: k.reason for n, k in chosen.items()},
     )
 
 
-def _wish(
-    device: Device, force: str | None, emulate: Emulate | None, fast_layernorm: bool, attention: str | None
-) -> Wish:
+def _wish(device: Device, force: str | None, emulate: Emulate | None, fast_layernorm: bool) -> Wish:
     if force:
         return Wish(reference=True, emulate=emulate or "decode-on-use")
     wish, names = Wish(emulate=emulate), {}
-    if attention is not None:
-        names["attention"] = attention
     if fast_layernorm and FAST_LAYERNORM in [k.name for k in kernels_of(device, wish)]:
         names["layer_norm"] = FAST_LAYERNORM
     elif fast_layernorm:

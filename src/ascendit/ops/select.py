@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ascendit.device.device import Device
-from ascendit.device.operator_support import no_matmul_for
+from ascendit.device.operator_support import no_attention_for, no_matmul_for
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Kernel, Wish
@@ -43,8 +43,8 @@ def select(operator: str, device: Device, wish: Wish) -> Kernel:
 
     `operator`: a field of `Ops`, or the scheme of a quantized linear layer. The reason of the result includes
     the problems of skipped kernels. Raises UsageError (E-USE-01) if no kernel has the name in `wish`. Raises
-    EnvironmentProblem (E-CAP-01) if that kernel does not work on this device, or if the chip has no matmul
-    for the scheme and `wish.emulate` is None.
+    EnvironmentProblem (E-CAP-01) if that kernel does not work on this device, or if the chip has no matmul or
+    attention for the scheme and `wish.emulate` is None.
     """
     requested = None if wish.reference else wish.names.get(operator)
     listed = () if wish.reference else [k for k in kernels_of(device, wish) if k.operator == operator]
@@ -66,6 +66,8 @@ def select(operator: str, device: Device, wish: Wish) -> Kernel:
 def _reference_kernel(operator: str, device: Device, wish: Wish) -> Kernel:
     for kernel in emulated_kernels("reference", reference.attention):
         if kernel.operator == operator:
+            if device.chip and wish.emulate is None:
+                raise no_attention_for(device, device.chip, operator.removeprefix("attention_"))
             return kernel
     if operator not in LINEAR_SCHEMES:
         reason = "requested" if wish.reference else f"{device.operators} has no faster kernel"

@@ -13,11 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ascendit import geometry
-from ascendit.checkpoint.part_check import image_tokens
 from ascendit.checkpoint.transformer import model_config
 from ascendit.pipeline.job import Prepared
 from ascendit.pipeline.memory import Memory, memory_of
-from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.report import human_bytes
@@ -109,9 +107,8 @@ def work_of(prepared: Prepared) -> Work:
     """FLOPs of the denoiser, as `torch.utils.flop_counter` counts those of plain PyTorch."""
     model, request, tokens = prepared.model, prepared.request, prepared.video_tokens
     config = model_config(model.experts[0][0])
-    images = (request.image is not None) + (request.last_image is not None)
-    image_tokens = images * _clip_tokens(model)
-    flops = geometry.transformer_flops(config, tokens, request.max_sequence_length, image_tokens)
+    text_tokens = request.max_sequence_length
+    flops = geometry.transformer_flops(config, tokens, text_tokens, prepared.image_tokens)
     # TI2V: the frame of the image has a timestep of its own.
     rows = 2 if model.defaults.task == "ti2v" and request.image and prepared.latent_grid[0] > 1 else 1
     branches = [(high, 2 if request.guidance_for(high=high) > 1 else 1) for high in _high_noise(request)]
@@ -130,11 +127,6 @@ def work_of(prepared: Prepared) -> Work:
 def _high_noise(request: GenerateRequest) -> list[bool]:
     """Whether each step runs the first expert."""
     return [is_high_noise(t, request.boundary_ratio) for t in request.denoising_schedule.timesteps]
-
-
-def _clip_tokens(model: PreparedModel) -> int:
-    """Tokens of CLIP's image encoder."""
-    return image_tokens(model.layout.part("image_encoder")) if model.needs_image_encoder else 0
 
 
 def size_warning(prepared: Prepared, work: Work) -> str:

@@ -7,6 +7,7 @@ video.save("circle.mp4")
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 
 from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
+from ascendit.attention.choice import KIND_NAMES, AttentionPolicy
+from ascendit.attention.plan import AttentionPlan
 from ascendit.checkpoint.layout import Layout
+from ascendit.device.attention_kernels import Kind
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
@@ -32,14 +36,17 @@ from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import Frames, check_visible, to_uint8
 from ascendit.pipeline.images import Pictures, fitted_pictures, name_image, open_image, size_source
 from ascendit.pipeline.request import GenerateRequest, check, check_names, resolve
-from ascendit.pipeline.sigmas import is_high_noise
+from ascendit.pipeline.sigmas import expert_of
 from ascendit.pipeline.solver import make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
-from ascendit.schedule import StepSchedule
+from ascendit.schedule import Step, StepSchedule
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
+log = logging.getLogger("ascendit")
+OnPlan = Callable[[Sequence[AttentionPlan]], None]
+"""Called before the first step with the attention of each expert."""
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number and the latents after it, [1, z, F, h, w] float32."""
 
@@ -64,12 +71,16 @@ class Pipeline:
     source: str = ""
     """The model as passed to `load`, for the replay line of a video."""
     policy: StepSchedule = field(default_factory=StepSchedule)
-    """The precision of each step."""
+    """The precision and attention of each step."""
+    attention: AttentionPolicy | None = None
+    """The requests for attention kernels; None: the default ones."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
     """The options of `load`, from `LoadOptions.record`; stored with each video."""
     make_state: Callable[..., DenoiseState] = DenoiseState
     """Makes the state that the model calls; caches and attention policies are subclasses."""
     predict: Callable[..., Tensor] = field(default_factory=lambda: predict)
+    logged: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Choices of attention kernels that have been logged."""
     turn: Exclusive = field(default_factory=lambda: Exclusive("the pipeline"), repr=False, compare=False)
     """Held by each run; shared by the copies that `dataclasses.replace` makes, which have the same parts."""
 
@@ -188,7 +199,8 @@ class Pipeline:
         first, last = pictures.get("image"), pictures.get("last_image")
         with self.exclusive(cancel):
             start = time.perf_counter()
-            latents = denoise(self, request, first, report, cancel, last_image=last)
+            plans: list[AttentionPlan] = []
+            latents = denoise(self, request, first, report, cancel, last_image=last, on_plan=plans.extend)
             with error_keeps(latents):
                 frames = decode(self.vae, self.device, latents, report, cancel)
                 warnings = check_visible(frames, latents.cpu().numpy(), allow=allow_flat)
@@ -202,6 +214,7 @@ class Pipeline:
             loaded=dict(self.loaded),
             latents=latents.cpu().numpy(),
             warnings=warnings,
+            attention=tuple(row.as_dict() for plan in plans for row in plan.rows),
         )
 
     @contextmanager
@@ -278,6 +291,7 @@ def denoise(
     on_step: OnStep = lambda i, latents: None,
     *,
     last_image: Any = None,
+    on_plan: OnPlan = lambda plans: None,
 ) -> Tensor:
     """Compute clean latents [1, z, F, h, w], float32, from noise: encode, then one solver step per timestep.
 
@@ -299,18 +313,18 @@ def denoise(
     steps = pipe.policy.resolve(len(timesteps))
     # for both experts before the loop, so that the switch costs nothing
     shared = share(pipe.experts, latents, condition, timesteps)
+    names = [expert_of(t, request.boundary_ratio) for t in timesteps]
+    plans = plan_attention(pipe, shared, texts[0], condition, [*zip(names, steps, strict=True)])
+    on_plan([*plans.values()])
 
     states: list[DenoiseState] = []
-    for i, t in enumerate(timesteps):
+    for i, (t, name) in enumerate(zip(timesteps, names, strict=True)):
         stop_if(cancel)
         start = time.perf_counter()
 
-        # high noise: the first expert; low noise: the second, with its own guidance
-        high = is_high_noise(t, request.boundary_ratio)
-        name = "transformer" if high else "transformer_2"
-        guidance = request.guidance_for(high=high)
+        guidance = request.guidance_for(high=name == "transformer")
         if not states or states[0].expert != name:
-            make = partial(pipe.make_state, steps=steps, step=i, expert=name)
+            make = partial(pipe.make_state, steps=steps, step=i, expert=name, plan=plans[name])
             states = [
                 pipe.experts[name].prepare(shared[name], text, condition.tokens, make=make, branch=branch)
                 for branch, text in enumerate(texts if guidance > 1 else texts[:1])
@@ -347,6 +361,33 @@ def share(
         rows = dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
         shared[name] = expert.share(grid, tuple(rows), other=shared.get("transformer"))
     return shared
+
+
+def plan_attention(
+    pipe: Pipeline,
+    shared: Mapping[str, Shared],
+    text: Tensor,
+    condition: Condition,
+    steps: Sequence[tuple[str, Step]],
+) -> dict[str, AttentionPlan]:
+    """The attention of each expert. `text` [1, L, text_dim]; `steps`: expert and settings of each.
+
+    Raises the errors of `make_plan`.
+    """
+    plans: dict[str, AttentionPlan] = {}
+    for name, expert in pipe.experts.items():
+        contexts: dict[Kind, int] = {"text": text.shape[1]}
+        if condition.tokens is not None:
+            contexts["image"] = expert.image_keys(condition.tokens)
+        own = {i: step for i, (of, step) in enumerate(steps) if of == name}
+        tokens = len(shared[name].part)
+        plans[name] = expert.plan_attention(tokens, contexts, own, policy=pipe.attention, expert=name)
+    for row in (row for plan in plans.values() for row in plan.rows):
+        choice = f"{KIND_NAMES[row.kind]} -> {row.choice}"
+        if choice not in pipe.logged:
+            pipe.logged.add(choice)
+            log.info("%s; --attention %s=NAME for another", choice, row.kind)
+    return plans
 
 
 def check_finite(latents: Tensor) -> Tensor:

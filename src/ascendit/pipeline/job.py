@@ -22,14 +22,15 @@ from ascendit.arguments import checked_call, unknown_arguments
 from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.part_check import library_config
+from ascendit.checkpoint.part_check import image_tokens, library_config
 from ascendit.checkpoint.part_files import read_part_files, with_part_files
 from ascendit.checkpoint.tensor_info import common_dtype
 from ascendit.device.device import Device, parse_device
-from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
+from ascendit.device.limits import check_layers, check_rules, parse_rules
 from ascendit.errors import RequestError, UsageError, is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
+from ascendit.pipeline.attention_check import attention_rows, check_policy, policy_of
 from ascendit.pipeline.fit import describe_fit
 from ascendit.pipeline.images import FIELDS, Pictures, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
@@ -42,6 +43,8 @@ from ascendit.weights.lora.fold import lora_report, lora_sources
 log = logging.getLogger("ascendit")
 
 if TYPE_CHECKING:
+    from ascendit.attention.choice import AttentionPolicy
+    from ascendit.attention.steps import AttentionRow
     from ascendit.checkpoint.transformer import Expert
     from ascendit.exclusive import Stop
     from ascendit.pipeline.generate import Pipeline
@@ -60,6 +63,8 @@ class Prepared:
     """Name in the request -> first or last image, opened."""
     latents: KeptLatents | None = None
     """Latents of an earlier run of the request, which only have to be decoded."""
+    attention: Sequence[AttentionRow] = ()
+    """The attention kernels of the run."""
 
     @property
     def replay(self) -> str:
@@ -103,6 +108,13 @@ class Prepared:
         patch_size = self.model.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
         return geometry.num_tokens(geometry.patch_grid(self.latent_grid, patch_size))
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of CLIP's image encoder for the images of the request."""
+        images = (self.request.image is not None) + (self.request.last_image is not None)
+        model = self.model
+        return images * image_tokens(model.layout.part("image_encoder")) if model.needs_image_encoder else 0
+
 
 def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> PreparedModel:
     """Read configs and headers, and check that the model can be loaded with `options` on this machine.
@@ -132,11 +144,12 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
     dtype = device.dtype_name(options.dtype)
     vae_dtype = device.dtype_name(options.vae_dtype or "float32", "vae_dtype")
+    device, attention = _checked_device(device, options, dtype, experts, schedule)
     return PreparedModel(
         options=options,
         layout=layout,
         defaults=defaults,
-        device=_checked_device(device, options, dtype, experts, schedule),
+        device=device,
         dtype=dtype,
         part_dtypes={
             name: str(vae_dtype)
@@ -148,6 +161,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         shards=shards,
         experts=experts,
         schedule=schedule,
+        attention=attention,
     )
 
 
@@ -157,22 +171,22 @@ def _checked_device(
     dtype: str | None,
     experts: Sequence[tuple[Expert, AppliedRecipe | None]],
     schedule: StepSchedule,
-) -> Device:
-    """The device, open if it is an accelerator, after all checks of its operators."""
+) -> tuple[Device, AttentionPolicy]:
+    """The device, open if it is an accelerator, after all checks of its operators; the requests for attention."""
     schemes = schemes_in(experts) | ({"w4a8"} & schedule.precisions)
     rules = parse_rules(options.activation_rule)
-    check_attention(device, options.attention, reference=options.ops is not None)
+    attention = policy_of(options, device, schedule)
     check_rules(rules, schemes)
     if device.is_accelerator:
         from ascendit.pipeline.load import open_accelerator
 
-        device = open_accelerator(device, options)
+        device, attention = open_accelerator(attention, options)
     if options.ops is None:
         if options.emulate is None:
             device.check_schemes(schemes)
         layers = (layer for expert, applied in experts for layer in quantized_layers(expert, applied))
         check_layers(device, layers, dtype=dtype, rules=rules, w4a8="w4a8" in schedule.precisions)
-    return device
+    return device, attention
 
 
 def prepare(
@@ -218,7 +232,9 @@ def prepare_request(
     request = resolve(defaults, prompt, picture=picture, **fields)
     model.schedule.check_steps(request.num_inference_steps)
     pictures_of(request, pictures)
-    return Prepared(model=model, request=request, pixels=pictures)
+    prepared = Prepared(model=model, request=request, pixels=pictures)
+    rows = attention_rows(model, request, prepared.video_tokens, prepared.image_tokens)
+    return replace(prepared, attention=rows)
 
 
 def prepare_latents(options: LoadOptions, kept: KeptLatents, *, fps: Any = None) -> Prepared:
@@ -263,6 +279,7 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
         allowed = {*LoadOptions.model_fields, "on_progress"} - {"model"}
         raise unknown_arguments("load", unknown, allowed)
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
+    check_policy(prepared)
     from ascendit.pipeline.load import build
 
     return build(prepared, on_progress)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ascendit.attention.choice import AttentionPolicy
+from ascendit.attention.plan import with_kernels
 from ascendit.device.device import Device
 from ascendit.exclusive import Stop
 from ascendit.model.library_component import LOADING, library_class
@@ -86,6 +89,7 @@ def _build(model: PreparedModel, on_progress: OnProgress | None) -> Pipeline:
         clip=clip,
         source=options.model,
         policy=schedule,
+        attention=model.attention,
         loaded=options.record,
     )
 
@@ -118,17 +122,19 @@ def bind_options(device: Device, options: LoadOptions) -> Ops:
         fast_layernorm=options.fast_layernorm,
         emulate=options.emulate,
         activation_rule=options.activation_rule,
-        attention=options.attention,
         nz=options.nz,
     )
 
 
-def open_accelerator(device: Device, options: LoadOptions) -> Device:
-    """Open a CUDA device or an NPU. Raises the errors of `open_device`, and on an NPU those of `bind`."""
-    device = open_device(device)
-    if device.has_attention_kernels:
-        bind_options(device, options)
-    return device
+def open_accelerator(policy: AttentionPolicy, options: LoadOptions) -> tuple[Device, AttentionPolicy]:
+    """Open a CUDA device or an NPU; on an NPU the policy gets the attention kernels that are installed.
+
+    Raises the errors of `open_device`, and on an NPU those of `bind`.
+    """
+    device = open_device(policy.device)
+    if device.operators == "npu":
+        return device, with_kernels(policy, bind_options(device, options))
+    return device, replace(policy, device=device)
 
 
 def decode_kept(

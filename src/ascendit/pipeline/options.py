@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator
 
+from ascendit.attention.choice import AttentionPolicy
+from ascendit.device.attention_kernels import attention_text, parse_attention
 from ascendit.device.device import DenoiserDtype, Device, VaeDtype, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
@@ -89,6 +91,20 @@ def _texts(value: object) -> object:
     return () if value is None else value
 
 
+def _count(value: object) -> object:
+    """A number of heads, or its text. Raises UsageError for any other value."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
+        raise UsageError(f"sub_head={value}", needs="a whole number of heads", fix="omit --sub-head")
+    return int(str(value))
+
+
+def _attention(value: object) -> object:
+    """A request as text, with the names of the tables."""
+    return None if value is None else attention_text(parse_attention(value))  # type: ignore[arg-type]
+
+
 def _schedule(value: object) -> object:
     """A schedule as text. Raises UsageError for a StepSchedule that its text cannot express."""
     if value is None or isinstance(value, str):
@@ -97,7 +113,7 @@ def _schedule(value: object) -> object:
         return StepSchedule.parse(value)  # type: ignore[arg-type]  # raises UsageError: not text
     text = str(value) or "default:stored"  # an empty option would select the recipe's schedule
     if StepSchedule.parse(text) != value:
-        needs = "a schedule of precisions with ascending steps, without attention or cache settings"
+        needs = "a schedule of precisions and attention with ascending steps, without cache settings"
         raise UsageError(f"step_policy={value!r}", needs=needs, fix=f"step_policy={text!r}")
     return text
 
@@ -221,13 +237,30 @@ class LoadOptions(Checked):
         Option("reference: plain PyTorch operators."),
     ] = None
     attention: Annotated[
-        Literal["fusion", "fused_infer"] | None,
-        Option("Attention kernel on an NPU."),
+        str | None,
+        BeforeValidator(_attention),
+        Option("Attention kernels, for example self=laser,cross=sdpa.", "[KIND=]NAME,..", hidden=True),
         Variable(
             "ALGO",
-            {"0": "fusion", "3": "fused_infer"},
-            "attention={} on an NPU (--set attention overrides it)",
+            {"0": None, "1": "self=laser", "3": "self=fused_infer"},
+            "attention {} on an NPU (--attention overrides it)",
+            default="the default attention kernels",
         ),
+    ] = None
+    sub_head: Annotated[
+        int | None,
+        BeforeValidator(_count),
+        Option("Heads of self-attention in one call; must divide the heads.", "N", hidden=True),
+        Variable(
+            "USE_SUB_HEAD",
+            {},
+            "{} heads of self-attention in one call (--sub-head overrides it)",
+            number=True,
+        ),
+    ] = None
+    attention_probabilities: Annotated[
+        Literal["one", "two"] | None,
+        Option("Probabilities of the BF16 attention of a CPU: one BF16 number each, or two."),
     ] = None
     nz: Annotated[bool, Option("Use FRACTAL_NZ weights where an NPU accepts both layouts.")] = False
     fast_layernorm: Annotated[
@@ -274,6 +307,8 @@ class PreparedModel:
     experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
     """Each expert with the recipe that quantizes it while loading, or None."""
     schedule: StepSchedule
+    attention: AttentionPolicy
+    """The requests for attention kernels."""
 
     @property
     def needs_image_encoder(self) -> bool:

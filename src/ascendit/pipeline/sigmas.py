@@ -27,6 +27,11 @@ def is_high_noise(t: float, boundary_ratio: float | None) -> bool:
     return boundary_ratio is None or t >= TRAIN_STEPS * boundary_ratio
 
 
+def expert_of(t: float, boundary_ratio: float | None) -> str:
+    """The expert that runs at timestep `t`; the second one has its own guidance."""
+    return "transformer" if is_high_noise(t, boundary_ratio) else "transformer_2"
+
+
 @dataclass(frozen=True)
 class Schedule:
     """`timesteps` [n], the inputs of the model; `sigmas` [n + 1], the last is 0."""

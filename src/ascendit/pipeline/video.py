@@ -88,6 +88,8 @@ class Video:
     """The latents that were decoded, float32 [1, z, F, h, w], an array; not saved with the video."""
     warnings: tuple[str, ...] = ()
     """Faults that `allow_flat` accepted."""
+    attention: tuple[Mapping[str, Any], ...] = ()
+    """The attention kernels of the run, with their steps, blocks and reasons: `AttentionRow.as_dict`."""
     decoded: Mapping[str, Any] = field(default_factory=dict)
     """`load` and `versions` of the decoding, if it was not done by the run that made the latents."""
 
@@ -149,6 +151,7 @@ class Video:
             "request": json.loads(r.to_json()) if r else None,
             "warnings": list(self.warnings),
             "allow_flat": bool(self.warnings),
+            "attention": [dict(row) for row in self.attention],
             **({"decoded": dict(self.decoded)} if self.decoded else {}),
             "replay": self._replay(model) if r and model else None,
         }

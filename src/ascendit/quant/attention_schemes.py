@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+log = logging.getLogger("ascendit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,8 @@ class AttentionFormat:
     key_tile: tuple[int | None, int | None]
     value_tile: tuple[int | None, int | None]
     rotate: bool
-    """Multiply Q and K by a Hadamard matrix first, if no `q_rot` and `k_rot` are stored."""
+    """Multiply Q and K by a Hadamard matrix first, if no `q_rot` and `k_rot` are stored; stored ones are used
+    in every scheme."""
     smooth_key: bool = False
     """Subtract the mean over tokens from K first, which changes no probability."""
 
@@ -62,3 +67,15 @@ ATTENTION_FORMATS: Mapping[str, AttentionFormat] = {
     ),
 }
 """Scheme -> how it quantizes."""
+QUANT_TYPES: Mapping[str, str] = {f.quant_type: name for name, f in ATTENTION_FORMATS.items()}
+"""`AttentionFormat.quant_type` -> scheme."""
+
+
+def warn_about_bf16(name: str, schemes: Iterable[str]) -> None:
+    """Log a warning that model `name`, whose attention is not ascendit's, does not quantize it.
+
+    `schemes`: one for each quantized attention.
+    """
+    if counts := Counter(schemes):
+        text = ", ".join(f"{scheme} for {n}" for scheme, n in counts.items())
+        log.warning("%s: attention runs in BF16; only ascendit's own pipeline quantizes it (%s)", name, text)

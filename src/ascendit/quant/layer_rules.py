@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, StrictBool, ValidationInfo, field_validator
 
-from ascendit.errors import CheckpointError, UsageError
+from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.foreign import value_for
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import to_wan
+from ascendit.quant.attention_schemes import QUANT_TYPES
 from ascendit.quant.schemes import SCHEMES
 from ascendit.validation import Model, described, problem
 
-log = logging.getLogger("ascendit")
-QUANT_TYPES = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC", "INT8_DYNAMIC")
-"""msModelSlim's names for quantized attention."""
 OUTSIDE = "not a linear of the blocks"
 LIST_LAYERS = "correct the pattern; `*` crosses dots, and `ascendit inspect SRC --layers` lists the names"
 
@@ -184,22 +179,3 @@ def _no_layer(pattern: str, origin: str, names: Sequence[str], fix: str) -> Usag
         fix=f"{_keep_fix(without_wildcards, names)}; {fix}" if origin == "--keep" else fix,
         code="E-USE-05",
     )
-
-
-def warn_about_attention(name: str, quant_types: Iterable[str], path: Path | str = "") -> None:
-    """Log a warning if a model declares quantized attention, which runs in BF16.
-
-    `quant_types`: one for each attention, from a recipe, or from the manifest at `path`.
-    Raises CheckpointError (E-CKP-07) if one is not in `QUANT_TYPES`.
-    """
-    counts = Counter(quant_types)
-    if unknown := sorted(counts.keys() - set(QUANT_TYPES)):
-        raise CheckpointError(
-            f"{path}: attention of type {', '.join(unknown)} in the manifest",
-            needs=f"one of {', '.join(QUANT_TYPES)}",
-            fix="correct quant_model_description.json, or export the model again",
-            code="E-CKP-07",
-        )
-    if counts:
-        types = ", ".join(f"{quant_type} for {n}" for quant_type, n in counts.items())
-        log.warning("%s: quantized attention (%s) runs in BF16", name, types)

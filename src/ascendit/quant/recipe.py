@@ -18,13 +18,14 @@ A recipe is a TOML file, either a built-in one in `recipes/` or any other path.
     scheme = "mxfp8"
     kinds = ["t2v"]                # optional: the rule applies only to these model kinds
 
-    [[attention]]                  # entries for attention on an NPU; for each key the last one wins
+    [[attention]]                  # quantized attention; for each key the last one wins
     layers = "*.attn1"
-    quant_type = "FP8_DYNAMIC"     # msModelSlim's name; "" removes it
-    rotate = true                  # store Hadamard rotations q_rot and k_rot
+    quant_type = "FP8_DYNAMIC"     # msModelSlim's name of the scheme; "" removes it
+    rotate = true                  # store Hadamard rotations q_rot and k_rot, which FP8 and MX use anyway
 
-A pattern is matched against Diffusers' and original Wan names of the linear layers in blocks; if it matches
-none, against embedders, `time_proj` and `proj_out`. A pattern that matches no layer is an error.
+A recipe may have either kind of entry, or both. A pattern is matched against Diffusers' and original Wan
+names of the linear layers in blocks; if it matches none, against embedders, `time_proj` and `proj_out`. A
+pattern that matches no layer is an error.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class Recipe(Model):
 
     @model_validator(mode="after")
     def _has_rules(self) -> Self:
-        if not self.rules:
-            raise problem("it has no [[rules]]")
+        if not self.rules and not self.attention:
+            raise problem("it has no [[rules]] and no [[attention]]")
         return self
 
     def layer_schemes(

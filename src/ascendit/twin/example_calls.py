@@ -225,11 +225,29 @@ def _only_a5() -> Iterator[Sample]:
     named = {"num_query_heads": 2, "softmax_scale": 128**-0.5, "input_layout": "BNSD", "out_dtype": BF16}
     infer = "fused_infer_attention_score_v2"
     for name in (f"npu_{infer}", f"mindiesd::{infer}"):
-        yield Sample(f"{name}, fp8", name, tuple(t for t, _ in fp8), {**modes, **scaled, **named})
+        qdata = tuple(t for t, _ in fp8)
+        yield Sample(f"{name}, fp8", name, qdata, {**modes, **scaled, **named, "return_softmax_lse": True})
+    yield _mxfp8_attention(f"npu_{infer}")
     q = rand(1, 2, 300, 64)
     mask = torch.ones(1, 2, 3, 3, dtype=torch.int8).triu()
     sparse = {"block_sparse_mask": mask, "num_key_value_heads": 2, "scale_value": 0.125, "inner_precise": 4}
     yield Sample("sparse attention", "mindiesd::block_sparse_attention", (q, q, q), sparse)
+
+
+def _mxfp8_attention(name: str) -> Sample:
+    tensors = [rand(n, 2, 64, seed=n) for n in (40, 70, 70)]
+    axes, roles = (-1, -1, 0), ("query", "key", "value")
+    pairs = [
+        call("npu_dynamic_mx_quant", t, axis=axis, dst_type=FP8_E4M3)
+        for t, axis in zip(tensors, axes, strict=True)
+    ]
+    options: dict[str, Any] = {"num_query_heads": 2, "softmax_scale": 0.125, "input_layout": "TND"}
+    options |= {"actual_seq_qlen": [40], "actual_seq_kvlen": [70], "out_dtype": BF16}
+    for role, mode, (_, scale) in zip(roles, (6, 6, 8), pairs, strict=True):
+        options |= {f"{role}_quant_mode": mode, f"dequant_scale_{role}": scale}
+        options |= {f"{role}_dtype": torch.float8_e4m3fn, f"dequant_scale_{role}_dtype": SCALE_E8M0}
+    qdata = tuple(q for q, _ in pairs)
+    return Sample(f"{name}, mxfp8", name, qdata, {**options, "return_softmax_lse": True})
 
 
 def _blocks(t: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,15 @@ from ascendit.checkpoint.component import EXPERTS, noise_of, read_json
 from ascendit.checkpoint.kind_table import KINDS
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
 from ascendit.checkpoint.layout import RECORD_FILE
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.stored_kinds import kinds_text
 from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.checkpoint.trust import Home
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.family import Task, WanConfig
-from ascendit.names import grouped, is_block_linear
+from ascendit.names import grouped, is_block_linear, on_disk
+from ascendit.quant.attention_schemes import QUANT_TYPES
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
@@ -69,6 +71,13 @@ class AppliedRecipe(LayerSchemes):
             layer.name: layer.scheme
             for layer in self.layers
             if is_block_linear(layer.name) or layer.scheme != "bf16" or layer.name in self.smoothing
+        }
+
+    @property
+    def attention_types(self) -> dict[str, str]:
+        """`<attn>.quant_type` -> its value, of the source and of the recipe."""
+        return self.expert.attention | {
+            f"{a.name}{QUANT_TYPE}": a.quant_type for a in self.attention if a.quant_type
         }
 
     @property
@@ -221,6 +230,24 @@ def recorded_kinds(experts: Iterable[Expert]) -> dict[str, dict[str, list[str]]]
     """
     kinds = {expert.name: [*lost] for expert in experts if (lost := lossy_kinds(expert))}
     return {STORED_AS: kinds} if kinds else {}
+
+
+def attention_schemes(expert: Expert, applied: AppliedRecipe | None) -> dict[str, str]:
+    """Attention -> its scheme of `ATTENTION_FORMATS`, for those that a manifest or `applied` quantizes.
+
+    Raises CheckpointError (E-CKP-07) for a type that cannot be computed: static scales, mixed formats.
+    """
+    types = expert.attention if applied is None else applied.attention_types
+    if unknown := [name for name, value in types.items() if value not in QUANT_TYPES]:
+        first = f"{on_disk(unknown[0], expert.naming)} is {types[unknown[0]]}"
+        raise CheckpointError(
+            f"{expert.path}: {len(unknown)} attentions of types without a kernel: {first}",
+            needs=f"one of {', '.join(QUANT_TYPES)}, not static scales (FAQuant) or mixed formats",
+            fix="export the model with one of these; or remove the entries from the manifest, "
+            "and these attentions run in BF16",
+            code="E-CKP-07",
+        )
+    return {name.removesuffix(QUANT_TYPE): QUANT_TYPES[value] for name, value in types.items()}
 
 
 def head_dim(expert: Expert) -> int:

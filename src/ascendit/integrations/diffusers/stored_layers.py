@@ -18,8 +18,9 @@ from ascendit.checkpoint.transformer import read_expert
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
-from ascendit.quant.layer_rules import warn_about_attention
+from ascendit.quant.attention_schemes import warn_about_bf16
 from ascendit.quant.schemes import FP8_TILES, SCHEMES
+from ascendit.weights.applied_recipe import attention_schemes
 
 
 def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
@@ -36,7 +37,7 @@ def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Lay
         expert = read_expert(
             Part("transformer", folder, "diffusers", TRANSFORMER, config, files=tuple(files))
         )
-        warn_about_attention(expert.name, expert.attention.values(), expert.path)
+        warn_about_bf16(expert.name, attention_schemes(expert, None).values())
         layers = expert.layers
     else:
         layers = _by_dtype(model, Shards.from_files(files).tensors)

@@ -23,13 +23,14 @@ LARGEST_HEAD = 256
 
 def list_kernels() -> tuple[Kernel, ...]:
     """The attention kernels, best first."""
-    fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel")
+    fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
     built = declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
     if built.library is None:
         return fused, qk_int8.kernel()
     reason = f"native: {built.reason}, for BF16 activations"
     compiled = _compiled(built.library.attention_bf16)
-    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp"), fused, qk_int8.kernel()
+    best = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
+    return best, fused, qk_int8.kernel()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

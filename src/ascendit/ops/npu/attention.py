@@ -1,8 +1,7 @@
 """Dense attention on an Ascend NPU: one function per kernel, with the contract of `reference.attention`.
 
-q, k and v keep the model's layout [B, S, H, d] (BSND), so nothing is transposed. No mask is passed: Wan has
-none, and its meaning is the opposite of F.scaled_dot_product_attention's. The scale is always passed, because
-the kernels default to 1.0 and 0.0.
+No mask is passed: Wan has none, and its meaning is the opposite of F.scaled_dot_product_attention's. The scale
+is always passed, because the kernels default to 1.0 and 0.0. `device/attention_kernels.py` has the limits.
 """
 
 from __future__ import annotations
@@ -10,42 +9,94 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.errors import UsageError
+from ascendit.kernels.kernel import Attended
 
-INFER_HEADS = 512
-"""Largest head size of npu_fused_infer_attention_score_v2; a multiple of 16."""
+LASER_TOKENS, LASER_HEAD = 256, 128
+"""`mindiesd::la` takes a multiple of this many tokens, and heads of this size."""
+NO_PADDING = 2**31 - 1
+"""`pre_tokens` of `mindiesd::la` if no key is padding; below 256 it is the number of padding keys."""
 
 
-def fusion_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fusion_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """As `reference.attention`, with npu_fusion_attention: every chip, head sizes up to 768.
 
-    Accepts any strides; CANN copies inputs that are not contiguous with an extra kernel.
+    The layout is the model's, BSND, so nothing is transposed. Accepts any strides; CANN copies inputs that are
+    not contiguous with an extra kernel.
     """
     scale = q.shape[-1] ** -0.5
-    out: Tensor = torch.ops.npu.npu_fusion_attention(q, k, v, q.shape[2], "BSND", scale=scale)[0]
-    return out
+    out, top, total, *_ = torch.ops.npu.npu_fusion_attention(q, k, v, q.shape[2], "BSND", scale=scale)
+    return (out, top[..., 0] + total[..., 0].log()) if return_lse else out
 
 
-def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """As `reference.attention`, with npu_fused_infer_attention_score_v2, which supports graph capture.
 
     Runs on every chip. Raises UsageError (E-USE-01) unless the dtype is float16 or bfloat16 and the head size
     a multiple of 16, at most 512. Inputs that are not contiguous are copied.
     """
-    head = q.shape[-1]
-    if q.dtype not in (torch.bfloat16, torch.float16) or head % 16 or head > INFER_HEADS:
-        raise UsageError(
-            f"attention=fused_infer with head size {head} in {str(q.dtype)[6:]}",
-            needs=f"bfloat16 or float16, and a head size that is a multiple of 16 and at most {INFER_HEADS}",
-            fix="use --set attention=fusion, which supports it",
-        )
-    out: Tensor = torch.ops.npu.npu_fused_infer_attention_score_v2(
+    check_inputs("fused_infer", q, k)
+    out, lse = torch.ops.npu.npu_fused_infer_attention_score_v2(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
         num_query_heads=q.shape[2],
         num_key_value_heads=k.shape[2],
         input_layout="BSND",
-        softmax_scale=head**-0.5,
-    )[0]
+        softmax_scale=q.shape[-1] ** -0.5,
+        return_softmax_lse=return_lse,
+    )
+    return (out, lse[..., 0]) if return_lse else out
+
+
+def laser_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
+    """As `reference.attention`, with MindIE-SD's laser attention in float16, on a2 and a3.
+
+    Values beyond 65504 become infinite in float16, and the output NaN; the check of the finished latents
+    detects it. Tokens are padded to a multiple of 256, heads to 128; the operator masks the padding. Raises
+    UsageError (E-USE-01) unless q and k have one length, at least 2048, the head size is at most 128, and the
+    dtype float16 or bfloat16.
+    """
+    check_inputs("laser", q, k)
+    (_, s, heads, d), padding = q.shape, -q.shape[1] % LASER_TOKENS
+    lse, out = torch.ops.mindiesd.la(
+        *(_for_laser(t, padding) for t in (q, k, v)),
+        scale_value=d**-0.5,
+        head_num=heads,
+        input_layout="BNSD",
+        pre_tokens=padding or NO_PADDING,
+    )
+    result = out[:, :, :s, :d].transpose(1, 2).to(q.dtype)
+    return (result, lse[:, :, :s]) if return_lse else result
+
+
+def _for_laser(t: Tensor, padding: int) -> Tensor:
+    """[B, S, H, d] -> float16 [B, H, S + padding, 128], padded with zeros: one kernel, two if padded."""
+    b, s, heads, d = t.shape
+    new = torch.zeros if padding or d < LASER_HEAD else torch.empty
+    out = new(b, heads, s + padding, LASER_HEAD, dtype=torch.float16, device=t.device)
+    out[:, :, :s, :d].copy_(t.transpose(1, 2))
     return out
+
+
+def check_inputs(name: str, q: Tensor, k: Tensor) -> None:
+    """Check q [B, S, H, d] and k [B, L, H, d] for a kernel of `ATTENTION_KERNELS`.
+
+    Raises UsageError (E-USE-01) for a dtype, head size or length that it does not take.
+    """
+    row = ATTENTION_KERNELS[name]
+    dtype, d, s, keys = str(q.dtype)[6:], q.shape[-1], q.shape[1], k.shape[1]
+    largest, only_self = row.largest_head or d, row.kinds == ("self",)
+    head_fits = d <= largest and d % row.head_multiple == 0
+    length_fits = min(s, keys) >= row.shortest and (s == keys or not only_self)
+    if dtype in row.dtypes and head_fits and length_fits:
+        return
+    lengths = "" if length_fits else f", {s} queries and {keys} keys"
+    kind = "self-attention" if only_self else "attention"
+    raise UsageError(
+        f"attention={name} with head size {d} in {dtype}{lengths}",
+        needs=f"{' or '.join(row.dtypes)}; {kind} of at least {row.shortest} tokens; a head size of at most "
+        f"{largest}, a multiple of {row.head_multiple}",
+        fix="use --set attention=fusion, which supports it",
+    )

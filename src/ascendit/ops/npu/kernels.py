@@ -1,8 +1,8 @@
 """The kernels of an Ascend NPU and its twin, the best of each operator first.
 
 `device/operator_support.py` lists the operators of each chip; `hasattr` is not enough, since torch_npu has
-every name on every chip. MindIE-SD's RoPE and attention are not listed, because they call operators listed
-here.
+every name on every chip. MindIE-SD's RoPE and `fused_attn_score` are not listed, because they call operators
+listed here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from ascendit.device.device import Device
 from ascendit.device.operator_support import capability
 from ascendit.kernels.kernel import Function, Kernel, Prepare, Wish, in_dtype
-from ascendit.ops.npu import attention, elementwise, linear
+from ascendit.ops.npu import attention, elementwise, linear, quantized_attention
 
 
 def _kernel(operator: str, needs: str, call: Function, reason: str, prepare: Prepare | None = None) -> Kernel:
@@ -69,27 +69,42 @@ KERNELS: tuple[Kernel, ...] = (
         name="fused_infer",
         on_request=True,
     ),
+    Kernel(
+        "attention",
+        "npu",
+        attention.laser_attention,
+        "on request; computes in float16, self-attention of at least 2048 tokens only",
+        "mindiesd::la",
+        name="laser",
+        on_request=True,
+    ),
 )
 """The dense operators. `needs`: the operator of torch.ops that it calls."""
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
-    """`KERNELS`, and the quantized linear kernels of this chip."""
+    """`KERNELS`, and the quantized attention and linear kernels of this chip."""
     chip = str(device.chip)
-    return (*(_for_chip(chip, k) for k in KERNELS), *linear.list_kernels(device))
+    kernels = (*KERNELS, *quantized_attention.list_kernels(wish))
+    return (*(_for_chip(chip, k) for k in kernels), *linear.list_kernels(device))
 
 
 def _for_chip(chip: str, kernel: Kernel) -> Kernel:
+    """Quantized attention is a mode of its operator, with the name of the scheme."""
+    if not kernel.needs:
+        return kernel
+    quantized = kernel.operator.partition("attention_")[2]
+    mode = (quantized,) if quantized else ()
     reason = f"npu: {kernel.needs}: {kernel.reason}"
-    return replace(kernel, reason=reason, missing=lambda: missing(kernel.needs, chip))
+    return replace(kernel, reason=reason, missing=lambda: missing(kernel.needs, chip, *mode))
 
 
-def missing(call: str, chip: str) -> str:
-    """Why the operator `call` cannot be used on `chip`, "" if it can."""
+def missing(call: str, chip: str, mode: str = "") -> str:
+    """Why the operator `call` cannot be used on `chip`, "" if it can. `mode`: of `CAPABILITIES`."""
     namespace, _, name = call.rpartition("::")
     if namespace == "aten":
         return ""
-    if capability(call).support_on(chip) != "yes":
+    if capability(call, mode).support_on(chip) != "yes":
         return f"{call} does not run on {chip}"
     if not hasattr(getattr(torch.ops, namespace or "npu"), name):
         return f"{call} is not installed"

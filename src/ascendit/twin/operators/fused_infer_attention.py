@@ -19,6 +19,10 @@ _MASKS = (torch.bool, torch.uint8, torch.int8)
 _OUTPUTS = {"BNSD_BSND": "BSND", "BSH_BNSD": "BNSD", "BSND_BNSD": "BNSD", "NTD_TND": "TND", "TND_NTD": "NTD"}
 _QKV = ("query", "key", "value")
 _SCALES = tuple(f"dequant_scale_{name}" for name in _QKV)
+_TILE_MODES, _MX_MODES = (7, 7, 7), (6, 6, 8)
+"""Quant modes of query, key and value: a float32 scale per tile; an E8M0 scale per 32 values."""
+_ROWS, _AXES = (128, 256, 256), (-1, -1, 0)
+"""Tokens per tile, of 128 channels; the axes of the MX blocks of [T, N, D]."""
 _FIRST = frozenset(
     (*_QKV, "num_heads", "scale", "pre_tokens", "next_tokens", "input_layout", "num_key_value_heads")
     + ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag", "sparse_mode")
@@ -89,7 +93,7 @@ def _version_2(name: str, a: Call) -> Iterator[Any]:
     _check(a, [n for n, v in vars(a).items() if isinstance(v, Tensor) and n not in computed])
     out_dtype, dequantize = a.query.dtype, None
     if quantized:
-        check_capability(name, "quantized")
+        check_capability(name, "mxfp8" if modes == _MX_MODES else "fp8")
         number = a.out_dtype
         number = contract.number_of(number) if isinstance(number, torch.dtype) else number
         out_dtype = contract.output_dtype(number, (torch.bfloat16, torch.float16), "FP8 attention")
@@ -106,17 +110,29 @@ def _dequantizer(a: Call, modes: tuple[int, ...]) -> Any:
     """Dequantizer of query, key and value. Probabilities stay float32; a card may quantize them."""
     scales = [getattr(a, name) for name in _SCALES]
     scaled = [isinstance(s, Tensor) for s in scales]
-    a.require(modes in ((7, 7, 7), (6, 6, 8)) and all(scaled), "infer.modes", modes=modes, scaled=scaled)
-    if modes == (7, 7, 7):
-        valid = a.input_layout.startswith("BNSD") and all(s.dim() == 4 and s.shape[0] == 1 for s in scales)
-        a.require(valid, "infer.block_scales", shapes=[tuple(s.shape) for s in scales])
+    a.require(modes in (_TILE_MODES, _MX_MODES) and all(scaled), "infer.modes", modes=modes, scaled=scaled)
+    qkv = (a.query, a.key, a.value)
+    shapes = [tuple(s.shape) for s in scales]
+    if modes == _TILE_MODES:
+        tiles = [
+            (1, t.shape[1], -(-t.shape[2] // rows), -(-t.shape[3] // 128))
+            for t, rows in zip(qkv, _ROWS, strict=True)
+            if t.dim() == 4
+        ]
+        valid = a.input_layout.startswith("BNSD") and len(a.query) == 1 and shapes == tiles
+        a.require(valid, "infer.block_scales", shapes=shapes, tiles=tiles)
         return lambda *qkv: [dequantize_blocks(t, s) for t, s in zip(qkv, scales, strict=True)]
     dtypes = {getattr(a, f"{name}_dtype") for name in _SCALES}
     a.require(a.input_layout == "TND" and dtypes == {contract.SCALE_E8M0}, "infer.mx_scales")
-    element = mx_quantize.TARGETS[contract.FP8_E4M3].element
+    target = mx_quantize.TARGETS[contract.FP8_E4M3]
+    pairs = [
+        mx_quantize.outs(tuple(t.shape), axis % 3, target, 32)[1].shape
+        for t, axis in zip(qkv, _AXES, strict=True)
+    ]
+    a.require(shapes == pairs, "infer.mx_scale_shapes", shapes=shapes, pairs=pairs)
     return lambda *qkv: [
-        mx_quantize.dequantize(t, s, axis, element)
-        for t, s, axis in zip(qkv, scales, (-1, -1, 0), strict=True)
+        mx_quantize.dequantize(t, s, axis, target.element).contiguous()
+        for t, s, axis in zip(qkv, scales, _AXES, strict=True)
     ]
 
 

@@ -1,0 +1,1 @@
+"""Attention: which kernel when, and quantized attention."""
