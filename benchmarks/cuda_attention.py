@@ -153,7 +153,7 @@ def medians(calls: Mapping[str, Callable[[], object]], device: Any, reps: int) -
 def measure(
     kernels: Mapping[str, Kernel], device: Any, sizes: tuple[int, int, int], reps: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Print the table of one size (queries, keys, heads). Returns milliseconds, and the kernels that are not correct."""
+    """Print the table of one size (queries, keys, heads). Returns milliseconds and errors of kernels."""
     queries, keys, heads = sizes
     tensors = inputs(queries, keys, heads, device.torch_name)
     rows = torch.randint(queries, (64,), device=device.torch_name)
