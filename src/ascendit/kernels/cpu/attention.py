@@ -29,8 +29,8 @@ def list_kernels() -> tuple[Kernel, ...]:
         return fused, qk_int8.kernel()
     reason = f"native: {built.reason}, for BF16 activations"
     compiled = _compiled(built.library.attention_bf16)
-    best = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
-    return best, fused, qk_int8.kernel()
+    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
+    return cpp, fused, qk_int8.kernel()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

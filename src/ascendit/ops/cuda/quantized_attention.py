@@ -62,7 +62,7 @@ def qk_int8(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Att
         raise UsageError(
             f"attention qk_int8 on {str(q.dtype).removeprefix('torch.')} with heads of {q.shape[3]}",
             needs=f"bfloat16 and heads of {', '.join(map(str, HEAD_SIZES))}",
-            fix="another attention kernel, such as sdpa",
+            fix="--attention sdpa",
         )
     mean = k.mean(1, keepdim=True, dtype=torch.float32)
     rows = quantize(q, "int8", 1), quantize(k, "int8", 1, mean=mean)
