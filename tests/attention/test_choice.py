@@ -1,4 +1,4 @@
-"""The choice of a kernel: the best for the size, requests, and the errors of those that the device refuses."""
+"""The choice of a kernel: the best for the size, requests, and errors of requests that cannot be met."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_the_step_then_the_request_then_the_model_decide() -> None:
         ("twin:a2", "laser", TEXT, "text=laser on twin:a2: it computes self-attention only",
          "fusion or fused_infer or reference for cross-attention to the text",
          "--attention self=laser,cross=fusion"),
-        ("twin:a5", "self=laser", CALL, "mindiesd::la does not run on a5", "fusion or fused_infer or reference",
-         "--attention self=fusion"),
+        ("twin:a5", "self=laser", CALL, "mindiesd::la does not run on a5",
+         "fusion or fused_infer or reference", "--attention self=fusion"),
         ("twin:a2", "self=laser", replace(CALL, queries=2040, keys=2040), "at least 2048 tokens, not 2040",
          "fusion", "--attention self=fusion"),
         ("twin:a2", "self=laser", replace(CALL, key_length=8000), "it takes no padded keys", "fusion",
@@ -99,7 +99,8 @@ def test_the_step_then_the_request_then_the_model_decide() -> None:
         ("twin:a3", "self=laser", replace(CALL, head_dim=192), "head sizes up to 128, not 192", "fusion",
          "--attention self=fusion"),
         ("twin:a5", "fused_infer", replace(CALL, head_dim=24), "multiples of 16, not 24",
-         "fusion or reference for self-attention; laser: mindiesd::la does not run on a5", "--attention fusion"),
+         "fusion or reference for self-attention; laser: mindiesd::la does not run on a5",
+         "--attention fusion"),
         ("cpu", "cpu", replace(CALL, dtype="float16"), "it takes bfloat16, not float16",
          "sdpa or reference for self-attention; qk_int8: it takes bfloat16", "--attention sdpa"),
         ("cpu", "self=fusion,cross=sdpa", CALL, "it needs an NPU or its twin", "cpu or sdpa",
@@ -123,7 +124,9 @@ def test_a_kernel_that_is_not_installed_is_a_problem_of_the_machine() -> None:
     assert "mindiesd is not installed" in error.got and fix_of(error) == "--attention self=fusion"
 
 
-@pytest.mark.parametrize(("device", "scheme"), [("twin:a2", "fp8"), ("twin:a3", "mxfp8"), ("twin:a5", "int8")])
+@pytest.mark.parametrize(
+    ("device", "scheme"), [("twin:a2", "fp8"), ("twin:a3", "mxfp8"), ("twin:a5", "int8")]
+)
 def test_a_scheme_that_the_chip_lacks_needs_emulation(device: str, scheme: str) -> None:
     error = refusal(device, f"self={scheme}")
     assert isinstance(error, EnvironmentProblem) and error.code == "E-CAP-01"

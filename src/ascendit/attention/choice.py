@@ -1,7 +1,7 @@
 """Choose the kernel of each attention: the requested one, or the best that the device has for its size.
 
     policy = AttentionPolicy(device=parse_device("twin:a2"), request=parse_attention("self=laser"))
-    policy.choose(AttentionCall(kind="self", dtype="bfloat16", heads=40, head_dim=128, queries=75600, keys=75600))
+    policy.choose(calls["self"])            # Choice(name="laser", reason="requested")
 
 The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run refuses
 what the run would refuse.
@@ -125,7 +125,8 @@ class AttentionPolicy:
         """The kernel or scheme of an attention.
 
         `step`: the request of the step schedule. `declared`: the scheme that the model declares. The first of
-        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error. Raises UsageError (E-USE-01) for a request that the size or
+        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error.
+        Raises UsageError (E-USE-01) for a request that the size or
         kind of the attention excludes, EnvironmentProblem (E-CAP-01) for one that the chip or machine does.
         """
         sources = {"step policy": step, "requested": self.request.get(call.kind), "of the model": declared}
@@ -149,7 +150,7 @@ class AttentionPolicy:
         measured = self.measured(self.device, call)
         if measured and not (ATTENTION_KERNELS[measured[0]].on_request or self.problem_of(measured[0], call)):
             return Choice(name=measured[0], reason=measured[1])
-        skipped = []
+        skipped: list[str] = []
         for name, kernel in self._kernels().items():
             if kernel.on_request:
                 continue
@@ -175,9 +176,7 @@ class AttentionPolicy:
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
             size = max(row.shortest, 1)
-            call = AttentionCall(
-                kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size
-            )
+            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.cli.generate_options import KEYS, SPLIT, check_values, own_value, parse_settings, typed_layer
 from ascendit.cli.output import COMMON
 from ascendit.cli.prompts import parse_seeds
-from ascendit.attention.choice import AttentionPolicy
 from ascendit.device.attention_kernels import parse_attention
 from ascendit.device.device import parse_device
 from ascendit.errors import AscenditError

@@ -269,8 +269,8 @@ class WanTransformer(nn.Module):
     ) -> AttentionPlan:
         """The attention of `steps`, for both CFG branches.
 
-        `tokens`: those of the video; after the first `key_length` they are padding. `contexts`: kind -> tokens
-        of text and image. `policy`: the requests, None for the default kernels. Raises the errors of
+        `tokens`: those of the video; after the first `key_length` they are padding. `contexts`: kind ->
+        tokens of text and image. `policy`: the requests, None for the default kernels. Raises the errors of
         `make_plan`.
         """
         calls = calls_of(self.config, str(self.dtype)[6:], tokens, contexts, key_length)

@@ -52,7 +52,9 @@ def check_policy(model: PreparedModel) -> None:
     Raises the errors of `resolve`.
     """
     steps = dict(enumerate(model.schedule.settings))
-    contexts: dict[Kind, int] = {"text": LONG} | ({"image": LONG} if model.needs_image_encoder else {})
+    contexts: dict[Kind, int] = {"text": LONG}
+    if model.needs_image_encoder:
+        contexts["image"] = LONG
     for expert, applied in model.experts:
         _resolved(model, expert, applied, LONG, contexts, steps)
 

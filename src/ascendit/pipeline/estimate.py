@@ -16,7 +16,6 @@ from ascendit import geometry
 from ascendit.checkpoint.transformer import model_config
 from ascendit.pipeline.job import Prepared
 from ascendit.pipeline.memory import Memory, memory_of
-from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.sigmas import is_high_noise
 from ascendit.report import human_bytes

@@ -251,7 +251,12 @@ class LoadOptions(Checked):
         int | None,
         BeforeValidator(_count),
         Option("Heads of self-attention in one call; must divide the heads.", "N", hidden=True),
-        Variable("USE_SUB_HEAD", {}, "{} heads of self-attention in one call (--sub-head overrides it)", number=True),
+        Variable(
+            "USE_SUB_HEAD",
+            {},
+            "{} heads of self-attention in one call (--sub-head overrides it)",
+            number=True,
+        ),
     ] = None
     attention_probabilities: Annotated[
         Literal["one", "two"] | None,
