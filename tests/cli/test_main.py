@@ -116,6 +116,8 @@ HIDDEN = {
         "--defaults",
         "--text-on",
         "--lora-skip",
+        "--attention",
+        "--sub-head",
         "--max-memory",
     ]
 }

@@ -3,8 +3,8 @@
     policy = AttentionPolicy(device=parse_device("twin:a2"), request=parse_attention("self=laser"))
     policy.choose(calls["self"])            # Choice(name="laser", reason="requested")
 
-The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run refuses
-what the run would refuse.
+The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run has the
+errors of the run.
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ class AttentionPolicy:
             return Choice(name=name, reason=reason, sub_head=sub_head)
         if name == AUTOMATIC:
             best = self.automatic(call)
-            why = best.reason if reason == "default" else f"{reason}: bf16; {best.reason}"
-            return replace(best, reason=why, sub_head=sub_head)
+            if reason != "default":
+                best = replace(best, reason=f"{reason}: bf16; {best.reason}")
+            return replace(best, sub_head=sub_head)
         if problem := self.problem_of(name, call):
             raise self._refused(name, call, problem, step, calls)
         return Choice(name=name, reason=reason, sub_head=sub_head)
@@ -169,7 +170,7 @@ class AttentionPolicy:
         return sorted(names, key=lambda name: ATTENTION_KERNELS[name].on_request)
 
     def check_names(self) -> None:
-        """Raise the error of a request that this device refuses for every size, before a model is read."""
+        """Raise UsageError (E-USE-01) for a request that this device refuses for every size."""
         for kind, name in self.request.items():
             if name in ATTENTION_FORMATS or name == AUTOMATIC:
                 continue
