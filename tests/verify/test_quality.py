@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from functools import cache
@@ -19,7 +20,8 @@ from ascendit.errors import Cancelled, UsageError
 from ascendit.mx.codec import decode, encode
 from ascendit.pipeline import generate, solver
 from ascendit.pipeline.generate import Pipeline
-from ascendit.quant.recipe import recipe_names
+from ascendit.quant.attention_schemes import ATTENTION_FORMATS
+from ascendit.quant.recipe import FOLDER, recipe_names
 from ascendit.quant.schemes import SCHEMES
 from ascendit.verify.quality import (
     bits_per_weight,
@@ -67,6 +69,7 @@ def test_every_scheme_and_every_recipe_has_a_row() -> None:
     assert {o["scheme"] for o in options if "scheme" in o} == set(SCHEMES) - {"bf16"}
     assert {o["recipe"] for o in options if "recipe" in o} == set(recipe_names()) - {"default"}
     assert sum("step_policy" in o for o in options) >= 2
+    assert {o["attention"] for o in options if "attention" in o} == {f"self={n}" for n in ATTENTION_FORMATS}
     assert {c.name: c.most_lost for c in default_cases() if c.most_lost is not None} == {
         "int8": 2,
         "int8_block": 2,
@@ -133,15 +136,23 @@ def test_the_report_shows_the_worst_video() -> None:
         assert f" {value:.1f}</td>" in text
 
 
-def test_equal_cases_are_run_once() -> None:
-    """The two recipes differ only in attention, which is BF16 here."""
+def test_equal_cases_are_run_once(tmp_path: Path) -> None:
+    """A recipe in another file; two recipes that differ only in attention are different."""
+    copy = tmp_path / "copy.toml"
+    shutil.copy(FOLDER / "ascend-w4a4.toml", copy)
     reported: list[str] = []
-    same = choose_cases(["ascend-w4a4", "ascend-w4a4f4"])
+    cases = choose_cases(["ascend-w4a4", str(copy), "ascend-w4a4f4"])
     fields = {**SHORT, "num_inference_steps": 1}
-    quality = measure_quality("demo", same, pick(1), [0], on_video=lambda c, _: reported.append(c), **fields)
-    assert reported == ["bf16", "ascend-w4a4"]
-    assert [row.name for row in quality.rows] == ["bf16", "ascend-w4a4", "ascend-w4a4f4"]
-    assert quality.rows[2] == replace(quality.rows[1], name="ascend-w4a4f4", options=same[1].options)
+    quality = measure_quality("demo", cases, pick(1), [0], on_video=lambda c, _: reported.append(c), **fields)
+    assert reported == ["bf16", "ascend-w4a4", "ascend-w4a4f4"]
+    _, first, same, other = quality.rows
+    assert same == replace(first, name=str(copy), options=cases[1].options)
+    name = "transformer/blocks.3.attn1"
+    assert first.layers[name] > other.layers[name] + 5  # fp8 and mxfp4
+    assert "transformer/blocks.0.attn1" not in first.layers
+    assert {k: v for k, v in first.layers.items() if "to_" in k} == {
+        k: v for k, v in other.layers.items() if "to_" in k
+    }
 
 
 def test_the_fingerprint_depends_on_policy_and_weights() -> None:

@@ -3,8 +3,9 @@
     quality = measure_quality("demo", default_cases(), pick(192), [0], jobs=2)
     print(quality.table())
 
-For each case: SQNR of every layer's output on sampled inputs of a BF16 run, distance of the latents after
-each step, PSNR and SSIM of the frames, and the number of videos that match their prompt (`adherence.judge`).
+For each case: SQNR of the output of every quantized layer and attention on inputs of a BF16 run, distance of
+the latents after each step, PSNR and SSIM of the frames, and the number of videos that match their prompt
+(`adherence.judge`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Stop
 from ascendit.model.linear import QuantLinear
+from ascendit.model.wan import Attention
 from ascendit.names import is_block_linear
 from ascendit.pipeline.calibrate import inputs_of, with_recording
 from ascendit.pipeline.frame_checks import Frames, to_uint8
@@ -33,6 +35,7 @@ from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.fusion import first_in_group
+from ascendit.verify.attention_quality import attention_calls, attention_sqnr
 from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim, strip
 from ascendit.verify.quality_table import BASE, Quality, QualityCase, QualityRow
 
@@ -80,13 +83,14 @@ def measure_quality(
         requests = [pipes[0].request(scene.prompt(), seed=seed, **fields) for scene, seed in videos]
         if case is BASE:
             float_pipe, inputs = check_float(pipes[0], model), layer_inputs(pipes[0], requests[0], cancel)
+            calls = attention_calls(float_pipe, requests[0], cancel)
         key = fingerprint(pipes[0])
         if key not in measured:
             on_result = partial(on_video, case.name) if on_video else None
             traces = make_videos(pipes, requests, [scene for scene, _ in videos], cancel, on_result)
             base = base or traces
-            bits, layers = bits_per_weight(pipes[0]), layer_sqnr(float_pipe, pipes[0], inputs)
-            measured[key] = compare_traces(traces, base, bits, layers)
+            layers = layer_sqnr(float_pipe, pipes[0], inputs) | attention_sqnr(pipes[0], calls)
+            measured[key] = compare_traces(traces, base, bits_per_weight(pipes[0]), layers)
         rows.append(replace(measured[key], **vars(case)))
         quality = Quality(
             model=model,
@@ -144,9 +148,12 @@ def make_videos(
 
 
 def fingerprint(pipe: Pipeline) -> bytes:
-    """Hash of all weights and of the step schedule: the same for pipelines that make the same videos."""
-    digest = hashlib.sha256(str(pipe.policy).encode())
-    for name, tensor in nn.ModuleDict(pipe.experts).state_dict().items():
+    """Hash of all weights, the step schedule and attention: equal for pipelines that make the same videos."""
+    experts = nn.ModuleDict(pipe.experts)
+    schemes = {name: m.scheme for name, m in experts.named_modules() if isinstance(m, Attention)}
+    requested = pipe.attention and (dict(pipe.attention.request), pipe.attention.sub_head)
+    digest = hashlib.sha256(f"{pipe.policy} {schemes} {requested}".encode())
+    for name, tensor in experts.state_dict().items():
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

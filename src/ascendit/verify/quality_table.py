@@ -11,6 +11,7 @@ from typing import Any
 from ascendit.errors import UsageError
 from ascendit.pages import charts
 from ascendit.pages.page import Cell, Figure, Page, Part, Pictures, Section, Table
+from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.report import group_by, selected, shell_line
@@ -44,10 +45,11 @@ _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 
 def default_cases() -> tuple[QualityCase, ...]:
-    """Every scheme, MXFP4 with step policies, and every recipe of ascendit."""
+    """Every scheme, MXFP4 with step policies, every recipe of ascendit, and every scheme of attention."""
     options = {name: {"scheme": name} for name in QUANTIZED}
     options |= {f"mxfp4, {p}": {"scheme": "mxfp4", "step_policy": p} for p in _POLICIES}
     options |= {name: {"recipe": name} for name in recipe_names() if name != "default"}
+    options |= {f"attention {name}": {"attention": f"self={name}"} for name in ATTENTION_FORMATS}
     return tuple(QualityCase(name=n, options=o, most_lost=_LIMITS.get(n)) for n, o in options.items())
 
 
@@ -73,7 +75,7 @@ class QualityRow(QualityCase):
     bits: float
     """Bits per weight of the blocks' linear layers, with scales."""
     layers: Mapping[str, float] = field(default_factory=dict)
-    """Quantized layer -> SQNR of its output in dB."""
+    """Quantized layer or attention -> SQNR of its output in dB."""
     right: tuple[bool, ...]
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
