@@ -92,7 +92,11 @@ class Choice:
 
 
 Measured = Callable[[Device, AttentionCall, Callable[[str], bool]], tuple[str, str] | None]
-"""`measured.fastest` for some hardware: the fastest measured kernel that can compute a call, and the reason."""
+"""`measured.fastest` of a processor or card: the fastest measured kernel for a call, and the reason."""
+
+
+def unmeasured(device: Device, call: AttentionCall, usable: Callable[[str], bool]) -> None:
+    """A `Measured` without measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ class AttentionPolicy:
     """Emulate quantized attention on a chip without it; a CPU and CUDA always do."""
     missing: Callable[[str], str] = lambda name: ""
     """Why a kernel that this kind of device has is missing on this machine, "" if it is not."""
-    measured: Measured = lambda device, call, usable: None
+    measured: Measured = unmeasured
 
     def choose(
         self,

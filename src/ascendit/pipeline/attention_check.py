@@ -48,7 +48,7 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )
-    # a GPU or NPU has to be open to know its model; the run reads the measurements of every device
+    # a GPU or NPU has to be open to know its model: `load.open_accelerator` adds its measurements
     is_cpu = device.operators == "cpu"
     return replace(policy, measured=partial(fastest, hardware=processor_name())) if is_cpu else policy
 

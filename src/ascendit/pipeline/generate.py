@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +26,7 @@ from ascendit.device.attention_kernels import Kind
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
+from ascendit.kernels.cpu.attention import attention_probabilities
 from ascendit.kernels.reference import Spans
 from ascendit.model.state import DenoiseState, Shared, Timesteps
 from ascendit.model.wan import WanTransformer
@@ -223,7 +224,9 @@ class Pipeline:
 
         Raises Cancelled (E-CAN-01) while waiting, UsageError (E-USE-01) inside a run of this thread.
         """
-        with self.turn.hold(cancel), hold_chip(self.device, cancel):
+        numbers = self.loaded.get("attention_probabilities")
+        probabilities = attention_probabilities(numbers) if numbers else nullcontext()
+        with self.turn.hold(cancel), hold_chip(self.device, cancel), probabilities:
             activate(self.device)
             yield
 
