@@ -43,10 +43,19 @@ def test_precision_has_no_effect():
     assert note == "PRECISION=1: no effect, noise is always drawn on the CPU" and options == {}
 
 
-@pytest.mark.parametrize("name", ["USE_SUB_HEAD", "OVERLAP"])
-def test_unsupported_variables_are_reported(name):
-    options, (note,) = read({name: "1"})
-    assert note.startswith(f"{name}=1: not used by this version") and options == {}
+def test_unsupported_variables_are_reported():
+    options, (note,) = read({"OVERLAP": "1"})
+    assert note.startswith("OVERLAP=1: not used by this version") and options == {}
+
+
+def test_heads_in_one_call():
+    options, (note,) = read({"USE_SUB_HEAD": "4"})
+    assert options == {"sub_head": 4}
+    assert note == "USE_SUB_HEAD=4: 4 heads of self-attention in one call (--sub-head overrides it)"
+    assert read({"USE_SUB_HEAD": "0"}) == read({"USE_SUB_HEAD": ""}) == ({}, ())
+    with pytest.raises(UsageError, match="USE_SUB_HEAD='all'") as e:
+        read({"USE_SUB_HEAD": "all"})
+    assert e.value.code == "E-USE-01" and "unset USE_SUB_HEAD" in e.value.fix
 
 
 def test_fast_layernorm():
@@ -92,7 +101,8 @@ def test_no_other_module_reads_the_environment():
 
 
 def test_algo_selects_an_npu_kernel():
-    options = [read({"ALGO": n})[0] for n in ("0", "3", "1", "")]
-    assert options == [{"attention": "fusion"}, {"attention": "fused_infer"}, {}, {}]
-    assert "attention=fused_infer on an NPU" in read({"ALGO": "3"})[1][0]
-    assert "ALGO=1: not used by this version, which supports 0, 3" in read({"ALGO": "1"})[1][0]
+    options = [read({"ALGO": n})[0] for n in ("0", "1", "3", "2", "")]
+    assert options == [{}, {"attention": "self=laser"}, {"attention": "self=fused_infer"}, {}, {}]
+    assert "attention self=fused_infer on an NPU" in read({"ALGO": "3"})[1][0]
+    assert "ALGO=0: the default attention kernels" in read({"ALGO": "0"})[1][0]
+    assert "ALGO=2: not used by this version, which supports 0, 1, 3" in read({"ALGO": "2"})[1][0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,13 +29,25 @@ def test_a_schedule_resolves_to_one_record_per_step():
     assert StepSchedule().resolve(2) == (Step("stored", None, None),) * 2
 
 
-@given(
-    st.dictionaries(st.integers(0, 60), st.sampled_from((*PRECISIONS, "stored")), min_size=1),
-    st.sampled_from((*PRECISIONS, "stored")),
+SETTINGS = st.builds(
+    Step, st.sampled_from((*PRECISIONS, "stored")), st.sampled_from((None, "bf16", "fp8", "laser"))
 )
+
+
+@given(st.dictionaries(st.integers(0, 60), SETTINGS, min_size=1), SETTINGS)
 def test_a_schedule_can_be_parsed_from_its_text(steps, default):
-    policy = StepSchedule(tuple((i, Step(p)) for i, p in sorted(steps.items())), Step(default))
+    policy = StepSchedule(tuple(sorted(steps.items())), default)
     assert StepSchedule.parse(str(policy)) == policy
+
+
+def test_attention_of_a_step():
+    policy = StepSchedule.parse("0-3:w4a8+attention=bf16, 5:attention=fp8,default:w4a4")
+    assert policy.settings_of(3) == Step("w4a8", "bf16") and policy.settings_of(5) == Step("stored", "fp8")
+    assert policy.settings_of(4) == Step("w4a4") and policy.precisions == {"w4a8", "stored", "w4a4"}
+    assert str(policy) == "0-3:w4a8+attention=bf16,5:attention=fp8,default:w4a4"
+    attention_only = StepSchedule.parse("0:attention=laser")
+    attention_only.check_schemes({"bf16"}, floats=False)
+    assert attention_only.map(lambda step: replace(step, attention=None)) == StepSchedule(((0, Step()),))
 
 
 def test_stored_appears_in_the_text():
@@ -45,8 +59,11 @@ def test_stored_appears_in_the_text():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "no precision"),
-        ("0-1", "0-1 has no precision"),
+        ("", "no settings"),
+        ("0-1", "0-1 has no settings"),
+        ("0:w4a8+w4a4", "'w4a4' is not one of w4a4, w4a8, bf16, attention=NAME"),
+        ("0:attention=", "'attention=' is not one of"),
+        ("0:attention=fp8+attention=int8", "'attention=int8' is not one of"),
         ("0-1:w4a16", "'w4a16' is not one of w4a4, w4a8, bf16"),
         ("1-0:w4a8", "is in reverse order"),
         ("first:w4a8", "'first' is not a step"),

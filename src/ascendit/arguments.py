@@ -55,8 +55,9 @@ EXAMPLES = {
 }
 """Function -> a complete call."""
 KEYWORDS_OF = {
-    "load": "activation_rule attention defaults device dtype emulate fast_layernorm force keep lora_skip"
-    " loras max_memory nz on_progress ops parts recipe scheme step_policy text_on vae_dtype",
+    "load": "activation_rule attention attention_probabilities defaults device dtype emulate fast_layernorm"
+    " force keep lora_skip loras max_memory nz on_progress ops parts recipe scheme step_policy sub_head text_on"
+    " vae_dtype",
     "generate": "allow_flat boundary_ratio cancel fit flow_shift fps guidance_scale guidance_scale_2 height"
     " image last_image max_sequence_length negative_prompt num_frames num_inference_steps on_progress preset"
     " schedule seed solver timesteps width",
@@ -327,7 +328,7 @@ _ATTRIBUTES = {
     'ascendit.load(model, dtype="float32")': "float",
     'ascendit.load(model, loras=["FILE"])': "load_lora_weights load_lora set_adapters fuse_lora unfuse_lora"
     " load_loras add_lora set_lora unload_lora_weights load_lora_adapter set_lora_adapter",
-    'ascendit.load(model, attention="fusion")': "enable_xformers_memory_efficient_attention"
+    'ascendit.load(model, attention="sdpa")': "enable_xformers_memory_efficient_attention"
     " set_attention_backend set_attn_processor enable_attention_slicing enable_flash_attention",
     "ascendit.repack(src, dst)": "save_pretrained",
     'pipe.generate(prompt, solver="unipc")': "scheduler",

@@ -36,6 +36,8 @@ class Variable:
     """Text of the note; `{}` is replaced by the value of the option."""
     switch: bool = False
     """Whether it accepts 0, on, off, true, false, yes and no as well as 1."""
+    default: str = ""
+    """The note for a value None."""
     number: bool = False
     """Whether it accepts whole numbers, not `values`; 0 is as unset."""
 
@@ -60,7 +62,8 @@ def read_environment(
             text = text if values[text] else ""
         if text in values:
             options |= {} if values[text] is None else {option: values[text]}
-            notes.append(f"{name}={text}: {variable.effect.format(values[text])}")
+            effect = variable.default if values[text] is None else variable.effect.format(values[text])
+            notes.append(f"{name}={text}: {effect}")
         elif text:
             notes.append(f"{name}={text}: not used by this version, which supports {', '.join(values)}")
     notes += [f"{name}={environ[name]}: {reason}" for name, reason in _NOT_USED.items() if environ.get(name)]

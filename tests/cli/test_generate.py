@@ -212,10 +212,10 @@ def test_frames_and_seconds_together(run, model):
 
 def test_environment_variables_are_reported(run, fake, model, monkeypatch, tmp_path):
     monkeypatch.setenv("T5_LOAD_CPU", "1")
-    monkeypatch.setenv("ALGO", "1")
+    monkeypatch.setenv("ALGO", "2")
     ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
     assert "note: T5_LOAD_CPU=1: the text encoder runs on the CPU" in ended.err
-    assert "note: ALGO=1: not used by this version" in ended.err
+    assert "note: ALGO=2: not used by this version" in ended.err
     assert fake.loaded[0][1]["text_on"] == "cpu"
 
 
@@ -353,7 +353,7 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
     args = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "vae_dtype=none"]
     assert run("generate", *args, "-o", tmp_path / "d.mp4").code == 0
     assert fake.loaded[3][1]["device"] == "cpu" and "vae_dtype" not in fake.loaded[3][1]
-    args = ["--config", tmp_path / "a.json", "--set", "ops=none", "--set", "attention=fusion"]
+    args = ["--config", tmp_path / "a.json", "--set", "ops=none", "--set", "attention=fusion", "--sub-head", "3"]
     assert run("generate", *args, "-o", tmp_path / "e.mp4").code == 0
     assert fake.loaded[4][1]["attention"] == "fusion" and "ops" not in fake.loaded[4][1]
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
@@ -361,7 +361,8 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
 
 def test_every_option_of_load_is_in_the_test_above():
     names = set(inspect.signature(ascendit.load).parameters) - {"model", "on_progress"}
-    assert names == EVERY_LOAD_OPTION.keys() | {"attention", "parts", "loras", "lora_skip"}
+    others = {"attention", "attention_probabilities", "sub_head", "parts", "loras", "lora_skip"}
+    assert names == EVERY_LOAD_OPTION.keys() | others
 
 
 @pytest.fixture
@@ -484,7 +485,7 @@ def test_algo_of_the_environment_applies_only_to_npus(run, fake, tmp_path, monke
     for i, args in enumerate((["--device", "twin:a5"], ["--device", "cpu"])):
         assert run("generate", "--demo", "a cat", *args, "-o", tmp_path / f"{i}.mp4").code == 0
     kernels = [options.get("attention") for _, options in fake.loaded]
-    assert kernels == ["fused_infer", None]
+    assert kernels == ["self=fused_infer", None]
     args = ["--device", "twin:a5", "--set", "attention=fusion", "-o", tmp_path / "c.mp4"]
     assert run("generate", "--demo", "a cat", *args).code == 0
     assert fake.loaded[2][1]["attention"] == "fusion"

@@ -112,11 +112,11 @@ LINES = [
     # values that the flag refuses
     ("generate --demo cat --scheduler normal", "ascendit generate cat --demo"),
     ("generate --demo cat --num_frames x", "ascendit generate cat --demo"),
-    ("generate --demo cat --attention_backend SAGE_ATTN", "ascendit generate cat --demo"),
+    ("generate --demo cat --attention_backend SAGE_ATTN", "ascendit generate cat --demo --attention qk_int8"),
     ("generate --demo cat --attention_backend fa", "ascendit generate cat --demo"),
     (
-        "generate --demo cat --attention_backend fa --device_type npu",
-        "ascendit generate cat --demo --set attention=fusion --device npu",
+        "generate --demo cat --attention_backend laser_attn --device_type npu",
+        "ascendit generate cat --demo --attention self=laser --device npu",
     ),
     ("generate --demo cat --precision fp8", "ascendit generate cat --demo --scheme fp8"),
     ("generate --demo cat --data-type video", "ascendit generate cat --demo"),
@@ -190,7 +190,7 @@ def test_each_note_says_what_a_flag_is(run):
     ("line", "note"),
     [
         ("generate --demo x --scheduler normal", "--solver needs unipc or dpm++ or euler or renoise"),
-        ("generate --demo x --attn_impl sage", "--set attention needs fusion or fused_infer"),
+        ("generate --demo x --attn_impl la", "--attention needs fusion"),
         ("generate --demo x --quality 8", "--crf 18 sets the quality"),
         ("generate --demo x -p y", "the argument x is replaced"),
         ("generate -p x --width 64", "--size needs both, as --size 832x480"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from stored import load_transformer
 from torch import Tensor
 
+from ascendit.attention.plan import AttentionPlan
 from ascendit.checkpoint.layout import recognise
+from ascendit.device.attention_kernels import Kind
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
@@ -158,7 +159,7 @@ def test_run_model_can_return_a_cached_output(tiny_t2v_single: Path) -> None:
     assert model(2 * x, 400.0, state) is first and len(state.calls("blocks")) == 1
 
 
-def test_a_step_names_its_attention_kernel(tiny_t2v_single: Path) -> None:
+def test_the_plan_has_the_attention_of_each_step_kind_and_block(tiny_t2v_single: Path) -> None:
     model = load(tiny_t2v_single)
     calls = []
 
@@ -166,14 +167,28 @@ def test_a_step_names_its_attention_kernel(tiny_t2v_single: Path) -> None:
         calls.append(tuple(q.shape))
         return model.ops.attention(q, k, v[:, :1].expand_as(v))
 
+    dense = [model.ops.attention] * BLOCKS
+    second: dict[Kind, Any] = {"self": [model.ops.attention, sparse], "text": dense}
+    plan = AttentionPlan({0: {"self": dense, "text": dense}, 1: second})
+    run: dict[str, Any] = {"steps": (Step(), Step()), "plan": plan}
     default = velocity(model)
-    model.ops = replace(model.ops, attention_kernels={"sparse": sparse})
-    steps = StepSchedule(((1, Step(attention="sparse")),)).resolve(2)
-    assert torch.equal(velocity(model, steps=steps), default) and not calls
-    assert not torch.equal(velocity(model, steps=steps, step=1), default)
-    assert (
-        calls == [(1, TOKENS, model.config.num_attention_heads, model.config.attention_head_dim)] * 2 * BLOCKS
-    )
+    assert torch.equal(velocity(model, **run), default) and not calls
+    assert not torch.equal(velocity(model, **run, step=1), default)
+    assert calls == [(1, TOKENS, model.config.num_attention_heads, model.config.attention_head_dim)]
+
+
+def test_without_a_plan_a_step_and_the_checkpoint_choose_the_attention(tiny_t2v_single: Path) -> None:
+    model = load(tiny_t2v_single)
+    default = velocity(model)
+    steps = StepSchedule.parse("0:attention=int8,1:attention=bf16").resolve(3)
+    quantized = [velocity(model, steps=steps, step=i) for i in range(3)]
+    assert torch.equal(quantized[1], default) and torch.equal(quantized[2], default)
+    assert not torch.equal(quantized[0], default)
+    torch.testing.assert_close(quantized[0], default, rtol=0.1, atol=0.1)
+    for block in model.blocks:
+        block.attn1.scheme = "int8"
+    assert torch.equal(velocity(model), quantized[0])
+    assert torch.equal(velocity(model, steps=steps, step=1), default)
 
 
 def test_a_rank_with_some_of_the_channels_reduces_between_the_phases_of_a_norm(tiny_t2v_single: Path) -> None:

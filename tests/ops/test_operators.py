@@ -53,13 +53,6 @@ def test_two_phases_of_rms_norm_give_the_fused_numbers(dtype: torch.dtype) -> No
     assert forced.rms_scale is reference.rms_scale and forced.mean_square is reference.mean_square
 
 
-def test_attention_kernels_are_named_if_there_are_several() -> None:
-    assert bind("cpu").attention_kernels == bind("twin:a5", "reference").attention_kernels == {}
-    ops = bind("twin:a2")
-    assert set(ops.attention_kernels) == {"fusion", "fused_infer"}
-    assert ops.attention_kernels["fusion"] is ops.attention
-
-
 def test_reference_can_be_forced_and_choices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="ascendit"):
         forced, free = bind("cpu", "reference"), bind("cpu")

@@ -222,11 +222,11 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("E-ENV-03", {"device": "npu"}, "device npu: torch_npu is not installed"),
     ("E-CAP-01", {"device": "twin:a2", "scheme": "mxfp8"}, "scheme mxfp8 on twin:a2"),
     ("E-CAP-01", {"device": "twin:a3", "scheme": "mxfp4", "step_policy": "0:w4a8"}, "scheme mxfp4"),
-    ("E-USE-01", {"attention": "fusion"}, "attention=fusion with device cpu"),
+    ("E-USE-01", {"attention": "fusion"}, "attention self=fusion on cpu: it needs an NPU or its twin"),
     (
         "E-USE-01",
         {"device": "twin:a5", "attention": "fusion", "ops": "reference"},
-        "attention=fusion with ops=reference",
+        "attention self=fusion on twin:a5: ops=reference computes in plain PyTorch",
     ),
     ("E-USE-01", {"activation_rule": "mxfp8=floor"}, "activation_rule for mxfp8, which no layer uses"),
     ("E-USE-01", {"activation_rule": "mxfp9=floor"}, "scheme 'mxfp9'"),

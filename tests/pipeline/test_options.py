@@ -116,7 +116,7 @@ def test_an_empty_schedule_overrides_the_policy_of_a_recipe(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "schedule",
     [
-        StepSchedule(default=Step("w4a8", attention="fusion")),
+        StepSchedule(default=Step("w4a8", cache="reuse")),
         StepSchedule(((1, Step("w4a8", cache="reuse")),)),
         StepSchedule(((1, Step("w4a8")), (0, Step("bf16")))),
     ],
@@ -124,7 +124,7 @@ def test_an_empty_schedule_overrides_the_policy_of_a_recipe(tmp_path: Path) -> N
 def test_a_schedule_that_text_cannot_express_is_refused(schedule: StepSchedule) -> None:
     with pytest.raises(UsageError, match="step_policy=StepSchedule") as error:
         LoadOptions(model="demo", step_policy=schedule)  # type: ignore[arg-type]
-    assert error.value.code == "E-USE-01" and "without attention or cache" in error.value.needs
+    assert error.value.code == "E-USE-01" and "without cache settings" in error.value.needs
 
 
 @pytest.mark.parametrize("keep", ["a.*;b", "a.* b", "a.*,b", ["a.*", "b"], ("a.*", "b")])

@@ -57,7 +57,7 @@ def print_dry_run(plan: Sequence[Planned], out: Output, *, many: bool) -> None:
         "loras": prepared.loras,
         "dtype": denoiser.dtype,
         "schemes": schemes,
-        "attention_kernels": [row.as_dict() for row in prepared.attention],
+        "attention": [row.as_dict() for row in prepared.attention],
         **estimate.as_dict(),
         "replay": replay,
     }

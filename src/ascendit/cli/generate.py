@@ -105,7 +105,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     ascendit generate --demo "a red circle moves right on a black background"
 
     More flags: --solver, --shift, --timesteps, --fps, --crf, --defaults, --text-on, --lora-skip, --part,
-    --max-memory; see docs/cli.md.
+    --attention, --sub-head, --max-memory; see docs/cli.md.
     """
     _check_length(params)
     from ascendit.cli.generate_options import read_call

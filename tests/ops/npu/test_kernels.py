@@ -88,43 +88,15 @@ def test_fused_infer_attention(keys):
     assert db(reference.attention(q, k, v), fused_infer_attention(q, k, v)) > 52
 
 
-@pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
-def test_attention_by_name(chip):
-    plain, fusion, infer = (bind(f"twin:{chip}", attention=name) for name in (None, "fusion", "fused_infer"))
-    assert plain.attention is fusion.attention is fusion_attention
-    assert infer.attention is fused_infer_attention
-    assert infer.choices["attention"].startswith("npu: npu_fused_infer_attention_score_v2: on request")
-    q, k, v = arguments("attention", torch.bfloat16, (S,))
-    with torch.no_grad(), Recorder() as recorder:
-        assert db(fusion.attention(q, k, v), infer.attention(q, k, v)) > 50
-    assert (
-        recorder.launched["npu_fused_infer_attention_score_v2"]
-        == recorder.launched["npu_fusion_attention"]
-        == 1
-    )
-
-
-def test_unavailable_attention_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="attention=laser") as e:
-        bind("twin:a2", attention="laser")
-    assert e.value.needs == "fusion or fused_infer" and e.value.code == "E-USE-01"
-    for device, force in (("cpu", None), ("twin:a5", "reference")):
-        with pytest.raises(UsageError, match=f"attention=fusion with {'ops=ref' if force else 'device cpu'}"):
-            bind(device, force, attention="fusion")
-    monkeypatch.setattr(kernels, "missing", lambda call, chip: "not here" if "infer" in call else "")
-    with pytest.raises(EnvironmentProblem, match="attention=fused_infer: not here") as error:
-        bind("twin:a5", attention="fused_infer")
-    assert error.value.code == "E-CAP-01" and error.value.needs == "npu_fused_infer_attention_score_v2"
-
-
 @pytest.mark.parametrize(("head", "dtype"), [(24, torch.bfloat16), (32, torch.float32), (528, torch.float16)])
 def test_unsupported_heads_of_the_infer_kernel_are_refused(head, dtype):
     q = torch.randn(1, 3, 1, head).to(dtype)
+    bind("twin:a5")
     with (
         Recorder() as recorder,
         pytest.raises(UsageError, match=f"head size {head} in {str(dtype)[6:]}") as e,
     ):
-        bind("twin:a5", attention="fused_infer").attention(q, q, q)
+        fused_infer_attention(q, q, q)
     assert e.value.fix == 'use attention="fusion", which supports it'
     assert not {n for n in recorder.launched if n.startswith("npu_")}
 

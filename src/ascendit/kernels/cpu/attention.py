@@ -23,7 +23,7 @@ LARGEST_HEAD = 256
 def list_kernels() -> tuple[Kernel, ...]:
     """The attention kernels, best first."""
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
-    built = declared(native("attention"), {"attention_bf16": "ppppppiiiii"}, None)
+    built = declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
     if built.library is None:
         return (fused,)
     reason = f"native: {built.reason}, for BF16 activations"
@@ -51,7 +51,7 @@ def _compiled(call: Any) -> Function:
         out = torch.empty_like(q)
         for i in range(b):
             stats = pointers(*(t[i] for t in sums)) if sums else (None, None)
-            call(*pointers(q[i], k[i], v[i], out[i]), *stats, s, length, h, d, torch.get_num_threads())
+            call(*pointers(q[i], k[i], v[i], out[i]), *stats, s, length, h, d, 2, torch.get_num_threads())
         return out
 
     return compiled
