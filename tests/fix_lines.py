@@ -24,7 +24,7 @@ OTHER_TOOLS = {"--help"}
 COMMAND_LINE_ONLY = frozenset(
     "--adherence --calibrate --case --config --diff --jobs --json --keep-latents --latents --layers"
     " --limit --num-videos --out --prompts --quality --quiet --report --seconds --seeds --self-check"
-    " --sheet --verbose --version".split()
+    " --cross --repeats --shape --sheet --verbose --version".split()
 )
 """Flags that Python has no keyword for."""
 

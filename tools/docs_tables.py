@@ -468,6 +468,60 @@ def linear_schemes_table() -> str:
     )
 
 
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def attention_kernels_table() -> str:
+    from ascendit.device.attention_kernels import ATTENTION_KERNELS, FLOATS, AttentionKernel
+
+    def limits(row: AttentionKernel) -> Iterator[str]:
+        if row.kinds == ("self",):
+            yield "self-attention"
+        if row.dtypes != FLOATS:
+            yield " or ".join(row.dtypes)
+        if row.head_multiple > 1:
+            yield f"heads of {row.head_multiple} x n"
+        if row.largest_head:
+            yield f"heads of at most {row.largest_head}"
+        if row.shortest > 1:
+            yield f"at least {row.shortest} tokens"
+        if not row.padded_keys:
+            yield "no padded keys"
+
+    rows = (
+        (
+            f"`{name}`" + (", on request" if row.on_request else ""),
+            " ".join(row.backends),
+            row.about,
+            "; ".join(limits(row)) or "-",
+            ", ".join(f"`{alias}`" for alias in row.aliases) or "-",
+        )
+        for name, row in ATTENTION_KERNELS.items()
+    )
+    return table(("kernel", "devices", "about", "limits", "other names"), rows)
+
+
+def attention_schemes_table() -> str:
+    from ascendit.device.operator_support import native_attention_on
+    from ascendit.quant.attention_schemes import ATTENTION_FORMATS
+
+    def tile(sizes: tuple[int | None, int | None]) -> str:
+        tokens, channels = ("all" if n is None else n for n in sizes)
+        return f"{tokens} x {channels}"
+
+    rows = (
+        (
+            f"`{name}`",
+            f"`{f.quant_type}`",
+            *(tile(t) for t in (f.query_tile, f.key_tile, f.value_tile)),
+            "K smoothed" if f.smooth_key else "Q and K rotated" if f.rotate else "-",
+            ", ".join(c for c in CHIPS if name in native_attention_on(c)) or "-",
+        )
+        for name, f in ATTENTION_FORMATS.items()
+    )
+    return table(("scheme", "manifest value", "Q", "K", "V", "before", "native on"), rows)
+
+
 # ---- the demo's scenes --------------------------------------------------------------------------
 
 
@@ -520,6 +574,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags-repack": lambda: flags_table("repack"),
     "flags-inspect": lambda: flags_table("inspect"),
     "flags-verify": lambda: flags_table("verify"),
+    "flags-bench": lambda: flags_table("bench"),
     "flags-models": lambda: flags_table("models"),
     "flags-doctor": lambda: flags_table("doctor"),
     "settings": settings_table,
@@ -528,6 +583,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "npu-capabilities": npu_capabilities_table,
     "npu-versions": npu_versions_table,
     "linear-schemes": linear_schemes_table,
+    "attention-kernels": attention_kernels_table,
+    "attention-schemes": attention_schemes_table,
     "world": world_table,
 }
 

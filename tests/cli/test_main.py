@@ -100,6 +100,15 @@ FLAGS = {
         "--json",
         "--swap-experts",
     ],
+    "bench": [
+        "--shape",
+        "--cross",
+        "--device",
+        "--repeats",
+        "-o/--output",
+        "--overwrite",
+        "--json",
+    ],
     "models": ["--json"],
     "doctor": ["--self-check", "--device", "--out", "--json"],
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 import types
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 import ascendit.twin
-from ascendit.device import npu_runtime
+from ascendit.device import npu_runtime, processor
 from ascendit.device.device import Device, parse_device
+from ascendit.device.processor import processor_name
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.ops.open_device import (
     activate,
     check_index,
+    hardware_name,
     hide_torch_npu,
     internal_format,
     memory_bytes,
@@ -45,6 +48,16 @@ def test_an_index_beyond_the_devices_is_refused():
     )
     with pytest.raises(EnvironmentProblem, match="has 0 such devices"):
         check_index(Device("npu"), 0)
+
+
+def test_the_hardware_of_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA H200 number {index}")
+    assert hardware_name(Device("cuda", 1)) == "NVIDIA H200 number 1"
+    assert hardware_name(Device("twin", chip="a5")) == hardware_name(Device("cpu")) == processor_name()
+    monkeypatch.setattr(processor, "read_text", lambda file: "model name\t: A (R) 9\nmodel name\t: B")
+    assert processor_name() == "A (R) 9"
+    monkeypatch.setattr(processor, "read_text", lambda file: "")
+    assert processor_name() == (platform.processor() or platform.machine())
 
 
 def test_activating_a_twin_switches_the_chip():

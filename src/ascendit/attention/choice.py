@@ -91,8 +91,8 @@ class Choice:
     """Heads in one call, if not all."""
 
 
-Measured = Callable[[Device, AttentionCall], tuple[str, str] | None]
-"""The fastest measured kernel and the reason for the log; None if nothing was measured for this size."""
+Measured = Callable[[Device, AttentionCall, Callable[[str], bool]], tuple[str, str] | None]
+"""`measured.fastest` for some hardware: the fastest measured kernel that can compute a call, and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class AttentionPolicy:
     """Emulate quantized attention on a chip without it; a CPU and CUDA always do."""
     missing: Callable[[str], str] = lambda name: ""
     """Why a kernel that this kind of device has is missing on this machine, "" if it is not."""
-    measured: Measured = lambda device, call: None
+    measured: Measured = lambda device, call, usable: None
 
     def choose(
         self,
@@ -146,8 +146,8 @@ class AttentionPolicy:
         """The fastest measured kernel, else the first usable one of the table."""
         if self.reference:
             return Choice(name="reference", reason="ops=reference")
-        measured = self.measured(self.device, call)
-        if measured and not (ATTENTION_KERNELS[measured[0]].on_request or self.problem_of(measured[0], call)):
+        measured = self.measured(self.device, call, lambda name: not self.problem_of(name, call))
+        if measured:
             return Choice(name=measured[0], reason=measured[1])
         skipped = []
         for name, kernel in self._kernels().items():

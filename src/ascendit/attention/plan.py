@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascendit.attention.choice import AttentionCall, AttentionPolicy, Choice
+from ascendit.attention.measured import fastest
 from ascendit.attention.quantized import quantized_attention
 from ascendit.attention.steps import AttentionRow, report, resolve
 from ascendit.device.attention_kernels import Kind
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Attended, Function, Kernel
+from ascendit.ops.open_device import hardware_name
 from ascendit.ops.operators import Ops
 from ascendit.ops.select import kernels_of
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
@@ -106,6 +109,7 @@ def with_kernels(policy: AttentionPolicy | None, ops: Ops) -> AttentionPolicy:
         reference=wish.reference,
         emulate=wish.emulate is not None,
         missing=missing,
+        measured=partial(fastest, hardware=hardware_name(device)),
     )
 
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "repack": "Convert a checkpoint to another layout.",
     "inspect": "Show the contents of a checkpoint.",
     "verify": "Check the quality of a model's videos.",
+    "bench": "Measure the attention kernels of a device.",
     "models": "List the models with their defaults.",
     "doctor": "Check this machine and its libraries.",
 }
@@ -68,6 +69,7 @@ COMPLETED: dict[str, Callable[[], Iterable[str]]] = {
     "--for": lambda: _of("quant.engines").ENGINES,
     "--to": lambda: get_args(_of("names").Naming),
     "--preset": lambda: _of("family").PRESETS,
+    "--shape": lambda: _of("cli.bench").NAMED_SIZES,
     "--solver": lambda: get_args(_of("family").Solver),
     "--fit": lambda: get_args(_of("pipeline.fit").Fit),
     "--device": lambda: _of("device.device").WITHOUT_INDEX,

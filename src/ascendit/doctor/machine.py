@@ -21,6 +21,7 @@ import ascendit
 from ascendit.checkpoint.hub import DEMO
 from ascendit.device.cpu_threads import set_variables
 from ascendit.device.memory import host_memory, total_memory
+from ascendit.device.processor import processor_name
 from ascendit.doctor import npu
 from ascendit.doctor.probe import (
     DoctorReport,
@@ -91,9 +92,8 @@ def _cpu() -> list[ProbeRow]:
     text = read_text(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
     useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
-    model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
-    name = model[1] if model else platform.processor() or platform.machine()
-    return [ProbeRow("CPU", f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")]
+    processor = f"{os.cpu_count()} x {processor_name()}"
+    return [ProbeRow("CPU", f"{processor}; {' '.join(useful) or 'features unknown'}")]
 
 
 def _memory() -> list[ProbeRow]:
@@ -196,6 +196,7 @@ def _cuda() -> list[ProbeRow]:
 NATIVE_SOURCES = {
     "encode": "quantizing weights",
     "attention": "attention on a CPU",
+    "attention_int8": "attention with int8 scores on a CPU, on request",
     "linear": "quantized matmuls on a CPU",
     "elementwise": "norms, RoPE and GELU on a CPU",
     "ggml": "reading GGUF files",

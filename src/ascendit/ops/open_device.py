@@ -22,6 +22,7 @@ import torch
 from ascendit import environment, twin
 from ascendit.device import cpu_threads, npu_runtime
 from ascendit.device.device import Device, parse_device
+from ascendit.device.processor import processor_name
 from ascendit.errors import EnvironmentProblem
 from ascendit.exclusive import Stop
 from ascendit.twin import STATE
@@ -92,6 +93,12 @@ def free_bytes(device: Device) -> int | None:
     """Free memory of an open accelerator; None if its library does not report it."""
     mem_get_info = getattr(_api(device), "mem_get_info", None)
     return None if mem_get_info is None else int(mem_get_info(device.index)[0])
+
+
+def hardware_name(device: Device) -> str:
+    """The model of an open device: of the GPU, the NPU, or this processor."""
+    api = _api(device)
+    return processor_name() if api is None else str(api.get_device_name(device.index))
 
 
 def to_dtype(device: Device, dtype: str | torch.dtype | None) -> torch.dtype | None:

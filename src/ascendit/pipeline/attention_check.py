@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 from ascendit.attention.choice import AttentionPolicy, calls_of
+from ascendit.attention.measured import fastest
 from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report, resolve
 from ascendit.checkpoint.transformer import Expert, model_config
 from ascendit.device.attention_kernels import Kind, parse_attention
 from ascendit.device.device import Device
+from ascendit.device.processor import processor_name
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
 from ascendit.pipeline.options import LoadOptions, PreparedModel
@@ -36,7 +40,7 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
             needs="the BF16 attention of a CPU or a twin",
             fix="omit --set attention_probabilities",
         )
-    return AttentionPolicy(
+    policy = AttentionPolicy(
         device=device,
         schedule=schedule,
         request=parse_attention(options.attention) if options.attention else {},
@@ -44,6 +48,9 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )
+    # a GPU or NPU has to be open to know its model; the run reads the measurements of every device
+    is_cpu = device.operators == "cpu"
+    return replace(policy, measured=partial(fastest, hardware=processor_name())) if is_cpu else policy
 
 
 def check_policy(model: PreparedModel) -> None:
