@@ -175,9 +175,7 @@ class AttentionPolicy:
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
             size = max(row.shortest, 1)
-            call = AttentionCall(
-                kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size
-            )
+            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
 
