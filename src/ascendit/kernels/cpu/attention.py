@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ascendit.device.attention_kernels import PROBABILITIES
 from ascendit.kernels import reference
-from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
@@ -28,10 +27,9 @@ def list_kernels() -> tuple[Kernel, ...]:
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
     built = library()
     if built.library is None:
-        return fused, qk_int8.kernel()
+        return (fused,)
     reason = f"native: {built.reason}, for BF16 activations"
-    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
-    return cpp, fused, qk_int8.kernel()
+    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu"), fused
 
 
 def library() -> Built:
@@ -56,7 +54,7 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> At
     if not fits_attention(q, k, v):
         return attention(q, k, v, return_lse=return_lse)
     if not return_lse:
-        return _run(q, k, v, None)
+        return run_native(cast(Any, library().library).attention_bf16, q, k, v)
     out, top, total = attention_with_sums(q, k, v)
     return out, top + total.log()
 
@@ -67,18 +65,19 @@ def attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """
     b, s, h, _ = q.shape
     sums = torch.empty(2, b, h, s)
-    return _run(q, k, v, sums), *sums
+    return run_native(cast(Any, library().library).attention_bf16, q, k, v, sums), *sums
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None) -> Tensor:
+def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None) -> Tensor:
+    """Run a C++ attention on each sample of bfloat16 [B, S, H, d]; `sums`: float32 [2, B, H, S], written."""
     (b, s, h, d), length = q.shape, k.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, native_library = torch.empty_like(q), cast(Any, library().library)
+    out = torch.empty_like(q)
     parts, threads = 1 if PROBABILITIES.get() == "one" else 2, torch.get_num_threads()
     for i in range(b):
         statistics = (None, None) if sums is None else pointers(*sums[:, i])
         addresses = pointers(q[i], k[i], v[i], out[i])
-        native_library.attention_bf16(*addresses, *statistics, s, length, h, d, parts, threads)
+        call(*addresses, *statistics, s, length, h, d, parts, threads)
     return out
 
 
