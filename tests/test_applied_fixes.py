@@ -57,6 +57,18 @@ generate --set guidance_scale_2=x
 generate --set schedule=oficial
 generate --set ops=fast
 generate --set attention=flash
+generate --attention laser
+generate --attention self=laser --device twin:a2
+generate --attention self=laser,cross=sdpa --device twin:a5
+generate --attention fp8 --device twin:a2
+generate --attention self=sdpaa
+generate --attention both=sdpa
+generate --attention cpu --set dtype=float32
+generate --attention self=sdpa --set ops=reference
+generate --sub-head 2
+generate --sub-head x
+generate --set attention_probabilities=one --set ops=reference
+generate --set attention_probabilities=three
 generate --set nz=perhaps
 generate --set width=x
 generate --set num_frames=x
@@ -79,6 +91,8 @@ generate --defaults mine
 generate --max-memory much
 generate --step-policy 0:w4a4
 generate --step-policy garbage
+generate --step-policy 0:attention=garbage
+generate --step-policy 0:attention=laser --device twin:a3
 generate --step-policy 0:w4a4 --scheme int8
 generate --step-policy 99:w4a4 --scheme mxfp4
 generate --image IMAGE
@@ -315,6 +329,9 @@ CALLS: list[dict[str, Any]] = [
     {"cfg": 3.5},
     {"num_videos_per_prompt": 2},
     {"step_policy": "0:w4a4"},
+    {"attention": "self=fusion"},
+    {"attention": "text=sdap"},
+    {"sub_head": 2},
 ]
 
 

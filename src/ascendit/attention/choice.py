@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 
 from ascendit.device.attention_kernels import (
     ATTENTION_KERNELS,
@@ -25,6 +27,7 @@ from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.family import WanConfig
 from ascendit.option_text import option
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
+from ascendit.schedule import Step, StepSchedule
 
 KIND_NAMES: Mapping[Kind, str] = {
     "self": "self-attention",
@@ -88,8 +91,8 @@ class Choice:
     """Heads in one call, if not all."""
 
 
-Measured = Callable[[Device, AttentionCall, Callable[[str], bool]], tuple[str, str] | None]
-"""`measured.fastest` for some hardware: the fastest measured kernel that can compute a call, and the reason."""
+Measured = Callable[[Device, AttentionCall], tuple[str, str] | None]
+"""The fastest measured kernel and the reason for the log; None if nothing was measured for this size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,8 @@ class AttentionPolicy:
     device: Device
     request: Mapping[Kind, str] = field(default_factory=dict)
     """Kind -> kernel, scheme or bf16, from `parse_attention`."""
+    schedule: StepSchedule = StepSchedule()
+    """The step schedule, whose attention overrides `request`; for the fixes of errors."""
     sub_head: int | None = None
     """Heads in one call of self-attention."""
     reference: bool = False
@@ -107,13 +112,20 @@ class AttentionPolicy:
     """Emulate quantized attention on a chip without it; a CPU and CUDA always do."""
     missing: Callable[[str], str] = lambda name: ""
     """Why a kernel that this kind of device has is missing on this machine, "" if it is not."""
-    measured: Measured = lambda device, call, usable: None
+    measured: Measured = lambda device, call: None
 
-    def choose(self, call: AttentionCall, *, step: str | None = None, declared: str | None = None) -> Choice:
+    def choose(
+        self,
+        call: AttentionCall,
+        *,
+        step: str | None = None,
+        declared: str | None = None,
+        calls: Mapping[Kind, AttentionCall] = MappingProxyType({}),
+    ) -> Choice:
         """The kernel or scheme of an attention.
 
         `step`: the request of the step schedule. `declared`: the scheme that the model declares. The first of
-        `step`, `request` and `declared` decides. Raises UsageError (E-USE-01) for a request that the size or
+        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error. Raises UsageError (E-USE-01) for a request that the size or
         kind of the attention excludes, EnvironmentProblem (E-CAP-01) for one that the chip or machine does.
         """
         sources = {"step policy": step, "requested": self.request.get(call.kind), "of the model": declared}
@@ -127,13 +139,15 @@ class AttentionPolicy:
             why = best.reason if reason == "default" else f"{reason}: bf16; {best.reason}"
             return replace(best, reason=why, sub_head=sub_head)
         if problem := self.problem_of(name, call):
-            raise self._refused(name, call, problem, step)
+            raise self._refused(name, call, problem, step, calls)
         return Choice(name=name, reason=reason, sub_head=sub_head)
 
     def automatic(self, call: AttentionCall) -> Choice:
         """The fastest measured kernel, else the first usable one of the table."""
-        measured = self.measured(self.device, call, lambda name: not self.problem_of(name, call))
-        if measured:
+        if self.reference:
+            return Choice(name="reference", reason="ops=reference")
+        measured = self.measured(self.device, call)
+        if measured and not (ATTENTION_KERNELS[measured[0]].on_request or self.problem_of(measured[0], call)):
             return Choice(name=measured[0], reason=measured[1])
         skipped = []
         for name, kernel in self._kernels().items():
@@ -163,7 +177,7 @@ class AttentionPolicy:
             size = max(row.shortest, 1)
             call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
             if problem := self._absence(name) or limit_of(row, call):
-                raise self._refused(name, call, problem, None)
+                raise self._refused(name, call, problem)
 
     def check_heads(self, heads: int) -> None:
         """Raise UsageError (E-USE-01) if `sub_head` does not divide the number of heads."""
@@ -208,32 +222,48 @@ class AttentionPolicy:
                 fix=option("attention", f"{call.kind}=int8"),
             )
 
-    def _refused(self, name: str, call: AttentionCall, problem: str, step: str | None) -> AscenditError:
+    def _refused(
+        self,
+        name: str,
+        call: AttentionCall,
+        problem: str,
+        step: str | None = None,
+        calls: Mapping[Kind, AttentionCall] = MappingProxyType({}),
+    ) -> AscenditError:
         """The error for a kernel: lists those that can compute `call`, and why the others cannot."""
         usable = self.usable(call)
         others = {n: self.problem_of(n, call) for n in self._kernels() if n != name}
         reasons = "".join(f"; {n}: {reason}" for n, reason in others.items() if reason)
         got = f"{self._shown(call.kind, name, step)} on {self.device}: {problem}"
         needs = f"{' or '.join(usable)} for {KIND_NAMES[call.kind]}{reasons}"
-        fix = self._fix(call, usable[0])
+        fix = self._fix(call, usable[0], calls)
         if step is not None:
-            fix = f"attention={usable[0]} instead of attention={name} in --step-policy"
+            best = partial(_with_attention, name=name, other=usable[0])
+            fix = option("step_policy", self.schedule.map(best))
         if self.missing(name) and not limit_of(ATTENTION_KERNELS[name], call):
             return EnvironmentProblem(got, needs=needs, fix=fix, code="E-CAP-01")
         return UsageError(got, needs=needs, fix=fix)
 
-    def _fix(self, call: AttentionCall, best: str) -> str:
+    def _fix(self, call: AttentionCall, best: str, calls: Mapping[Kind, AttentionCall]) -> str:
         """The request with usable kernels instead of those that cannot be used."""
-        fixed = dict(self.request)
+        fixed = {**self.request, call.kind: best}
         for kind, name in self.request.items():
-            other = replace(call, kind=kind)
-            if kind == call.kind or (name in ATTENTION_KERNELS and self.problem_of(name, other)):
-                fixed[kind] = best if kind == call.kind else self.usable(other)[0]
+            if kind == call.kind or name not in ATTENTION_KERNELS:
+                continue
+            other = calls.get(kind)
+            if other is None and (kind not in ATTENTION_KERNELS[name].kinds or self._absence(name)):
+                fixed[kind] = best
+            elif other is not None and self.problem_of(name, other):
+                fixed[kind] = self.usable(other)[0]
         return option("attention", attention_text(fixed))
 
     @staticmethod
     def _shown(kind: Kind, name: str, step: str | None) -> str:
         return f"attention={name} of the step policy" if step else f"attention {kind}={name}"
+
+
+def _with_attention(step: Step, *, name: str, other: str) -> Step:
+    return replace(step, attention=other) if step.attention == name else step
 
 
 def limit_of(kernel: AttentionKernel, call: AttentionCall) -> str:

@@ -64,7 +64,7 @@ def resolve(
     def choice(kind: Kind, step: str | None, scheme: str | None) -> Choice:
         key = (kind, step, scheme)
         if key not in chosen:
-            chosen[key] = policy.choose(calls[kind], step=step, declared=scheme)
+            chosen[key] = policy.choose(calls[kind], step=step, declared=scheme, calls=calls)
         return chosen[key]
 
     for call in calls.values():

@@ -21,15 +21,15 @@ from ascendit.model.quantize_on_load import stored_dtype
 from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.sigmas import expert_of
-from ascendit.schedule import Step
+from ascendit.schedule import Step, StepSchedule
 from ascendit.weights.applied_recipe import AppliedRecipe, attention_schemes
 
 LONG = 2**20
 """Tokens of a video, if only the other limits of a kernel are checked."""
 
 
-def policy_of(options: LoadOptions, device: Device) -> AttentionPolicy:
-    """The requests of `options`.
+def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> AttentionPolicy:
+    """The requests of `options` and of the step schedule.
 
     Raises UsageError (E-USE-01) for `attention_probabilities` on a device whose kernels do not have them.
     """
@@ -42,6 +42,7 @@ def policy_of(options: LoadOptions, device: Device) -> AttentionPolicy:
         )
     policy = AttentionPolicy(
         device=device,
+        schedule=schedule,
         request=parse_attention(options.attention) if options.attention else {},
         sub_head=options.sub_head,
         reference=options.ops is not None,

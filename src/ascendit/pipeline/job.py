@@ -145,7 +145,7 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
     dtype = device.dtype_name(options.dtype)
     vae_dtype = device.dtype_name(options.vae_dtype or "float32", "vae_dtype")
     device, attention = _checked_device(device, options, dtype, experts, schedule)
-    model = PreparedModel(
+    return PreparedModel(
         options=options,
         layout=layout,
         defaults=defaults,
@@ -163,8 +163,6 @@ def prepare_model(options: LoadOptions, chosen: Collection[str] = ()) -> Prepare
         schedule=schedule,
         attention=attention,
     )
-    check_policy(model)
-    return model
 
 
 def _checked_device(
@@ -177,7 +175,7 @@ def _checked_device(
     """The device, open if it is an accelerator, after all checks of its operators; the requests for attention."""
     schemes = schemes_in(experts) | ({"w4a8"} & schedule.precisions)
     rules = parse_rules(options.activation_rule)
-    attention = policy_of(options, device)
+    attention = policy_of(options, device, schedule)
     check_rules(rules, schemes)
     if device.is_accelerator:
         from ascendit.pipeline.load import open_accelerator
@@ -281,6 +279,7 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
         allowed = {*LoadOptions.model_fields, "on_progress"} - {"model"}
         raise unknown_arguments("load", unknown, allowed)
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
+    check_policy(prepared)
     from ascendit.pipeline.load import build
 
     return build(prepared, on_progress)

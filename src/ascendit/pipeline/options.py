@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, PlainValidator
 
 from ascendit.attention.choice import AttentionPolicy
 from ascendit.device.attention_kernels import attention_text, parse_attention
@@ -89,6 +89,15 @@ def _texts(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
     return () if value is None else value
+
+
+def _count(value: object) -> object:
+    """A number of heads, or its text. Raises UsageError for any other value."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
+        raise UsageError(f"sub_head={value}", needs="a whole number of heads", fix="omit --sub-head")
+    return int(str(value))
 
 
 def _attention(value: object) -> object:
@@ -240,7 +249,7 @@ class LoadOptions(Checked):
     ] = None
     sub_head: Annotated[
         int | None,
-        Field(strict=True, ge=1),
+        BeforeValidator(_count),
         Option("Heads of self-attention in one call; must divide the heads.", "N", hidden=True),
         Variable(
             "USE_SUB_HEAD",
