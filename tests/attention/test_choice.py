@@ -123,7 +123,9 @@ def test_a_kernel_that_is_not_installed_is_a_problem_of_the_machine() -> None:
     assert "mindiesd is not installed" in error.got and fix_of(error) == "--attention self=fusion"
 
 
-@pytest.mark.parametrize(("device", "scheme"), [("twin:a2", "fp8"), ("twin:a3", "mxfp8"), ("twin:a5", "int8")])
+@pytest.mark.parametrize(
+    ("device", "scheme"), [("twin:a2", "fp8"), ("twin:a3", "mxfp8"), ("twin:a5", "int8")]
+)
 def test_a_scheme_that_the_chip_lacks_needs_emulation(device: str, scheme: str) -> None:
     error = refusal(device, f"self={scheme}")
     assert isinstance(error, EnvironmentProblem) and error.code == "E-CAP-01"

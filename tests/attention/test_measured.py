@@ -191,6 +191,6 @@ def test_a_plan_reads_the_file_of_its_hardware(write: Write, monkeypatch: pytest
     ops, hardware = bind("cpu"), hardware_name(CPU)
     assert plan.with_kernels(None, ops).choose(call()).name == "sdpa"
     write().with_name(cached_file(CPU, hardware).name).write_text(
-        json.dumps(file_data(hardware, [row("sdpa", 9), row("reference", 8), row("cpu", 1)]))
+        json.dumps(file_data(hardware, [row("sdpa", 9), row("reference", 8)]))
     )
     assert plan.with_kernels(None, ops).choose(call()).name == "reference"

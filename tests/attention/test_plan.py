@@ -35,11 +35,15 @@ def modules(*schemes: str | None, rot: Tensor | None = None) -> list[Any]:
     return [SimpleNamespace(scheme=x, q_rot=rot, k_rot=rot) for x in schemes]
 
 
-def plan(ops: Ops, policy: AttentionPolicy | None, layers: list[Any], steps: str = "", **kw: Any) -> AttentionPlan:
+def plan(
+    ops: Ops, policy: AttentionPolicy | None, layers: list[Any], steps: str = "", **kw: Any
+) -> AttentionPlan:
     size = {"dtype": "bfloat16", "heads": HEADS, "head_dim": D, "queries": S, "keys": S} | kw
     calls: dict[Kind, AttentionCall] = {"self": AttentionCall(kind="self", **size)}
     schedule = StepSchedule.parse(steps) if steps else StepSchedule()
-    return make_plan(ops, policy, "transformer", calls, {"self": layers}, dict(enumerate(schedule.resolve(3))))
+    return make_plan(
+        ops, policy, "transformer", calls, {"self": layers}, dict(enumerate(schedule.resolve(3)))
+    )
 
 
 @pytest.mark.parametrize("device", NAMES)
