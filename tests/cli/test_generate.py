@@ -353,7 +353,16 @@ def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, 
     args = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "vae_dtype=none"]
     assert run("generate", *args, "-o", tmp_path / "d.mp4").code == 0
     assert fake.loaded[3][1]["device"] == "cpu" and "vae_dtype" not in fake.loaded[3][1]
-    args = ["--config", tmp_path / "a.json", "--set", "ops=none", "--set", "attention=fusion", "--sub-head", "3"]
+    args = [
+        "--config",
+        tmp_path / "a.json",
+        "--set",
+        "ops=none",
+        "--set",
+        "attention=fusion",
+        "--sub-head",
+        "3",
+    ]
     assert run("generate", *args, "-o", tmp_path / "e.mp4").code == 0
     assert fake.loaded[4][1]["attention"] == "fusion" and "ops" not in fake.loaded[4][1]
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()

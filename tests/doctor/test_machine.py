@@ -190,7 +190,8 @@ def test_compiled_kernels_are_listed(monkeypatch):
     monkeypatch.setattr(machine, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
     items = rows(machine.compiled_kernels)
     assert set(items) == {
-        f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise", "ggml")
+        f"kernel: {name}"
+        for name in ("encode", "attention", "attention_int8", "linear", "elementwise", "ggml")
     }
     assert all(r.status == "ok" and not r.required for r in items.values())
     assert items["kernel: encode"].detected == "native, compiled from native/encode.cpp"

@@ -196,6 +196,7 @@ def _cuda() -> list[ProbeRow]:
 NATIVE_SOURCES = {
     "encode": "quantizing weights",
     "attention": "attention on a CPU",
+    "attention_int8": "attention with int8 scores on a CPU, on request",
     "linear": "quantized matmuls on a CPU",
     "elementwise": "norms, RoPE and GELU on a CPU",
     "ggml": "reading GGUF files",

@@ -356,9 +356,7 @@ def _attention_cases(device: Device) -> Iterator[CheckCase]:
         yield CheckCase(base, partial(_attention, call=kernel.call, expected=expected, length=length))
 
 
-def _attention(
-    card: CheckedDevice, base: Result, call: Function, expected: Function, length: int
-) -> Result:
+def _attention(card: CheckedDevice, base: Result, call: Function, expected: Function, length: int) -> Result:
     q, k, v = (seeded(1, length, 1, HEAD, seed=seed).to(BF16) for seed in range(3))
     moved = [card.to_device(t) for t in (q, k, v)]
     actual = card.to_cpu(call(*moved, return_lse=True))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ascendit.kernels.kernel import Attended, Function, Kernel
+from ascendit.kernels.reference import attention
 from ascendit.mx import elements, reference
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.mx.formats import lookup
@@ -118,7 +119,7 @@ def emulated(scheme: str, dense: Function) -> Function:
     """
     smooth = ATTENTION_FORMATS[scheme].smooth_key
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
+    def call(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
         mean = None
         if smooth:
             k, mean = smooth_key(k)
@@ -128,7 +129,21 @@ def emulated(scheme: str, dense: Function) -> Function:
         lse = out[1] if mean is None else restored_lse(out[1], q, mean)
         return out[0].to(q.dtype), lse
 
-    return attention
+    return call
+
+
+def qk_int8(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
+    """Dense attention with scores from int8 q and k, as in the scheme int8; v is not quantized.
+
+    q [B, S, H, d], k, v [B, L, H, d] of a float dtype -> [B, S, H, d] in q's, and as in
+    `kernels.reference.attention` the log-sum-exp. The reference of the kernels `qk_int8`, which also round the
+    probabilities to bfloat16.
+    """
+    f = ATTENTION_FORMATS["int8"]
+    smooth, mean = smooth_key(k)
+    query, key = quantize(q, f.format, f.query_tile), quantize(smooth, f.format, f.key_tile)
+    out, lse = attention(dequantize(query), dequantize(key), v, return_lse=True)
+    return (out.to(q.dtype), restored_lse(lse, q, mean)) if return_lse else out.to(q.dtype)
 
 
 def emulated_kernels(backend: str, dense: Function) -> tuple[Kernel, ...]:

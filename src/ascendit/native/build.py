@@ -49,6 +49,9 @@ OPTIONAL_FLAGS: tuple[tuple[str, ...], ...] = (
 single-threaded."""
 REQUIRED_FEATURES: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    "attention_int8": frozenset(
+        {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}
+    ),
     "elementwise": frozenset(),
     "encode": frozenset(),
     "ggml": frozenset(),

@@ -16,9 +16,10 @@ from ops.layers import activation_of, exact, weight_of
 from torch import Tensor
 
 from ascendit import mx
+from ascendit.kernels import quantized_attention as definition
 from ascendit.kernels import reference
 from ascendit.mx.formats import lookup
-from ascendit.ops.cuda import kernels, matmul, steps, triton_linear
+from ascendit.ops.cuda import kernels, matmul, quantized_attention, steps, triton_linear
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -182,7 +183,73 @@ def dense() -> None:
     assert not any(kernels.problem_of_operator(getattr(kernels, name), "cpu") for name in calls)
 
 
-CHECKS = {c.__name__: c for c in (activations, strided, weights, products, epilogues, layers, dense)}
+def heads(batch: int, queries: int, keys: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v bfloat16: views of a joined projection; rows of zeros, an outlier, and keys with a mean."""
+    q = torch.randn(batch, queries, 3, 2, d)[:, :, 0]
+    k, v = torch.randn(batch, keys, 3, 2, d)[:, :, 1:].unbind(2)
+    q[:, 0], k[:, keys // 2] = 0, 0
+    k[:, keys - 1, 1] *= 30
+    return q.bfloat16(), (k + 2 * torch.randn(1, 1, 2, d)).bfloat16(), v.bfloat16()
+
+
+def attention_rows() -> None:
+    """Elements and scales of attention operands equal the definition, bit for bit."""
+    for d, tokens in ((64, 5), (128, 300)):
+        _, k, v = heads(2, 1, tokens, d)
+        v[0, 0, 0, 0] = float("inf")
+        for x, format, tile in itertools.product((k, v), ("int8", "fp8"), (1, 128, 256)):
+            if format == "int8" and tile > 1:
+                continue
+            actual = quantized_attention.quantize(x, format, tile)
+            expected = definition.quantize(x, format, (tile, None))
+            same(actual.values.view(torch.uint8), expected.qdata.view(torch.uint8))
+            same(actual.scale[..., None], expected.scale)
+            if format == "fp8":
+                values = quantized_attention.quantize(x, format, tile, values=True).values
+                same(values, expected.qdata.to(torch.bfloat16))
+        smooth, mean = definition.smooth_key(k)
+        actual = quantized_attention.quantize(k, "int8", 1, mean=mean)
+        same(actual.values, definition.quantize(smooth, "int8", (1, None)).qdata)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 attention of [B, S, H, d] and its log-sum-exp."""
+    scores = torch.einsum("bshd,blhd->bhsl", q.double(), k.double()) * q.shape[3] ** -0.5
+    out = torch.einsum("bhsl,blhd->bshd", scores.softmax(-1), v.double())
+    return out, scores.logsumexp(-1)
+
+
+def attention() -> None:
+    """Attention with quantized scores against float64 on the dequantized operands, with log-sum-exp."""
+
+    def unused(*args: object, **options: object) -> Tensor:
+        raise AssertionError("the kernel supports these inputs")
+
+    calls = {"qk_int8": quantized_attention.qk_int8}
+    for scheme, fp8 in (("int8", True), ("fp8", True), ("fp8", False)):
+        calls[f"{scheme} {fp8}"] = quantized_attention.quantized(scheme, fp8, unused)
+    for batch, queries, keys, d in ((2, 37, 70, 64), (1, 5, 300, 128), (1, 33, 64, 64), (1, 1, 1, 128)):
+        q, k, v = heads(batch, queries, keys, d)
+        for name, call in calls.items():
+            scheme = name.split()[0]
+            smooth, mean = definition.smooth_key(k) if "int8" in name else (k, torch.zeros(1))
+            a, b, c = definition.dequantized("int8" if scheme == "qk_int8" else scheme, q, smooth, v)
+            expected, lse = exact_attention(a, b, v if scheme == "qk_int8" else c)
+            lse = lse + (q.double() * mean).sum(-1).transpose(1, 2) * d**-0.5
+            out, sums = call(q, k, v, return_lse=True)
+            same(call(q, k, v), out)
+            assert out.dtype == torch.bfloat16 and out.shape == q.shape and sums.dtype == torch.float32
+            error = float((out.double() - expected).norm() / expected.norm())
+            assert error < 4e-3, (name, batch, queries, keys, d, error)
+            torch.testing.assert_close(sums.double(), lse, rtol=2e-5, atol=2e-5)
+
+
+CHECKS = {
+    c.__name__: c
+    for c in (
+        activations, strided, weights, products, epilogues, layers, dense, attention_rows, attention
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -194,4 +261,5 @@ if __name__ == "__main__":
         32,
     )
     matmul.FEW_ROWS = 16
+    quantized_attention.BLOCKS = {64: (16, 32), 128: (16, 64)}
     CHECKS[sys.argv[1]]()

@@ -33,7 +33,18 @@ def run(script: str, *args: str, **environment: str) -> str:
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
-    "check", ["activations", "strided", "weights", "products", "epilogues", "layers", "dense"]
+    "check",
+    [
+        "activations",
+        "strided",
+        "weights",
+        "products",
+        "epilogues",
+        "layers",
+        "dense",
+        "attention_rows",
+        "attention",
+    ],
 )
 def test_the_kernels_equal_the_pytorch_steps(check):
     run("interpreted.py", check, TRITON_INTERPRET="1")
@@ -47,11 +58,12 @@ def test_the_kernels_compile_and_matmuls_use_tensor_cores(capability):
     assert set(lines) == {
         "quantize_blocks", "quantize_blocks dual", "quantize_blocks qdata", "quantize_rows", "decode_weight",
         "finish", "rms_norm", "layer_norm", "gated_residual", "rope", "matmul e4m3", "matmul e2m1",
-        "matmul e2m1 dual", "matmul bf16",
+        "matmul e2m1 dual", "matmul bf16", "operand int8", "operand fp8", "operand fp8 values",
+        "attention int8", "attention int8 64", "attention fp8", "attention fp8 64",
     }  # fmt: skip
     multiply = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05"}[capability]
     for name, instructions in lines.items():
-        assert (multiply in instructions) == name.startswith("matmul"), name
+        assert (multiply in instructions) == name.startswith(("matmul", "attention")), name
 
 
 def test_without_triton_there_is_a_reason(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Function, Kernel
 from ascendit.native.build import declared, native
@@ -25,10 +26,11 @@ def list_kernels() -> tuple[Kernel, ...]:
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
     built = declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
     if built.library is None:
-        return (fused,)
+        return fused, qk_int8.kernel()
     reason = f"native: {built.reason}, for BF16 activations"
     compiled = _compiled(built.library.attention_bf16)
-    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu"), fused
+    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
+    return cpp, fused, qk_int8.kernel()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

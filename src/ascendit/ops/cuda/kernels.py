@@ -18,12 +18,10 @@ from torch import Tensor
 
 from ascendit.device.device import Device
 from ascendit.kernels import reference
-from ascendit.kernels.cpu.attention import attention
 from ascendit.kernels.cpu.elementwise import PHASES, gelu, gelu_tanh
 from ascendit.kernels.kernel import Function, Kernel, Wish
-from ascendit.kernels.quantized_attention import emulated_kernels
 from ascendit.kernels.reference import Spans
-from ascendit.ops.cuda import linear, triton_kernels
+from ascendit.ops.cuda import attention, linear, triton_kernels
 from ascendit.ops.cuda.triton_linear import dense_rows, launch, triton_steps
 
 log = logging.getLogger("ascendit")
@@ -31,10 +29,7 @@ ERROR_LIMIT = 4e-3
 """Largest relative error of a correct operator on bfloat16 hidden states."""
 
 _CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES)
-PYTORCH = (
-    *(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS),
-    Kernel("attention", "cuda", attention, "cuda: fused PyTorch kernel", name="sdpa"),
-)
+PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS)
 """Operators with a fused PyTorch kernel, called as on a CPU."""
 
 
@@ -43,7 +38,7 @@ def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     return (
         *triton_kernels_on(device.torch_name),
         *PYTORCH,
-        *emulated_kernels("cuda", attention),
+        *attention.list_kernels(device, wish),
         *linear.list_kernels(device, wish.emulate),
     )
 

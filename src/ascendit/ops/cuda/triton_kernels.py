@@ -3,7 +3,7 @@
 
 They work on the bits of floats, so that quantized values and scales equal those of `mx.reference` to the bit,
 subnormals included. They also run under TRITON_INTERPRET=1 on a CPU, which is how they are tested; the
-interpreter truncates to bfloat16 and cannot multiply it, hence `_rounded` and DOT.
+interpreter truncates to bfloat16 and cannot multiply it, hence `rounded` and DOT.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ jit = triton.jit if triton else lambda function: function
 
 
 @jit
-def _bits(f):
+def bits_of(f):
     return f.to(tl.int32, bitcast=True)
 
 
 @jit
-def _float(bits):
+def float_of(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
 @jit
 def _power(exponent):
     """int32 in [-127, 127] -> 2^exponent, exact."""
-    return _float(tl.where(exponent > -127, (exponent + 127) << 23, 1 << 22))
+    return float_of(tl.where(exponent > -127, (exponent + 127) << 23, 1 << 22))
 
 
 @jit
@@ -50,39 +50,39 @@ def _scale_of(byte):
 
 
 @jit
-def _to_even(f):
+def to_even(f):
     """Round to the nearest integer, ties to even; |f| < 2^22."""
     return (f + 12582912.0) - 12582912.0
 
 
 @jit
-def _rounded(f, LIKE: tl.constexpr):
+def rounded(f, LIKE: tl.constexpr):
     """float32 -> LIKE, rounded to nearest even."""
     if LIKE == tl.bfloat16:
-        bits = _bits(f)
+        bits = bits_of(f)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return _float(tl.where(f == f, bits, 0x7FC00000)).to(tl.bfloat16)
+        return float_of(tl.where(f == f, bits, 0x7FC00000)).to(tl.bfloat16)
     else:
         return f.to(LIKE)
 
 
 @jit
-def _to_element(f, MBITS: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr):
+def to_element(f, MBITS: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr):
     """float32 -> the nearest value of an element format, as float32, saturated (`mx.elements.encode`)."""
-    bits = _bits(f)
-    magnitude = tl.minimum(_float(bits & 0x7FFFFFFF), MAX)
-    exponent = tl.maximum((_bits(magnitude) >> 23) - 127, EMIN)
-    steps = _to_even(magnitude * _power(MBITS - exponent))
+    bits = bits_of(f)
+    magnitude = tl.minimum(float_of(bits & 0x7FFFFFFF), MAX)
+    exponent = tl.maximum((bits_of(magnitude) >> 23) - 127, EMIN)
+    steps = to_even(magnitude * _power(MBITS - exponent))
     value = steps * _power(exponent - MBITS)
-    return _float(_bits(value) | (bits & -2147483648))
+    return float_of(bits_of(value) | (bits & -2147483648))
 
 
 @jit
-def _to_e4m3(f):
+def to_e4m3(f):
     """float32 values of e4m3, which include those of e2m1 -> e4m3 bit pattern, uint8. NaN -> 127."""
-    bits = _bits(f)
+    bits = bits_of(f)
     body = bits & 0x7FFFFFFF
-    small = (_float(body) * 512.0).to(tl.int32)
+    small = (float_of(body) * 512.0).to(tl.int32)
     out = tl.where(body >= 0x3C800000, (body >> 20) - 960, small)  # normal from 2^-6 on
     out = tl.where(body > 0x7F800000, 0x7F, out | ((bits >> 24) & 0x80))
     return out.to(tl.uint8)
@@ -92,10 +92,10 @@ def _to_e4m3(f):
 def _value_of(bits, KIND: tl.constexpr):
     """Bit pattern of an element in int32 -> float32. KIND: "e4m3", "e2m1", "int8"."""
     if KIND == "e4m3":
-        value = _float(((bits & 0x7F) << 20) | ((bits & 0x80) << 24)) * 1.329227995784916e36  # 2^120
+        value = float_of(((bits & 0x7F) << 20) | ((bits & 0x80) << 24)) * 1.329227995784916e36  # 2^120
         return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
     elif KIND == "e2m1":
-        return _float(((bits & 7) << 22) | ((bits & 8) << 28)) * 8.507059173023462e37  # 2^126
+        return float_of(((bits & 7) << 22) | ((bits & 8) << 28)) * 8.507059173023462e37  # 2^126
     else:
         return bits.to(tl.float32)
 
@@ -109,7 +109,7 @@ def _load_activation(x_ptr, mul_ptr, columns, inside, SMOOTH: tl.constexpr):
     x = tl.load(x_ptr + columns, mask=inside, other=0.0)
     f = x.to(tl.float32)
     if SMOOTH:
-        f = _rounded(f * tl.load(mul_ptr + columns, mask=inside, other=0.0), x.dtype).to(tl.float32)
+        f = rounded(f * tl.load(mul_ptr + columns, mask=inside, other=0.0), x.dtype).to(tl.float32)
     return f
 
 
@@ -132,31 +132,31 @@ def quantize_blocks(
     columns = block[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
     inside = columns < K
     f = _load_activation(x_ptr + row * stride_x, mul_ptr, columns, inside, SMOOTH)
-    magnitude = _bits(f) & 0x7FFFFFFF
+    magnitude = bits_of(f) & 0x7FFFFFFF
     bad = tl.max(magnitude, 2) >= 0x7F800000
     if DUAL:
         f = tl.where(magnitude < 0x7F800000, f, 0.0)
-        amax = _float(tl.max(tl.max(_bits(f) & 0x7FFFFFFF, 2), 1))
+        amax = float_of(tl.max(tl.max(bits_of(f) & 0x7FFFFFFF, 2), 1))
         level0 = amax * 0.16666667163372040  # float32(1 / 6)
         level0 = tl.where(level0 < 1.1754943508222875e-38, 0.0, level0)
         tl.store(dual_ptr + row * groups + group, level0, mask=group < groups)
         divisor = tl.where(level0 == 0.0, float("inf"), level0)
         f = tl.div_rn(f, tl.broadcast_to(divisor[:, None, None], f.shape))
-        f = _rounded(f, x_ptr.dtype.element_ty).to(tl.float32)
-        magnitude = _bits(f) & 0x7FFFFFFF
+        f = rounded(f, x_ptr.dtype.element_ty).to(tl.float32)
+        magnitude = bits_of(f) & 0x7FFFFFFF
     amax = tl.max(magnitude, 2)
     exponent = (amax >> 23) - 127 - SHIFT + ((amax & MASK) > THRESHOLD).to(tl.int32)
     exponent = tl.minimum(tl.maximum(exponent, -127), 127)
-    value = _to_element(f * _power(-exponent)[:, :, None], MBITS, EMIN, MAX)
+    value = to_element(f * _power(-exponent)[:, :, None], MBITS, EMIN, MAX)
     if QDATA:
-        bits = tl.where(bad[:, :, None], NAN, _to_e4m3(value))
+        bits = tl.where(bad[:, :, None], NAN, to_e4m3(value))
         tl.store(out_ptr + row * width + columns, tl.where(inside, bits, 0), mask=columns < width)
         byte = tl.where(bad, 255, exponent + 127).to(tl.uint8)
         tl.store(scale_ptr + row * blocks + block, byte, mask=block < blocks)
     else:
         value = tl.where(bad[:, :, None], float("nan"), value * _power(exponent)[:, :, None])
         value = tl.where(inside, value, tl.where(columns < K + ONES, 1.0, 0.0))
-        tl.store(out_ptr + row * width + columns, _rounded(value, tl.bfloat16), mask=columns < width)
+        tl.store(out_ptr + row * width + columns, rounded(value, tl.bfloat16), mask=columns < width)
 
 
 @jit
@@ -174,23 +174,23 @@ def quantize_rows(
     for start in range(0, K, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         f = _load_activation(x_ptr + row * stride_x, mul_ptr, columns, columns < K, SMOOTH)
-        top = tl.maximum(top, _bits(f) & 0x7FFFFFFF)
+        top = tl.maximum(top, bits_of(f) & 0x7FFFFFFF)
     amax = tl.max(top, 0)
     bad = amax >= 0x7F800000
-    scale = _float(tl.where(bad, 0, amax)) * STEP
+    scale = float_of(tl.where(bad, 0, amax)) * STEP
     divisor = tl.where(scale == 0.0, float("inf"), scale)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         f = _load_activation(x_ptr + row * stride_x, mul_ptr, columns, columns < K, SMOOTH)
         steps = tl.div_rn(tl.where(bad, 0.0, f), tl.zeros([BLOCK], tl.float32) + divisor)
         if FP8:
-            value = tl.where(bad & (columns < K), float("nan"), _to_element(steps, 3, -6, 448.0))
+            value = tl.where(bad & (columns < K), float("nan"), to_element(steps, 3, -6, 448.0))
         else:
-            value = tl.minimum(tl.maximum(_to_even(steps), -128.0), 127.0)
+            value = tl.minimum(tl.maximum(to_even(steps), -128.0), 127.0)
         if QDATA:
-            out = _to_e4m3(value) if FP8 else value.to(tl.int8)
+            out = to_e4m3(value) if FP8 else value.to(tl.int8)
         else:
-            out = _rounded(value, tl.bfloat16)
+            out = rounded(value, tl.bfloat16)
         tl.store(out_ptr + row * width + columns, out, mask=columns < width)
     tl.store(scale_ptr + row, tl.where(bad, float("nan"), scale))
 
@@ -228,12 +228,12 @@ def decode_weight(
     value = tl.where(inside, value, 0.0)
     if BIAS:
         bias = tl.load(bias_ptr + row)
-        high = _rounded(bias, tl.bfloat16).to(tl.float32)
-        middle = _rounded(bias - high, tl.bfloat16).to(tl.float32)
+        high = rounded(bias, tl.bfloat16).to(tl.float32)
+        middle = rounded(bias - high, tl.bfloat16).to(tl.float32)
         low = bias - high - middle
         part = tl.where(columns == K, high, tl.where(columns == K + 1, middle, low))
         value = tl.where((columns >= K) & (columns < K + 3), part, value)
-    tl.store(out_ptr + row * width + columns, _rounded(value, tl.bfloat16), mask=columns < width)
+    tl.store(out_ptr + row * width + columns, rounded(value, tl.bfloat16), mask=columns < width)
 
 
 # ---- matmuls ------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def matmul(
     if BIAS:
         total += tl.load(bias_ptr + from_n)[:, None]
     outs = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(outs, _rounded(total, out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+    tl.store(outs, rounded(total, out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
 
 
 @jit
@@ -330,7 +330,7 @@ def finish(
         f = f * tl.load(column_ptr + n, mask=inside, other=0.0)
     if BIAS:
         f = f + tl.load(bias_ptr + n, mask=inside, other=0.0)
-    tl.store(out_ptr + row * N + n, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * N + n, rounded(f, out_ptr.dtype.element_ty), mask=inside)
 
 
 # ---- dense operators: one program per token, whose D values fit the registers -------------------
@@ -345,7 +345,7 @@ def rms_norm(x_ptr, weight_ptr, out_ptr, D, stride, eps, BLOCK: tl.constexpr):
     f = tl.load(x_ptr + row * stride + i, mask=inside, other=0.0).to(tl.float32)
     f = f * tl.rsqrt(tl.sum(f * f, 0) / D + eps)
     f = f * tl.load(weight_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * D + i, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * D + i, rounded(f, out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -365,7 +365,7 @@ def layer_norm(
     if SHIFT:
         f = f + tl.load(shift_ptr + i, mask=inside, other=0.0).to(tl.float32)
     out_ptr += batch * out_batch + token * D
-    tl.store(out_ptr + i, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + i, rounded(f, out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -380,7 +380,7 @@ def gated_residual(
     y = tl.load(y_ptr + batch * y_batch + token * y_stride + i, mask=inside, other=0.0).to(tl.float32)
     f = x + y * tl.load(gate_ptr + i, mask=inside, other=0.0).to(tl.float32)
     out_ptr += batch * out_batch + token * D
-    tl.store(out_ptr + i, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + i, rounded(f, out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -399,4 +399,4 @@ def rope(
     s = tl.load(sin_ptr + angle, mask=pair < pairs, other=0.0)
     f = tl.join(a * c - b * s, a * s + b * c)
     out_ptr += batch * out_batch + token * 2 * pairs
-    tl.store(out_ptr + i, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + i, rounded(f, out_ptr.dtype.element_ty), mask=inside)

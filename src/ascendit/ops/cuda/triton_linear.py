@@ -196,9 +196,12 @@ def _constants(element: Element) -> dict[str, Any]:
 def launch(
     kernel: Callable[..., Any], grid: tuple[int, ...], first: Tensor, *args: Any, **constants: Any
 ) -> None:
-    """Run a Triton kernel on the device of `first` ([..], any dtype), which need not be the current one."""
+    """Run a Triton kernel on the device of `first` ([..], any dtype), which need not be the current one.
+
+    Products and sums are rounded separately, unless `constants` has `enable_fp_fusion`.
+    """
     if 0 in grid:
         return
     launcher: Any = kernel
     with torch.cuda.device_of(first):
-        launcher[grid](first, *args, **constants, enable_fp_fusion=False)
+        launcher[grid](first, *args, **{"enable_fp_fusion": False, **constants})
