@@ -24,6 +24,9 @@ KINDS: Mapping[str, tuple[Kind, ...]] = {
     "image": ("image",),
 }
 """Name in a request -> the kinds it selects."""
+Probabilities = Literal["one", "two"]
+"""BF16 numbers whose sum is a probability, in the kernel `cpu`. With one, as in PyTorch, its rounding error
+is as large as that of the output; two take half as long again and leave only the error of the output."""
 HALF = ("bfloat16", "float16")
 FLOATS = (*HALF, "float32")
 

@@ -45,6 +45,7 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         schedule=schedule,
         request=parse_attention(options.attention) if options.attention else {},
         sub_head=options.sub_head,
+        probabilities=options.attention_probabilities,
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )

@@ -26,6 +26,7 @@ from ascendit.device.attention_kernels import Kind
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
+from ascendit.kernels.cpu.attention import attention_probabilities
 from ascendit.kernels.reference import Spans
 from ascendit.model.state import DenoiseState, Shared, Timesteps
 from ascendit.model.wan import WanTransformer
@@ -219,11 +220,12 @@ class Pipeline:
 
     @contextmanager
     def exclusive(self, cancel: Stop | None = None) -> Iterator[None]:
-        """Hold the pipeline for one run and activate its device; waits for the runs of other threads.
+        """Hold the pipeline for one run, with its device and settings; waits for the runs of other threads.
 
         Raises Cancelled (E-CAN-01) while waiting, UsageError (E-USE-01) inside a run of this thread.
         """
-        with self.turn.hold(cancel), hold_chip(self.device, cancel):
+        numbers = self.attention.probabilities if self.attention else None
+        with self.turn.hold(cancel), hold_chip(self.device, cancel), attention_probabilities(numbers):
             activate(self.device)
             yield
 
