@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from ascendit.ops.operators import bind
 
 CPU = parse_device("cpu")
 HARDWARE = "A processor (R) of 2026"
+USABLE = ("cpu", "sdpa", "reference", "qk_int8")
 
 
 def row(kernel: str, milliseconds: float, tokens: int = 4096, **other: Any) -> Measurement:
@@ -68,8 +69,10 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return write
 
 
-def choice(tokens: int = 4096, kind: Any = "self", **other: Any) -> tuple[str, str] | None:
-    return fastest(CPU, call(tokens, kind, **other), hardware=HARDWARE)
+def choice(
+    tokens: int = 4096, kind: Any = "self", usable: Collection[str] = USABLE, **other: Any
+) -> tuple[str, str] | None:
+    return fastest(CPU, call(tokens, kind, **other), usable.__contains__, hardware=HARDWARE)
 
 
 def call(tokens: int = 4096, kind: Any = "self", **other: Any) -> AttentionCall:
@@ -96,6 +99,7 @@ def test_the_choice_is_the_fastest_kernel_at_the_nearest_length(write: Write) ->
         "fastest in ascendit bench attention at 4,096 x 4,096, 12 heads of 128: cpu 7.2 ms, sdpa 9.6 ms"
     )
     assert (choice(5000) or "")[0] == "cpu" and (choice(7000) or "")[0] == "sdpa"
+    assert (choice(7000, usable=("cpu",)) or "")[0] == "cpu" and choice(7000, usable=()) is None
     write(row("cpu", 9))
     assert choice() is None, "nothing to compare it with"
 
@@ -162,7 +166,7 @@ def test_without_a_file_and_on_a_twin_nothing_is_measured(write: Write) -> None:
     write(row("cpu", 9), row("sdpa", 8))
     assert choice() is not None
     twin = parse_device("twin:a2")
-    assert fastest(twin, call(), hardware=HARDWARE) is None
+    assert fastest(twin, call(), USABLE.__contains__, hardware=HARDWARE) is None
 
 
 def test_new_rows_replace_those_of_the_same_shape() -> None:

@@ -1,10 +1,10 @@
 """Choose the kernel of each attention: the requested one, or the best that the device has for its size.
 
     policy = AttentionPolicy(device=parse_device("twin:a2"), request=parse_attention("self=laser"))
-    policy.choose(AttentionCall(kind="self", dtype="bfloat16", heads=40, head_dim=128, queries=75600, keys=75600))
+    policy.choose(calls["self"])            # Choice(name="laser", reason="requested")
 
-The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run refuses
-what the run would refuse.
+The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run has the
+errors of the run.
 """
 
 from __future__ import annotations
@@ -92,8 +92,12 @@ class Choice:
     """Heads in one call, if not all."""
 
 
-Measured = Callable[[Device, AttentionCall], tuple[str, str] | None]
-"""The fastest measured kernel and the reason for the log; None if nothing was measured for this size."""
+Measured = Callable[[Device, AttentionCall, Callable[[str], bool]], tuple[str, str] | None]
+"""`measured.fastest` of a processor or card: the fastest measured kernel for a call, and the reason."""
+
+
+def unmeasured(device: Device, call: AttentionCall, usable: Callable[[str], bool]) -> None:
+    """A `Measured` without measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ class AttentionPolicy:
     """Emulate quantized attention on a chip without it; a CPU and CUDA always do."""
     missing: Callable[[str], str] = lambda name: ""
     """Why a kernel that this kind of device has is missing on this machine, "" if it is not."""
-    measured: Measured = lambda device, call: None
+    measured: Measured = unmeasured
 
     def choose(
         self,
@@ -128,7 +132,8 @@ class AttentionPolicy:
         """The kernel or scheme of an attention.
 
         `step`: the request of the step schedule. `declared`: the scheme that the model declares. The first of
-        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error. Raises UsageError (E-USE-01) for a request that the size or
+        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error.
+        Raises UsageError (E-USE-01) for a request that the size or
         kind of the attention excludes, EnvironmentProblem (E-CAP-01) for one that the chip or machine does.
         """
         sources = {"step policy": step, "requested": self.request.get(call.kind), "of the model": declared}
@@ -139,8 +144,9 @@ class AttentionPolicy:
             return Choice(name=name, reason=reason, sub_head=sub_head)
         if name == AUTOMATIC:
             best = self.automatic(call)
-            why = best.reason if reason == "default" else f"{reason}: bf16; {best.reason}"
-            return replace(best, reason=why, sub_head=sub_head)
+            if reason != "default":
+                best = replace(best, reason=f"{reason}: bf16; {best.reason}")
+            return replace(best, sub_head=sub_head)
         if problem := self.problem_of(name, call):
             raise self._refused(name, call, problem, step, calls)
         return Choice(name=name, reason=reason, sub_head=sub_head)
@@ -149,10 +155,10 @@ class AttentionPolicy:
         """The fastest measured kernel, else the first usable one of the table."""
         if self.reference:
             return Choice(name="reference", reason="ops=reference")
-        measured = self.measured(self.device, call)
-        if measured and not (ATTENTION_KERNELS[measured[0]].on_request or self.problem_of(measured[0], call)):
+        measured = self.measured(self.device, call, lambda name: not self.problem_of(name, call))
+        if measured:
             return Choice(name=measured[0], reason=measured[1])
-        skipped = []
+        skipped: list[str] = []
         for name, kernel in self._kernels().items():
             if kernel.on_request:
                 continue
@@ -171,7 +177,7 @@ class AttentionPolicy:
         return sorted(names, key=lambda name: ATTENTION_KERNELS[name].on_request)
 
     def check_names(self) -> None:
-        """Raise the error of a request that this device refuses for every size, before a model is read."""
+        """Raise UsageError (E-USE-01) for a request that this device refuses for every size."""
         for kind, name in self.request.items():
             if name in ATTENTION_FORMATS or name == AUTOMATIC:
                 continue

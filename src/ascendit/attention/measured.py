@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -184,12 +184,14 @@ def _mismatch(data: Mapping[str, Any], hardware: str) -> str:
 # ---- the choice ---------------------------------------------------------------------------------
 
 
-def fastest(device: Device, call: AttentionCall, *, hardware: str) -> tuple[str, str] | None:
+def fastest(
+    device: Device, call: AttentionCall, usable: Callable[[str], bool], *, hardware: str
+) -> tuple[str, str] | None:
     """The fastest measured kernel for `call`, with the reason for the log; None without measurements.
 
-    `hardware`: from `ops.open_device.hardware_name`. The nearest measured shape of this head size and dtype
-    decides. Kernels on request are never chosen, and a twin has no measurements. Raises EnvironmentProblem
-    (E-ENV-02) if this user has no home folder.
+    `usable`: whether a kernel can compute `call`; those on request are never chosen. `hardware`: from
+    `ops.open_device.hardware_name`. The nearest measured shape of this head size and dtype decides. A twin
+    has no measurements. Raises EnvironmentProblem (E-ENV-02) if this user has no home folder.
     """
     if device.kind == "twin":
         return None
@@ -212,7 +214,7 @@ def fastest(device: Device, call: AttentionCall, *, hardware: str) -> tuple[str,
         return None
     times = ", ".join(f"{row.kernel} {row.best_seconds * 1e3:.4g} ms" for row in measured)
     reason = f"fastest in ascendit bench attention at {nearest}: {times}"
-    return measured[0].kernel, reason
+    return next(((row.kernel, reason) for row in measured if usable(row.kernel)), None)
 
 
 def _is_automatic(row: Measurement) -> bool:

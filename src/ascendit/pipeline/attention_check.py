@@ -49,7 +49,7 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )
-    # a GPU or NPU has to be open to know its model; the run reads the measurements of every device
+    # a GPU or NPU has to be open to know its model: `load.open_accelerator` adds its measurements
     is_cpu = device.operators == "cpu"
     return replace(policy, measured=partial(fastest, hardware=processor_name())) if is_cpu else policy
 
@@ -60,7 +60,9 @@ def check_policy(model: PreparedModel) -> None:
     Raises the errors of `resolve`.
     """
     steps = dict(enumerate(model.schedule.settings))
-    contexts: dict[Kind, int] = {"text": LONG} | ({"image": LONG} if model.needs_image_encoder else {})
+    contexts: dict[Kind, int] = {"text": LONG}
+    if model.needs_image_encoder:
+        contexts["image"] = LONG
     for expert, applied in model.experts:
         _resolved(model, expert, applied, LONG, contexts, steps)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import capability
-from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.errors import UsageError
 from ascendit.kernels import reference
 from ascendit.ops.npu import elementwise, kernels
-from ascendit.ops.npu.attention import fused_infer_attention, fusion_attention
+from ascendit.ops.npu.attention import fused_infer_attention
 from ascendit.ops.operators import OPERATOR_NAMES, bind
 from ascendit.twin.contract import TwinError
 
