@@ -121,8 +121,8 @@ def test_a_request_that_cannot_be_met_lists_what_can(
 
 
 def test_a_kernel_that_is_not_installed_is_a_problem_of_the_machine() -> None:
-    absent = lambda name: "mindiesd is not installed" if name == "laser" else ""  # noqa: E731
-    error = refusal("twin:a2", "self=laser", missing=absent)
+    absent = {"laser": "mindiesd is not installed"}
+    error = refusal("twin:a2", "self=laser", missing=lambda name: absent.get(name, ""))
     assert isinstance(error, EnvironmentProblem) and error.code == "E-CAP-01"
     assert "mindiesd is not installed" in error.got and fix_of(error) == "--attention self=fusion"
 
@@ -148,6 +148,10 @@ def test_a_rotation_needs_a_power_of_two() -> None:
     error = refusal("cpu", "self=fp8", replace(CALL, head_dim=96))
     assert "head size 96" in error.got and fix_of(error) == "--attention self=int8"
     assert policy("cpu", "self=int8").choose(replace(CALL, head_dim=96)).name == "int8"
+    schedule = StepSchedule.parse("2:attention=fp8")
+    with pytest.raises(UsageError, match="fp8 of the step policy with head size 96") as e:
+        policy("cpu", schedule=schedule).choose(replace(CALL, head_dim=96), step="fp8")
+    assert fix_of(e.value) == "--step-policy 2:attention=int8"
 
 
 def test_the_fix_for_a_step_is_a_schedule() -> None:

@@ -133,8 +133,8 @@ class AttentionPolicy:
 
         `step`: the request of the step schedule. `declared`: the scheme that the model declares. The first of
         `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error.
-        Raises UsageError (E-USE-01) for a request that the size or
-        kind of the attention excludes, EnvironmentProblem (E-CAP-01) for one that the chip or machine does.
+        Raises UsageError (E-USE-01) for a request that the size or kind of the attention excludes,
+        EnvironmentProblem (E-CAP-01) for one that the chip or machine excludes.
         """
         sources = {"step policy": step, "requested": self.request.get(call.kind), "of the model": declared}
         reason, name = next(((k, v) for k, v in sources.items() if v is not None), ("default", AUTOMATIC))
@@ -228,7 +228,8 @@ class AttentionPolicy:
             raise UsageError(
                 f"{shown} with head size {size}",
                 needs="a head size that is a power of two, for the rotation of this scheme",
-                fix=option("attention", f"{call.kind}=int8"),
+                fix=self._replaced(scheme, "int8", step)
+                or option("attention", attention_text({**self.request, call.kind: "int8"})),
             )
 
     def _refused(
@@ -245,13 +246,15 @@ class AttentionPolicy:
         reasons = "".join(f"; {n}: {reason}" for n, reason in others.items() if reason)
         got = f"{self._shown(call.kind, name, step)} on {self.device}: {problem}"
         needs = f"{' or '.join(usable)} for {KIND_NAMES[call.kind]}{reasons}"
-        fix = self._fix(call, usable[0], calls)
-        if step is not None:
-            best = partial(_with_attention, name=name, other=usable[0])
-            fix = option("step_policy", self.schedule.map(best))
-        if self.missing(name) and not limit_of(ATTENTION_KERNELS[name], call):
+        fix = self._replaced(name, usable[0], step) or self._fix(call, usable[0], calls)
+        if problem == self.missing(name):
             return EnvironmentProblem(got, needs=needs, fix=fix, code="E-CAP-01")
         return UsageError(got, needs=needs, fix=fix)
+
+    def _replaced(self, name: str, other: str, step: str | None) -> str:
+        """The step schedule with another kernel or scheme; "" if `step` is None."""
+        best = partial(_with_attention, name=name, other=other)
+        return "" if step is None else option("step_policy", self.schedule.map(best))
 
     def _fix(self, call: AttentionCall, best: str, calls: Mapping[Kind, AttentionCall]) -> str:
         """The request with usable kernels instead of those that cannot be used."""
