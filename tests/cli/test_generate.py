@@ -506,7 +506,9 @@ def test_a_dry_run_shows_the_attention_kernels(run, fake):
 def test_heads_in_one_call_from_the_environment(run, fake, tmp_path, monkeypatch):
     monkeypatch.setenv("USE_SUB_HEAD", "2")
     ended = run("generate", "--demo", "a cat", "--dry-run")
-    assert ended.code == 2 and "--sub-head 2 with 3 heads" in ended.err and "a divisor of 3: 1, 3" in ended.err
+    assert (
+        ended.code == 2 and "--sub-head 2 with 3 heads" in ended.err and "a divisor of 3: 1, 3" in ended.err
+    )
     assert run("generate", "--demo", "a cat", "--sub-head", "1", "-o", tmp_path / "a.mp4").code == 0
     assert fake.loaded[0][1]["sub_head"] == 1
 

@@ -46,7 +46,9 @@ def test_a_plan_changes_no_frame(tiny_t2v_cascade: Path) -> None:
     assert np.array_equal(video.frames, pipe.generate("a cat", **SMALL, allow_flat=True).frames)
 
 
-@pytest.mark.parametrize("options", [{"attention": "self=mxfp8"}, {"attention": "reference"}, {"sub_head": 1}])
+@pytest.mark.parametrize(
+    "options", [{"attention": "self=mxfp8"}, {"attention": "reference"}, {"sub_head": 1}]
+)
 def test_requests_change_the_latents_by_rounding(tiny_t2v_single: Path, options: dict[str, Any]) -> None:
     videos = [
         ascendit.load(tiny_t2v_single, dtype="bfloat16", **x).generate("a cat", **SMALL, allow_flat=True)

@@ -19,6 +19,7 @@ from ascendit.device.attention_kernels import (
     AUTOMATIC,
     AttentionKernel,
     Kind,
+    Probabilities,
     attention_text,
 )
 from ascendit.device.device import Device
@@ -112,6 +113,8 @@ class AttentionPolicy:
     """Heads in one call of self-attention."""
     reference: bool = False
     """Plain PyTorch only."""
+    probabilities: Probabilities | None = None
+    """Numbers per probability of the kernel `cpu`; None: its default."""
     emulate: bool = False
     """Emulate quantized attention on a chip without it; a CPU and CUDA always do."""
     missing: Callable[[str], str] = lambda name: ""

@@ -294,10 +294,17 @@ def native_on(chip: str) -> frozenset[str]:
     return frozenset(s for s in LINEAR_SCHEMES if s in rows and set(rows[s]) == {"yes"})
 
 
-def chips_for(schemes: Collection[str]) -> dict[str, Support]:
-    """Chip -> `native` if it has a matmul for every scheme, else `emulated` (weights are dequantized)."""
-    quantized = set(schemes) - {"bf16"}
-    return {chip: "native" if quantized <= native_on(chip) else "emulated" for chip in CHIPS}
+def chips_for(schemes: Collection[str], attention: Collection[str] = ()) -> dict[str, Support]:
+    """Chip -> `native` if it has a matmul for every scheme and a kernel for every scheme of `attention`, else
+    `emulated` (dequantized).
+    """
+    quantized, attention = set(schemes) - {"bf16"}, set(attention)
+    return {
+        chip: "native"
+        if quantized <= native_on(chip) and attention <= native_attention_on(chip)
+        else "emulated"
+        for chip in CHIPS
+    }
 
 
 def native_attention_on(chip: str) -> frozenset[str]:
@@ -309,7 +316,7 @@ def native_attention_on(chip: str) -> frozenset[str]:
 
 
 def no_attention_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
-    """The error E-CAP-01 for quantized attention without a kernel on `chip`; lists the chips that have one."""
+    """The error E-CAP-01 for quantized attention without a kernel on `chip`; lists chips that have one."""
     chips = [c for c in CHIPS.values() if scheme in native_attention_on(c.name)]
     allowed = " or ".join(f"{c.product}, {c.name}" for c in chips) or "another scheme"
     native = ["bf16", *(s for s in ATTENTION_FORMATS if s in native_attention_on(chip))]

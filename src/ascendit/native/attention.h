@@ -11,7 +11,7 @@
 //     void pack_queries(int64_t h, int64_t first, int rows, void* out);    QUERIES rows, those from `rows` zero
 //     void pack_keys(int64_t h, int64_t first, int rows, int width, void* out);  width a multiple of PAIRED
 //     void multiply(const void* queries, const void* keys, int width, float* scores);  to [QUERIES][KEYS]
-//     float scale() const;                                                 what to multiply these scores by
+//     float scale() const;                                                 factor of these scores
 #pragma once
 #include <immintrin.h>
 

@@ -15,9 +15,9 @@ from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report
 from ascendit.checkpoint.transformer import Expert, model_config
 from ascendit.device.attention_kernels import Kind, parse_attention
 from ascendit.device.device import Device
-from ascendit.device.processor import processor_name
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
+from ascendit.native.build import processor_name
 from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.sigmas import expert_of
@@ -45,6 +45,7 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         schedule=schedule,
         request=parse_attention(options.attention) if options.attention else {},
         sub_head=options.sub_head,
+        probabilities=options.attention_probabilities,
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,11 +22,10 @@ from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
 from ascendit.attention.choice import KIND_NAMES, AttentionPolicy
 from ascendit.attention.plan import AttentionPlan
 from ascendit.checkpoint.layout import Layout
-from ascendit.device.attention_kernels import Kind
+from ascendit.device.attention_kernels import Kind, attention_probabilities
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
-from ascendit.kernels.cpu.attention import attention_probabilities
 from ascendit.kernels.reference import Spans
 from ascendit.model.state import DenoiseState, Shared, Timesteps
 from ascendit.model.wan import WanTransformer
@@ -220,13 +219,12 @@ class Pipeline:
 
     @contextmanager
     def exclusive(self, cancel: Stop | None = None) -> Iterator[None]:
-        """Hold the pipeline for one run and activate its device; waits for the runs of other threads.
+        """Hold the pipeline for one run, with its device and settings; waits for the runs of other threads.
 
         Raises Cancelled (E-CAN-01) while waiting, UsageError (E-USE-01) inside a run of this thread.
         """
-        numbers = self.loaded.get("attention_probabilities")
-        probabilities = attention_probabilities(numbers) if numbers else nullcontext()
-        with self.turn.hold(cancel), hold_chip(self.device, cancel), probabilities:
+        numbers = self.attention.probabilities if self.attention else None
+        with self.turn.hold(cancel), hold_chip(self.device, cancel), attention_probabilities(numbers):
             activate(self.device)
             yield
 

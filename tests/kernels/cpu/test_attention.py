@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ascendit.device.attention_kernels import Probabilities, attention_probabilities
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import attention
-from ascendit.kernels.cpu.attention import Probabilities, attention_probabilities
 
 Heads = tuple[Tensor, Tensor, Tensor]
 HAVE = attention.library().library is not None

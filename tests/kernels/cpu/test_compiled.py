@@ -15,8 +15,7 @@ from torch import Tensor
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import attention, elementwise
 
-KERNELS = (*attention.list_kernels(), *elementwise.list_kernels())
-COMPILED = {k.operator: k.call for k in KERNELS if k.needs and not k.on_request}
+COMPILED = {k.operator: k.call for k in (*attention.list_kernels(), *elementwise.list_kernels()) if k.needs}
 HALF_STEP = 2.0**-8  # relative to the largest value; half a BF16 step is 2^-9, and the last bit may differ
 
 

@@ -7,36 +7,19 @@ float32, float16 and other head sizes use PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.device.attention_kernels import PROBABILITIES
 from ascendit.kernels import reference
-from ascendit.kernels.cpu import qk_int8
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
 
 LARGEST_HEAD = 256
-Probabilities = Literal["one", "two"]
-"""BF16 numbers whose sum is a probability. With one, as in PyTorch, its rounding error is as large as that of
-the output; two take half as long again and leave only the error of the output."""
-_probabilities: ContextVar[Probabilities] = ContextVar("attention_probabilities", default="one")
-
-
-@contextmanager
-def attention_probabilities(numbers: Probabilities) -> Iterator[None]:
-    """Use `numbers` in the C++ attention calls of this context, on a CPU and on its NPU twin."""
-    token = _probabilities.set(numbers)
-    try:
-        yield
-    finally:
-        _probabilities.reset(token)
 
 
 def list_kernels() -> tuple[Kernel, ...]:
@@ -44,10 +27,9 @@ def list_kernels() -> tuple[Kernel, ...]:
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
     built = library()
     if built.library is None:
-        return fused, qk_int8.kernel()
+        return (fused,)
     reason = f"native: {built.reason}, for BF16 activations"
-    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
-    return cpp, fused, qk_int8.kernel()
+    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu"), fused
 
 
 def library() -> Built:
@@ -72,7 +54,7 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> At
     if not fits_attention(q, k, v):
         return attention(q, k, v, return_lse=return_lse)
     if not return_lse:
-        return _run(q, k, v, None)
+        return run_native(cast(Any, library().library).attention_bf16, q, k, v)
     out, top, total = attention_with_sums(q, k, v)
     return out, top + total.log()
 
@@ -83,18 +65,19 @@ def attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     """
     b, s, h, _ = q.shape
     sums = torch.empty(2, b, h, s)
-    return _run(q, k, v, sums), *sums
+    return run_native(cast(Any, library().library).attention_bf16, q, k, v, sums), *sums
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None) -> Tensor:
+def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None) -> Tensor:
+    """Run a C++ attention on each sample of bfloat16 [B, S, H, d]; `sums`: float32 [2, B, H, S], written."""
     (b, s, h, d), length = q.shape, k.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, native_library = torch.empty_like(q), cast(Any, library().library)
-    parts, threads = 1 if _probabilities.get() == "one" else 2, torch.get_num_threads()
+    out = torch.empty_like(q)
+    parts, threads = 1 if PROBABILITIES.get() == "one" else 2, torch.get_num_threads()
     for i in range(b):
         statistics = (None, None) if sums is None else pointers(*sums[:, i])
         addresses = pointers(q[i], k[i], v[i], out[i])
-        native_library.attention_bf16(*addresses, *statistics, s, length, h, d, parts, threads)
+        call(*addresses, *statistics, s, length, h, d, parts, threads)
     return out
 
 
