@@ -103,8 +103,12 @@ def test_a_complete_machine(complete: Machine) -> None:
     assert items["NPU device"].detected == "8 x Ascend950PR, 112 GiB, Atlas 350 (Ascend 950): a5"
     assert items["NPU device"].data["chip"] == "a5"
     assert items["versions together"].detected == "torch 2.10.0, torch_npu 2.10.0.post4, CANN 9.1.0"
-    assert items["torch_npu operators"].detected == "12 of 12"
-    assert items["MindIE-SD operators"].data["needed"] == ["mindiesd::layernorm", "mindiesd::adaln_v2"]
+    assert items["torch_npu operators"].detected == "13 of 13"
+    assert items["MindIE-SD operators"].data["needed"] == [
+        "mindiesd::layernorm",
+        "mindiesd::adaln_v2",
+        "mindiesd::fused_infer_attention_score_v2",
+    ]
     report = examine(npu.NPU_PROBES)
     assert report.npu is True
     assert report.as_dict()["ready"] == {"cpu": True, "npu": True}
@@ -222,7 +226,7 @@ def test_the_driver_version_comes_from_npu_smi_if_its_file_is_missing(
 def test_missing_operators_of_torch_npu_are_reported(complete: Machine) -> None:
     complete.answers["operators"] = [n for n in complete.answers["operators"] if "dual_level" not in n]
     row = rows()["torch_npu operators"]
-    assert row.status == "broken" and row.detected.startswith("10 of 12: no npu_dynamic_dual_level_mx_quant")
+    assert row.status == "broken" and row.detected.startswith("11 of 13: no npu_dynamic_dual_level_mx_quant")
     assert len(row.data["missing"]) == 2
     complete.answers["soc"] = 220  # a2 needs none of them
     assert rows()["torch_npu operators"].status == "ok"

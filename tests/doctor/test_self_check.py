@@ -130,7 +130,7 @@ def test_missing_packages_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> Non
 
     real = kernels.missing
     monkeypatch.setattr(
-        kernels, "missing", lambda call, chip: "gone" if "mindiesd" in call else real(call, chip)
+        kernels, "missing", lambda call, *rest: "gone" if "mindiesd" in call else real(call, *rest)
     )
     check = self_check("twin:a5")
     assert check.ok and by_name(check)["operator: adaln"].verdict == "not installed"

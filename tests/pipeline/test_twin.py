@@ -18,6 +18,7 @@ import ascendit
 import ascendit.twin
 from ascendit.demo.adherence import pick
 from ascendit.errors import UsageError
+from ascendit.kernels.cpu import attention
 from ascendit.pipeline.generate import Pipeline
 from ascendit.verify.metrics import psnr
 
@@ -57,6 +58,22 @@ def test_twelve_prompts() -> None:
     decibels = against_the_reference("twin:a5", prompts)
     print("PSNR", [round(x, 1) for x in decibels])
     assert median(decibels) >= MEDIAN_DB and min(decibels) >= LEAST_DB, decibels
+
+
+@pytest.mark.skipif(attention.library().library is None, reason="there is no native attention")
+def test_numbers_per_probability_on_the_cpu_and_the_twin() -> None:
+    latents = {
+        numbers: [
+            ascendit.load("demo", device=device, dtype="bfloat16", attention_probabilities=numbers)
+            .generate("a red circle", seed=7, num_inference_steps=1, num_frames=5, allow_flat=True)
+            .latents
+            for device in ("cpu", "twin:a5")
+        ]
+        for numbers in ("one", "two")
+    }
+    for pair in latents.values():
+        assert np.array_equal(*pair)
+    assert not np.array_equal(latents["one"], latents["two"])
 
 
 SMALL: dict[str, Any] = {"height": 48, "width": 32, "num_frames": 5, "num_inference_steps": 2}

@@ -183,6 +183,25 @@ def test_problems_are_reported(tool: Any, changes: dict[str, Any], expected: str
     assert expected in make_report(tool, **changes)["problems"]
 
 
+def test_attention_has_its_own_table_and_limits(tool: Any) -> None:
+    def call(name: str, most: int, launched: list[str], host: list[str]) -> dict[str, Any]:
+        return {**OURS, "name": f"ops: attention {name}", "most": most, "launched": launched, "host": host}
+
+    fp8 = ["aclnnQuant", "aclnnQuant", "aclnnInfer"]
+    calls = [call(f"fp8, npu: {kind}", 3, fp8, []) for kind in ("self", "cross")]
+    calls += [call("int8, emulated: self", 0, ["aclnnAdd"] * 50, ["H2D 4"])]
+    report = make_report(tool, meta=[], calls=calls)
+    assert report["problems"] == []
+    rows = tool("npu.report").attention(report)
+    assert "| fp8, npu       | self; cross | -  | -  | 2 Quant, Infer |" in rows
+    assert "| int8, emulated | self        | -  | -  | 50 kernels     |" in rows
+    calls = [call("fp8, npu: self", 2, fp8, []), call("int8, emulated: self", 0, [], ["D2H 4"])]
+    assert make_report(tool, meta=[], calls=calls)["problems"] == [
+        "ops: attention fp8, npu: self on a5: 3 kernels instead of 2: aclnnQuant, aclnnQuant, aclnnInfer",
+        "ops: attention int8, emulated: self on a5: the host waits or copies: D2H 4",
+    ]
+
+
 def test_waits_and_too_many_launches_are_reported(tool: Any) -> None:
     run = run_of_one_chip()
     run["model"]["forward"] = {**run["model"]["forward"], "launches": 101}

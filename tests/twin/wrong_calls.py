@@ -96,10 +96,35 @@ def fusion(q: Tensor | None = None, heads: int = 2, layout: str = "BNSD", **kwar
     return npu.npu_fusion_attention(q, q, q, heads, layout, **{"scale": 32**-0.5, **kwargs})
 
 
+ROLES = ("query", "key", "value")
+
+
 def infer(q: Tensor | None = None, **kwargs: Any) -> Any:
     q = rand(1, 2, 6, 32) if q is None else q
     defaults = {"num_query_heads": 2, "softmax_scale": 32**-0.5, "input_layout": "BNSD"}
     return npu.npu_fused_infer_attention_score_v2(q, q, q, **{**defaults, **kwargs})
+
+
+def infer_fp8(rows: int = 256, **kwargs: Any) -> Any:
+    """Query, key and value with 300 tokens, in tiles of `rows`; the query needs 128."""
+    t = rand(2, 300, 64)
+    qdata, scale = npu.npu_dynamic_block_quant(t, dst_type=292, row_block_size=rows, col_block_size=128)
+    options = {f"{role}_quant_mode": 7 for role in ROLES} | {
+        f"dequant_scale_{role}": scale[None] for role in ROLES
+    }
+    defaults = {"num_query_heads": 2, "softmax_scale": 0.125, "input_layout": "BNSD", "out_dtype": 15}
+    return npu.npu_fused_infer_attention_score_v2(*[qdata[None]] * 3, **{**defaults, **options, **kwargs})
+
+
+def infer_mxfp8(axis: int = -1) -> Any:
+    """Query, key and value quantized along one axis; the value needs axis 0."""
+    qdata, scale = npu.npu_dynamic_mx_quant(rand(40, 2, 64), axis=axis, dst_type=292)
+    options = {f"{role}_quant_mode": mode for role, mode in zip(ROLES, (6, 6, 8), strict=True)}
+    options |= {f"dequant_scale_{role}": scale for role in ROLES}
+    options |= {f"dequant_scale_{role}_dtype": 293 for role in ROLES}
+    ends = {"actual_seq_qlen": [40], "actual_seq_kvlen": [40]}
+    named = {"num_query_heads": 2, "softmax_scale": 0.125, "input_layout": "TND", "out_dtype": 15}
+    return npu.npu_fused_infer_attention_score_v2(*[qdata] * 3, **{**named, **ends, **options})
 
 
 def adaln(**kwargs: Any) -> Any:
@@ -317,6 +342,9 @@ OTHERS: list[Case] = [
         r"quant modes \(7, 0, 0\)",
         "omit the quant modes",
     ),
+    ("tiles of 256 queries", infer_fp8, r"block scales \[\(1, 2, 2, 1\)", "row_block_size=128"),
+    ("fp8 of two samples", lambda: infer_fp8(input_layout="BSND"), "layout BSND", "unsqueeze"),
+    ("values along D", infer_mxfp8, r"MX scales \[\(40, 2, 1, 2\)", "axis=0"),
     (
         "modulation dtype",
         lambda: adaln(scale=torch.ones(2, 32)),

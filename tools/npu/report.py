@@ -88,10 +88,10 @@ def _call_problems(row: Mapping[str, Any]) -> Iterator[str]:
     """Calls in the loop must not wait; a quantization and a quantized matmul are one kernel, or `KERNELS`."""
     if not row["name"].startswith(OURS) or row["dry"] != "same" or ": weight" in row["name"]:
         return
-    host = [line for line in row["host"] if row["most"] != 0 or line != SCALAR]
+    host = [line for line in row["host"] if row.get("most") != 0 or line != SCALAR]
     if host:
         yield f"the host waits or copies: {', '.join(host)}"
-    most = row["most"]
+    most = row.get("most")
     if most is None:
         most = 3 if row["scheme"] == "bf16" else KERNELS.get((row["scheme"], row["chip"]), 1)
         most = 1 if ": matmul" in row["name"] else most + (", smoothed" in row["name"])
@@ -178,7 +178,7 @@ def launches(report: Mapping[str, Any]) -> list[str]:
 
 
 def attention(report: Mapping[str, Any]) -> list[str]:
-    """Kernels of each attention on each chip, as a Markdown table; calls with the same kernels share a row."""
+    """Kernels of each attention on each chip, as a Markdown table; calls with equal kernels share a row."""
     by_name: dict[str, dict[str, str]] = {}
     for row in report["calls"]:
         if row["name"].startswith(OURS + ATTENTION):
@@ -193,7 +193,7 @@ def attention(report: Mapping[str, Any]) -> list[str]:
 
 def _launched(row: Mapping[str, Any]) -> str:
     """`3 DynamicMxQuantV3, FusedInferAttentionScoreV5`; the number of kernels if it has no limit."""
-    if row["most"] == 0:
+    if row.get("most") == 0:
         return f"{len(row['launched'])} kernels"
     counts = Counter(k.removeprefix("aclnn") for k in row["launched"])
     return ", ".join(f"{n} {kernel}" if n > 1 else kernel for kernel, n in counts.items())

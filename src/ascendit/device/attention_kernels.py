@@ -6,7 +6,9 @@ The reference of every kernel is `kernels.reference.attention`. All have the sig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, get_args
@@ -24,8 +26,22 @@ KINDS: Mapping[str, tuple[Kind, ...]] = {
     "image": ("image",),
 }
 """Name in a request -> the kinds it selects."""
+Probabilities = Literal["one", "two"]
+"""BF16 numbers whose sum is a probability, in the kernel `cpu`. With one, as in PyTorch, its rounding error
+is as large as that of the output; two take half as long again and leave only the error of the output."""
+PROBABILITIES: ContextVar[Probabilities] = ContextVar("attention_probabilities", default="one")
 HALF = ("bfloat16", "float16")
 FLOATS = (*HALF, "float32")
+
+
+@contextmanager
+def attention_probabilities(numbers: Probabilities | None) -> Iterator[None]:
+    """Use `numbers` in the kernel `cpu` in this context, on a CPU and on a twin. None changes nothing."""
+    token = PROBABILITIES.set(numbers or PROBABILITIES.get())
+    try:
+        yield
+    finally:
+        PROBABILITIES.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -316,7 +316,7 @@ def native_attention_on(chip: str) -> frozenset[str]:
 
 
 def no_attention_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
-    """The error E-CAP-01 for quantized attention without a kernel on `chip`; lists the chips that have one."""
+    """The error E-CAP-01 for quantized attention without a kernel on `chip`; lists chips that have one."""
     chips = [c for c in CHIPS.values() if scheme in native_attention_on(c.name)]
     allowed = " or ".join(f"{c.product}, {c.name}" for c in chips) or "another scheme"
     native = ["bf16", *(s for s in ATTENTION_FORMATS if s in native_attention_on(chip))]

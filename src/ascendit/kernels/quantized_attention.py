@@ -135,9 +135,8 @@ def emulated(scheme: str, dense: Function) -> Function:
 def qk_int8(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """Dense attention with scores from int8 q and k, as in the scheme int8; v is not quantized.
 
-    q [B, S, H, d], k, v [B, L, H, d] of a float dtype -> [B, S, H, d] in q's, and as in
-    `kernels.reference.attention` the log-sum-exp. The reference of the kernels `qk_int8`, which also round
-    the probabilities to bfloat16.
+    q [B, S, H, d], k, v [B, L, H, d] of a float dtype -> [B, S, H, d] in q's, with the log-sum-exp of
+    `kernels.reference.attention`. The kernels `qk_int8` also round probabilities to bfloat16.
     """
     f = ATTENTION_FORMATS["int8"]
     smooth, mean = smooth_key(k)

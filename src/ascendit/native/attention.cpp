@@ -1,6 +1,9 @@
 // softmax(q k^T / sqrt(d)) v on BF16; scores and sums are float32. See attention.h.
 #include "attention.h"
 
+#include "transpose.h"
+
+using namespace ascendit;
 using namespace ascendit::attention;
 
 namespace {
@@ -21,22 +24,27 @@ struct Bf16Scores {
     // Panels [d / 2][64 keys, or 32 in the last][2].
     void pack_keys(int64_t h, int64_t first, int rows, int width, void* out) const {
         uint32_t* to = (uint32_t*)out;
-        for (int j0 = 0; j0 < width; j0 += PANEL) {
-            const int columns = std::min(PANEL, width - j0);
-            for (int j = 0; j < columns; ++j) {
-                const bf16* from = a.k + ((first + j0 + j) * a.H + h) * a.d;
-                for (int p = 0; p < a.d / 2; ++p)
-                    if (j0 + j < rows)
-                        std::memcpy(to + p * columns + j, from + 2 * p, 4);
-                    else
-                        to[p * columns + j] = 0;
-            }
+        for (int panel = 0; panel < width; panel += PANEL) {
+            const int columns = std::min(PANEL, width - panel);
+            for (int j = panel; j < panel + columns; j += LANES)
+                pack_lanes(h, first + j, rows - j, columns, to + j - panel);
             to += columns * a.d / 2;
         }
     }
 
+    void pack_lanes(int64_t h, int64_t first, int rows, int stride, uint32_t* to) const {  // LANES keys
+        for (int64_t c = 0; c < a.d; c += 2 * LANES, to += LANES * stride) {
+            __m512i v[LANES];
+            for (int i = 0; i < LANES; ++i)
+                v[i] = i < rows ? _mm512_loadu_si512(a.k + ((first + i) * a.H + h) * a.d + c) : _mm512_setzero_si512();
+            transpose(v);
+            for (int i = 0; i < LANES; ++i) _mm512_storeu_si512(to + i * stride, v[i]);
+        }
+    }
+
     void multiply(const void* queries, const void* keys, int width, float* scores) const {
-        ascendit::attention::multiply((const bf16*)queries, int(a.d), (const bf16*)keys, int(a.d / 2), scores, KEYS, width, false);
+        const int d = int(a.d);
+        multiply_bf16((const bf16*)queries, d, (const bf16*)keys, d / 2, scores, KEYS, width, false);
     }
 };
 

@@ -11,7 +11,7 @@
 //     void pack_queries(int64_t h, int64_t first, int rows, void* out);    QUERIES rows, those from `rows` zero
 //     void pack_keys(int64_t h, int64_t first, int rows, int width, void* out);  width a multiple of PAIRED
 //     void multiply(const void* queries, const void* keys, int width, float* scores);  to [QUERIES][KEYS]
-//     float scale() const;                                                 what to multiply these scores by
+//     float scale() const;                                                 factor of these scores
 #pragma once
 #include <immintrin.h>
 
@@ -23,7 +23,7 @@
 
 namespace ascendit::attention {
 
-constexpr int QUERIES = 48, KEYS = 256, LANES = 16, ROWS = 6, PANEL = 64, PAIRED = 32;
+constexpr int QUERIES = 48, KEYS = 512, LANES = 16, ROWS = 6, PANEL = 64, PAIRED = 32;
 constexpr float LOG2_E = 1.44269504089f;
 using bf16 = uint16_t;
 
@@ -38,18 +38,27 @@ struct Problem {  // one attention, and the largest score and the sum of exponen
     float scale() const { return LOG2_E / std::sqrt(float(d)); }
 };
 
-inline __m512 exp2_ps(__m512 x) {  // 2^x for x <= 0, relative error under 2e-7; 0 below 2^-126
-    const __m512 integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, integer);  // [-0.5, 0.5]
-    __m512 p = _mm512_set1_ps(1.5403530e-4f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, integer);
+inline __m512 in_register(float x) {  // in every lane; the compiler would load a constant again for each use
+    __m512 v = _mm512_set1_ps(x);
+    asm volatile("" : "+v"(v));
+    return v;
 }
+
+// 2^x for x <= 0, relative error under 4e-6; exactly 1 for 0.
+struct Exp2 {
+    const __m512 c1 = in_register(6.931242e-1f), c2 = in_register(2.4024099e-1f), c3 = in_register(5.5906426e-2f);
+    const __m512 c4 = in_register(9.582853e-3f), one = in_register(1);
+
+    __m512 operator()(__m512 x) const {
+        const __m512 integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 f = _mm512_sub_ps(x, integer);  // [-0.5, 0.5]
+        __m512 p = _mm512_fmadd_ps(c4, f, c3);
+        p = _mm512_fmadd_ps(p, f, c2);
+        p = _mm512_fmadd_ps(p, f, c1);
+        p = _mm512_fmadd_ps(p, f, one);
+        return _mm512_scalef_ps(p, integer);
+    }
+};
 
 inline __m512bh pair_of(const bf16* p) {  // two neighbours, in every lane
     int32_t pair;
@@ -79,7 +88,7 @@ inline void product(const bf16* a, int lda, const bf16* b, int pairs, float* c, 
 }
 
 // c[QUERIES][columns] (+)= a[QUERIES][2 * pairs] b, with b packed as panels [pairs][64 columns, or 32 in the last][2].
-inline void multiply(const bf16* a, int lda, const bf16* b, int pairs, float* c, int ldc, int columns, bool add) {
+inline void multiply_bf16(const bf16* a, int lda, const bf16* b, int pairs, float* c, int ldc, int columns, bool add) {
     for (int j = 0; j < columns; j += PANEL) {
         const bf16* panel = b + int64_t(j) * pairs * 2;
         for (int r = 0; r < QUERIES; r += ROWS)
@@ -90,16 +99,21 @@ inline void multiply(const bf16* a, int lda, const bf16* b, int pairs, float* c,
     }
 }
 
+inline __m512i widened(const bf16* p, bool inside) {  // 16 values in 32-bit lanes, or zeros
+    return inside ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) : _mm512_setzero_si512();
+}
+
 // `width` values of head h, those from `rows` zero, to panels [width / 2][64 of d, or 32 in the last][2].
 inline void pack_values(const Problem& a, int64_t h, int64_t first, int rows, int width, bf16* out) {
+    const int64_t step = a.H * a.d;
     for (int64_t c = 0; c < a.d; c += PANEL) {
         const int columns = int(std::min<int64_t>(PANEL, a.d - c));
-        for (int p = 0; p < width / 2; ++p)
-            for (int i = 0; i < 2; ++i) {
-                const bf16* from = a.v + ((first + 2 * p + i) * a.H + h) * a.d + c;
-                for (int j = 0; j < columns; ++j) out[(p * columns + j) * 2 + i] = 2 * p + i < rows ? from[j] : 0;
+        const bf16* from = a.v + (first * a.H + h) * a.d + c;
+        for (int row = 0; row < width; row += 2, from += 2 * step)
+            for (int j = 0; j < columns; j += LANES, out += 2 * LANES) {
+                const __m512i even = widened(from + j, row < rows), odd = widened(from + step + j, row + 1 < rows);
+                _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
             }
-        out += columns * width;
     }
 }
 
@@ -126,44 +140,64 @@ struct Work {  // buffers of one thread
     float *scores, *out, *top, *sum;
     void* q;
 
-    static int64_t bytes(int64_t d, int64_t query_bytes) { return QUERIES * (KEYS * 8 + d * 4 + 8 + query_bytes); }
+    static int64_t bytes(int64_t d, int64_t query_bytes) {
+        return QUERIES * (KEYS * 8 + d * 4 + 4 + LANES * 4 + query_bytes);
+    }
     Work(uint8_t* room, int64_t d)
         : p((bf16*)room), p_low(p + QUERIES * KEYS), scores((float*)(p_low + QUERIES * KEYS)),
-          out(scores + QUERIES * KEYS), top(out + QUERIES * d), sum(top + QUERIES), q(sum + QUERIES) {}
+          out(scores + QUERIES * KEYS), top(out + QUERIES * d), sum(top + QUERIES), q(sum + QUERIES * LANES) {}
 };
 
-// Scores of one row to probabilities: updates the maximum and rescales earlier sums. A probability is the sum of
-// `parts` BF16 numbers.
-inline void softmax_row(const Work& w, int row, int width, int valid, float scale, int64_t d, int64_t parts) {
-    float* s = w.scores + row * KEYS;
-    for (int j = valid; j < width; ++j) s[j] = -INFINITY;
-    __m512 largest = _mm512_set1_ps(-INFINITY);
-    for (int j = 0; j < width; j += LANES) largest = _mm512_max_ps(largest, _mm512_loadu_ps(s + j));
-    const float top = std::max(w.top[row], _mm512_reduce_max_ps(largest) * scale);
-    const float rescale = std::exp2(w.top[row] - top);
+// Update the maximum of a row, after which earlier sums are rescaled.
+inline void raise_top(const Work& w, int row, int width, float scale, int64_t d) {
+    const float* s = w.scores + row * KEYS;
+    __m512 largest = _mm512_loadu_ps(s);
+    for (int j = LANES; j < width; j += LANES) largest = _mm512_max_ps(largest, _mm512_loadu_ps(s + j));
+    const float top = _mm512_reduce_max_ps(largest) * scale;
+    if (!(top > w.top[row])) return;
+    const __m512 f = _mm512_set1_ps(std::exp2(w.top[row] - top));
+    float *o = w.out + row * d, *sum = w.sum + row * LANES;
+    for (int64_t c = 0; c < d; c += LANES) _mm512_storeu_ps(o + c, _mm512_mul_ps(_mm512_loadu_ps(o + c), f));
+    _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), f));
     w.top[row] = top;
-    const __m512 factor = _mm512_set1_ps(scale), offset = _mm512_set1_ps(-top);
-    __m512 total = _mm512_setzero_ps();
-    for (int j = 0; j < width; j += LANES) {
-        const __m512 e = exp2_ps(_mm512_fmadd_ps(_mm512_loadu_ps(s + j), factor, offset));
-        total = _mm512_add_ps(total, e);
-        const __m256i high = (__m256i)_mm512_cvtneps_pbh(e);
-        _mm256_storeu_si256((__m256i*)(w.p + row * KEYS + j), high);
-        if (parts == 1) continue;
-        const __m512 low = _mm512_sub_ps(e, _mm512_cvtpbh_ps((__m256bh)high));
-        _mm256_storeu_si256((__m256i*)(w.p_low + row * KEYS + j), (__m256i)_mm512_cvtneps_pbh(low));
+}
+
+// Scores to probabilities, each the sum of PARTS BF16 numbers.
+template <int PARTS>
+void exponentiate(const Work& w, int width, float scale) {
+    const Exp2 exp2;
+    const __m512 factor = in_register(scale);
+    for (int row = 0; row < QUERIES; ++row) {
+        const float* s = w.scores + row * KEYS;
+        bf16 *high_to = w.p + row * KEYS, *low_to = w.p_low + row * KEYS;
+        const __m512 offset = _mm512_set1_ps(-w.top[row]);
+        __m512 total = _mm512_loadu_ps(w.sum + row * LANES);
+        for (int j = 0; j < width; j += LANES) {
+            const __m512 e = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(s + j), factor, offset));
+            total = _mm512_add_ps(total, e);
+            const __m256i high = (__m256i)_mm512_cvtneps_pbh(e);
+            _mm256_storeu_si256((__m256i*)(high_to + j), high);
+            if (PARTS == 1) continue;
+            const __m512 low = _mm512_sub_ps(e, _mm512_cvtpbh_ps((__m256bh)high));
+            _mm256_storeu_si256((__m256i*)(low_to + j), (__m256i)_mm512_cvtneps_pbh(low));
+        }
+        _mm512_storeu_ps(w.sum + row * LANES, total);
     }
-    w.sum[row] = w.sum[row] * rescale + _mm512_reduce_add_ps(total);
-    if (rescale != 1.0f) {
-        float* o = w.out + row * d;
-        const __m512 f = _mm512_set1_ps(rescale);
-        for (int64_t c = 0; c < d; c += LANES) _mm512_storeu_ps(o + c, _mm512_mul_ps(_mm512_loadu_ps(o + c), f));
+}
+
+// Scores of the first `valid` of `width` keys to probabilities; those of other keys are 0.
+inline void softmax(const Work& w, int width, int valid, float scale, const Problem& a) {
+    for (int row = 0; row < QUERIES; ++row) {
+        std::fill(w.scores + row * KEYS + valid, w.scores + row * KEYS + width, -INFINITY);
+        raise_top(w, row, width, scale, a.d);
     }
+    a.parts == 1 ? exponentiate<1>(w, width, scale) : exponentiate<2>(w, width, scale);
 }
 
 inline void store_rows(const Problem& a, int64_t h, int64_t first, int rows, const Work& w) {
     for (int r = 0; r < rows; ++r) {
-        const __m512 f = _mm512_set1_ps(1.0f / w.sum[r]);
+        const float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(w.sum + r * LANES));
+        const __m512 f = _mm512_set1_ps(1.0f / sum);
         bf16* to = a.out + ((first + r) * a.H + h) * a.d;
         for (int c = 0; c < a.d; c += LANES) {
             const __m512 o = _mm512_mul_ps(_mm512_loadu_ps(w.out + r * a.d + c), f);
@@ -171,7 +205,7 @@ inline void store_rows(const Problem& a, int64_t h, int64_t first, int rows, con
         }
         if (!a.top) continue;
         a.top[h * a.S + first + r] = w.top[r] / LOG2_E;
-        a.sum[h * a.S + first + r] = w.sum[r];
+        a.sum[h * a.S + first + r] = sum;
     }
 }
 
@@ -182,14 +216,14 @@ void attend_rows(const Problem& a, const Scores& scores, const uint8_t* keys, co
     scores.pack_queries(h, first, rows, w.q);
     std::fill_n(w.out, QUERIES * d, 0.0f);
     std::fill_n(w.top, QUERIES, -INFINITY);
-    std::fill_n(w.sum, QUERIES, 0.0f);
+    std::fill_n(w.sum, QUERIES * LANES, 0.0f);
     for (int64_t start = 0; start < a.padded(); start += KEYS) {
         const int width = int(std::min<int64_t>(KEYS, a.padded() - start));
         const int valid = int(std::min<int64_t>(width, a.L - start));
         scores.multiply(w.q, keys + start * scores.key_bytes(), width, w.scores);
-        for (int r = 0; r < QUERIES; ++r) softmax_row(w, r, width, valid, scores.scale(), d, a.parts);
-        multiply(w.p, KEYS, values + start * d, width / 2, w.out, d, d, true);
-        if (a.parts == 2) multiply(w.p_low, KEYS, values + start * d, width / 2, w.out, d, d, true);
+        softmax(w, width, valid, scores.scale(), a);
+        multiply_bf16(w.p, KEYS, values + start * d, width / 2, w.out, d, d, true);
+        if (a.parts == 2) multiply_bf16(w.p_low, KEYS, values + start * d, width / 2, w.out, d, d, true);
     }
     store_rows(a, h, first, rows, w);
 }

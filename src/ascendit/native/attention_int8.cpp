@@ -3,7 +3,7 @@
 // Layout as in attention.h; d a multiple of 64. Numbers: `quantized_attention.qk_int8`.
 //
 // VPDPBUSD multiplies unsigned by signed bytes. Keys are stored plus 128; the sum of a query row times -128 is the
-// first value of its int32 sums. A sum of 256 products stays below 2^23.
+// first value of its int32 sums. 256 products add up to less than 2^24, which float32 holds.
 #include <vector>
 
 #include "attention.h"

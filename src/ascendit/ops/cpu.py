@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ascendit.device.device import Device
-from ascendit.kernels.cpu import attention, elementwise, linear
+from ascendit.kernels.cpu import attention, elementwise, linear, qk_int8
 from ascendit.kernels.kernel import Kernel, Wish
 from ascendit.kernels.quantized_attention import emulated_kernels
 
@@ -15,6 +15,7 @@ def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     return (
         *elementwise.list_kernels(),
         *attention.list_kernels(),
+        qk_int8.kernel(),
         *emulated_kernels("cpu", attention.attention),
         *linear.list_kernels(wish.emulate),
     )

@@ -22,7 +22,7 @@ from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
 from ascendit.attention.choice import KIND_NAMES, AttentionPolicy
 from ascendit.attention.plan import AttentionPlan
 from ascendit.checkpoint.layout import Layout
-from ascendit.device.attention_kernels import Kind
+from ascendit.device.attention_kernels import Kind, attention_probabilities
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if
@@ -219,11 +219,12 @@ class Pipeline:
 
     @contextmanager
     def exclusive(self, cancel: Stop | None = None) -> Iterator[None]:
-        """Hold the pipeline for one run and activate its device; waits for the runs of other threads.
+        """Hold the pipeline for one run, with its device and settings; waits for the runs of other threads.
 
         Raises Cancelled (E-CAN-01) while waiting, UsageError (E-USE-01) inside a run of this thread.
         """
-        with self.turn.hold(cancel), hold_chip(self.device, cancel):
+        numbers = self.attention.probabilities if self.attention else None
+        with self.turn.hold(cancel), hold_chip(self.device, cancel), attention_probabilities(numbers):
             activate(self.device)
             yield
 
@@ -370,7 +371,7 @@ def plan_attention(
     condition: Condition,
     steps: Sequence[tuple[str, Step]],
 ) -> dict[str, AttentionPlan]:
-    """The attention of each expert. `text` [1, L, text_dim]; `steps`: expert and settings of each.
+    """The attention of each expert. `text` [1, L, text_dim], any dtype; `steps`: expert and settings of each.
 
     Raises the errors of `make_plan`.
     """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, PlainValidator
 
 from ascendit.attention.choice import AttentionPolicy
-from ascendit.device.attention_kernels import attention_text, parse_attention
+from ascendit.device.attention_kernels import Probabilities, attention_text, parse_attention
 from ascendit.device.device import DenoiserDtype, Device, VaeDtype, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
@@ -208,7 +208,7 @@ class LoadOptions(Checked):
     step_policy: Annotated[
         str | None,
         BeforeValidator(_schedule),
-        Option('Precision per step, for example "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
+        Option('Precision and attention per step, for example "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
     ] = None
     emulate: Annotated[
         Literal["decode-on-use", "decode-once"] | None,
@@ -259,7 +259,7 @@ class LoadOptions(Checked):
         ),
     ] = None
     attention_probabilities: Annotated[
-        Literal["one", "two"] | None,
+        Probabilities | None,
         Option("Probabilities of the BF16 attention of a CPU: one BF16 number each, or two."),
     ] = None
     nz: Annotated[bool, Option("Use FRACTAL_NZ weights where an NPU accepts both layouts.")] = False

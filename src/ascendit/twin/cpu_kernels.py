@@ -61,17 +61,17 @@ def can_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     same_heads = q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3]
     if not same_heads or not math.isclose(scale, q.shape[3] ** -0.5, rel_tol=1e-6):
         return False
-    compiled = _cpu_kernel("attention") is not attention.attention
+    compiled = attention.library().library is not None
     return q.dtype == torch.float32 or (compiled and attention.fits_attention(*_heads_last(q, k, v)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, S, D] -> output in q's dtype; largest score and sum of exponentials, float32 [B, N, S]."""
-    call, heads = _cpu_kernel("attention"), _heads_last(q, k, v)
+    heads = _heads_last(q, k, v)
     if q.dtype == torch.float32:
-        return call(*heads).transpose(1, 2), *_sums(q, k, scale)
-    sums = torch.empty(q.shape[:3]), torch.empty(q.shape[:3])
-    return call(*heads, sums).transpose(1, 2), *sums
+        return attention.attention(*heads).transpose(1, 2), *_sums(q, k, scale)
+    out, top, total = attention.attention_with_sums(*heads)
+    return out.transpose(1, 2), top, total
 
 
 def _heads_last(*tensors: Tensor) -> list[Tensor]:

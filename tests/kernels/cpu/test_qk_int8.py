@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ascendit.device.attention_kernels import attention_probabilities
 from ascendit.device.device import parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import quantized_attention
@@ -80,6 +81,14 @@ def test_kernel_and_definition_against_int8_scores_in_float64(shape: tuple[int, 
         assert sums.dtype == torch.float32 and sums.shape == lse.shape
         assert relative(out, expected) < limit
         torch.testing.assert_close(sums.double(), lse, rtol=0, atol=1e-4)
+
+
+def test_two_numbers_per_probability_leave_the_rounding_of_the_output() -> None:
+    q, k, v = operands(130, 600, 2, 128)
+    expected = in_float64(q, k, v, int8=True)[0]
+    with attention_probabilities("two"):
+        out = attention(q, k, v)[0]
+    assert relative(out, expected) < 1.02 * relative(expected.bfloat16(), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:])

@@ -1,22 +1,23 @@
 """Dense attention on a CPU, in PyTorch or in C++ for bfloat16 (`native/attention.cpp`).
 
-PyTorch's blocked attention takes 34 % of the time of a denoiser's forward on a CPU for 12.5 % of its FLOPs;
-the C++ kernel uses the BF16 instructions of the processor. float32 and other head sizes use PyTorch.
+The C++ kernel uses the BF16 instructions of the processor, at nine tenths of the rate of a BF16 matmul.
+float32, float16 and other head sizes use PyTorch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.kernels.cpu import qk_int8
+from ascendit.device.attention_kernels import PROBABILITIES
+from ascendit.kernels import reference
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
-from ascendit.kernels.kernel import Function, Kernel
-from ascendit.native.build import declared, native
+from ascendit.kernels.kernel import Attended, Kernel
+from ascendit.native.build import Built, declared, native
 
 LARGEST_HEAD = 256
 
@@ -24,39 +25,60 @@ LARGEST_HEAD = 256
 def list_kernels() -> tuple[Kernel, ...]:
     """The attention kernels, best first."""
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel", name="sdpa")
-    built = declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
+    built = library()
     if built.library is None:
-        return fused, qk_int8.kernel()
+        return (fused,)
     reason = f"native: {built.reason}, for BF16 activations"
-    compiled = _compiled(built.library.attention_bf16)
-    cpp = Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu")
-    return cpp, fused, qk_int8.kernel()
+    return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp", name="cpu"), fused
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def library() -> Built:
+    """The compiled `native/attention.cpp`, or why there is none."""
+    return declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """As `reference.attention`, with PyTorch's blocked kernel: scores are float32 and never stored."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+    if not return_lse:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+    if q.device.type != "cpu" or not (q.numel() and k.numel()):  # this operator would end the process
+        return reference.attention(q, k, v, return_lse=True)
+    heads = [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in (q, k, v)]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
+    return out.transpose(1, 2), lse
 
 
-def _compiled(call: Any) -> Function:
-    def compiled(q: Tensor, k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """As `reference.attention`, up to BF16 rounding.
+def compiled(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
+    """As `reference.attention`, up to BF16 rounding; `attention` if these tensors do not fit the C++."""
+    if not fits_attention(q, k, v):
+        return attention(q, k, v, return_lse=return_lse)
+    if not return_lse:
+        return run_native(cast(Any, library().library).attention_bf16, q, k, v)
+    out, top, total = attention_with_sums(q, k, v)
+    return out, top + total.log()
 
-        `sums`: two float32 outputs [B, H, S], written if `fits_attention`: the largest score of each query,
-        and the sum of exp(score - largest).
-        """
-        if not fits_attention(q, k, v):
-            return attention(q, k, v)
-        (b, s, h, d), length = q.shape, k.shape[1]
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.empty_like(q)
-        for i in range(b):
-            stats = pointers(*(t[i] for t in sums)) if sums else (None, None)
-            call(*pointers(q[i], k[i], v[i], out[i]), *stats, s, length, h, d, 2, torch.get_num_threads())
-        return out
 
-    return compiled
+def attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, H, d] that fit the C++ -> the output; and, float32 [B, H, S], the largest score of each query
+    and the sum of exp(score - largest).
+    """
+    b, s, h, _ = q.shape
+    sums = torch.empty(2, b, h, s)
+    return run_native(cast(Any, library().library).attention_bf16, q, k, v, sums), *sums
+
+
+def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None) -> Tensor:
+    """Run a C++ attention on each sample of bfloat16 [B, S, H, d]; `sums`: float32 [2, B, H, S], written."""
+    (b, s, h, d), length = q.shape, k.shape[1]
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    parts, threads = 1 if PROBABILITIES.get() == "one" else 2, torch.get_num_threads()
+    for i in range(b):
+        statistics = (None, None) if sums is None else pointers(*sums[:, i])
+        addresses = pointers(q[i], k[i], v[i], out[i])
+        call(*addresses, *statistics, s, length, h, d, parts, threads)
+    return out
 
 
 def fits_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:

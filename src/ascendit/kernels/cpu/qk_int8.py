@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.kernels.cpu.elementwise import all_bf16, pointers
+from ascendit.kernels.cpu.attention import run_native
+from ascendit.kernels.cpu.elementwise import all_bf16
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
 from ascendit.option_text import option
@@ -55,13 +56,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> A
     and head sizes, and EnvironmentProblem (E-CAP-01) if the processor lacks instructions, or a compiler.
     """
     call = _checked(q, k, v)
-    (b, s, h, d), length = q.shape, k.shape[1]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, top, total = torch.empty_like(q), torch.empty(b, h, s), torch.empty(b, h, s)
-    for i in range(b):
-        statistics = pointers(top[i], total[i]) if return_lse else (None, None)
-        call(*pointers(q[i], k[i], v[i], out[i]), *statistics, s, length, h, d, 1, torch.get_num_threads())
-    return (out, top + total.log()) if return_lse else out
+    if not return_lse:
+        return run_native(call, q, k, v)
+    b, s, h, _ = q.shape
+    top, total = sums = torch.empty(2, b, h, s)
+    return run_native(call, q, k, v, sums), top + total.log()
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor) -> Any:

@@ -33,7 +33,7 @@ from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.device.device import Device
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Attended, Function, Kernel, Wish
-from ascendit.kernels.quantized_attention import emulated, emulated_kernels, operator_of
+from ascendit.kernels.quantized_attention import emulated, emulated_kernels, operator_of, qk_int8
 from ascendit.ops.cuda import quantized_attention
 from ascendit.ops.cuda.linear import MIN_CAPABILITY, CudaCard, problem_of
 from ascendit.ops.cuda.triton_linear import triton_steps
@@ -207,7 +207,7 @@ def _quantized(card: CudaCard, device: str) -> tuple[Kernel, ...]:
     by = f"by Triton {triton_steps()[1]}"
     scores = {"int8": "int8 scores", "fp8": "e4m3 scores" if fp8 else "scores of e4m3 values in BF16"}
     int8 = quantized_attention.qk_int8, f"cuda: int8 scores {by}"
-    trial = Trial(quantized_attention.qk_int8_definition, nvidia=True, triton=True)
+    trial = Trial(qk_int8, nvidia=True, triton=True)
     kernels = [_kernel("attention", "qk_int8", *int8, trial, card, device)]
     for scheme in ATTENTION_FORMATS:
         slow, native = emulated(scheme, sdpa), scheme in scores

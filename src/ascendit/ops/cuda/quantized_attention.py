@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.kernels import quantized_attention as definition
-from ascendit.kernels import reference
 from ascendit.kernels.kernel import Attended, Function
 from ascendit.ops.cuda import triton_attention, triton_kernels, triton_linear
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
@@ -55,7 +54,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def qk_int8(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
-    """As `kernels.reference.attention`, with scores from int8 queries and smoothed int8 keys.
+    """As `kernels.quantized_attention.qk_int8`, up to the rounding of probabilities.
 
     q [B, S, H, d], k, v [B, L, H, d] bfloat16. Raises UsageError (E-USE-01) for other dtypes and head sizes.
     """
@@ -63,19 +62,11 @@ def qk_int8(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Att
         raise UsageError(
             f"attention qk_int8 on {str(q.dtype).removeprefix('torch.')} with heads of {q.shape[3]}",
             needs=f"bfloat16 and heads of {', '.join(map(str, HEAD_SIZES))}",
-            fix="another attention kernel, such as sdpa",
+            fix="--attention sdpa",
         )
     mean = k.mean(1, keepdim=True, dtype=torch.float32)
     rows = quantize(q, "int8", 1), quantize(k, "int8", 1, mean=mean)
     return _restored(attend(*rows, v, return_lse=return_lse), q, mean)
-
-
-def qk_int8_definition(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
-    """As `qk_int8`, in float32: the kernel differs by the rounding of probabilities."""
-    smooth, mean = definition.smooth_key(k)
-    query, key = (definition.dequantize(definition.quantize(t, "int8", (1, None))) for t in (q, smooth))
-    out, lse = reference.attention(query, key, v, return_lse=True)
-    return (out.to(q.dtype), definition.restored_lse(lse, q, mean)) if return_lse else out.to(q.dtype)
 
 
 def quantized(scheme: str, fp8_matmul: bool, emulated: Function) -> Function:

@@ -1,7 +1,7 @@
 """Dense attention on an Ascend NPU: one function per kernel, with the contract of `reference.attention`.
 
-No mask is passed: Wan has none, and its meaning is the opposite of F.scaled_dot_product_attention's. The scale
-is always passed, because the kernels default to 1.0 and 0.0. `device/attention_kernels.py` has the limits.
+No mask is passed: Wan has none, and its meaning is the opposite of F.scaled_dot_product_attention's. The
+scale is always passed, because the kernels default to 1.0. `device/attention_kernels.py` has the limits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ NO_PADDING = 2**31 - 1
 def fusion_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """As `reference.attention`, with npu_fusion_attention: every chip, head sizes up to 768.
 
-    The layout is the model's, BSND, so nothing is transposed. Accepts any strides; CANN copies inputs that are
-    not contiguous with an extra kernel.
+    The layout is the model's, BSND, so nothing is transposed. Accepts any strides; CANN copies inputs that
+    are not contiguous with an extra kernel.
     """
     scale = q.shape[-1] ** -0.5
     out, top, total, *_ = torch.ops.npu.npu_fusion_attention(q, k, v, q.shape[2], "BSND", scale=scale)
@@ -53,7 +53,7 @@ def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool =
 def laser_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
     """As `reference.attention`, with MindIE-SD's laser attention in float16, on a2 and a3.
 
-    Values beyond 65504 become infinite in float16, and the output NaN; the check of the finished latents
+    Values beyond 65504 become infinite in float16, and the output infinite or NaN; the check of the latents
     detects it. Tokens are padded to a multiple of 256, heads to 128; the operator masks the padding. Raises
     UsageError (E-USE-01) unless q and k have one length, at least 2048, the head size is at most 128, and the
     dtype float16 or bfloat16.

@@ -1,8 +1,8 @@
 """Quantized attention on an Ascend NPU: fp8 and mxfp8 on a5; other schemes and chips are emulated on request.
 
-The contract is that of `reference.attention`, the numbers are those of `kernels/quantized_attention.py`. Q, K
-and V are quantized here, the operator dequantizes them. One call computes one sample: the tiles of fp8 have no
-batch axis in CANN, and blocks of MX values must not cross samples. The quantizers replace a NaN by 0. A card
+The contract is that of `reference.attention`, the numbers are those of `kernels/quantized_attention.py`. Q,
+K and V are quantized here, the operator dequantizes them. One call computes one sample: the tiles of fp8 have
+no batch axis in CANN, and blocks of MX values must not cross samples. The quantizers replace NaN by 0. A card
 may quantize the probabilities too; the twin does not.
 """
 
