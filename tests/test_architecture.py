@@ -267,7 +267,7 @@ def test_loading_needs_few_modules() -> None:
     """Modules reachable from `pipeline.job`, including imports in functions, without empty files."""
     reached = reachable(import_graph(), "ascendit.pipeline.job")
     sizes = {module_name(path): path.stat().st_size for path in sources()}
-    assert len([module for module in reached if sizes[module]]) <= 124
+    assert len([module for module in reached if sizes[module]]) <= 128
 
 
 def late_imports() -> dict[tuple[str, str], str]:

@@ -44,6 +44,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "kernels": "operators in PyTorch and C++; the reference",
         "twin": "NPU operators on CPU tensors",
         "ops": "kernels of CUDA and NPU; the choice of a kernel",
+        "attention": "which kernel when; quantized attention; measuring",
     },
     "model": {
         "model": "the Wan transformer, its layers and loader",

@@ -56,8 +56,8 @@ EXAMPLES = {
 """Function -> a complete call."""
 KEYWORDS_OF = {
     "load": "activation_rule attention attention_probabilities defaults device dtype emulate fast_layernorm"
-    " force keep lora_skip loras max_memory nz on_progress ops parts recipe scheme step_policy sub_head text_on"
-    " vae_dtype",
+    " force keep lora_skip loras max_memory nz on_progress ops parts recipe scheme step_policy sub_head"
+    " text_on vae_dtype",
     "generate": "allow_flat boundary_ratio cancel fit flow_shift fps guidance_scale guidance_scale_2 height"
     " image last_image max_sequence_length negative_prompt num_frames num_inference_steps on_progress preset"
     " schedule seed solver timesteps width",

@@ -51,7 +51,8 @@ def read_environment(
     number.
     """
     environ = os.environ if environ is None else environ
-    options, notes = {}, []
+    options: dict[str, Any] = {}
+    notes = []
     for option, variable in variables.items():
         name, values = variable.name, variable.values
         text = environ.get(name, "").strip()

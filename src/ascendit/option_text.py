@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SAME = (
-    "alpha attention base crf defaults device emulate fit fps image keep last_image lora_skip max_memory preset recipe"
-    " scale_rule scheme seed solver step_policy sub_head text_on timesteps to"
+    "alpha attention base crf defaults device emulate fit fps image keep last_image lora_skip max_memory"
+    " preset recipe scale_rule scheme seed solver step_policy sub_head text_on timesteps to"
 )
 _RENAMED = {
     "engine": "--for",
@@ -50,8 +50,8 @@ SEVERAL = {
 }
 """Flag with several numbers -> their keywords."""
 SETTABLE = frozenset(
-    "activation_rule attention_probabilities boundary_ratio dtype fast_layernorm guidance_scale guidance_scale_2"
-    " height max_sequence_length metadata model nz ops prompt schedule seconds vae_dtype"
+    "activation_rule attention_probabilities boundary_ratio dtype fast_layernorm guidance_scale"
+    " guidance_scale_2 height max_sequence_length metadata model nz ops prompt schedule seconds vae_dtype"
     " width".split()
 )
 """Keywords without a flag of the same value; `--set keyword=value` sets them."""

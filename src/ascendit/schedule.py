@@ -65,11 +65,11 @@ class StepSchedule:
         settings: dict[Any, Step] = {}
         pending: list[str] = []
         for item in text.split(","):
-            name, colon, words = (part.strip() for part in item.partition(":"))
+            name, colon, setting = (part.strip() for part in item.partition(":"))
             pending.append(name)
             if not colon:
                 continue
-            parsed = _step(words, text)
+            parsed = _step(setting, text)
             for span in pending:
                 for step in ("default",) if span == "default" else _span(span, text):
                     if step in settings:
@@ -154,11 +154,11 @@ class StepSchedule:
         return ",".join([*items, *([] if default == "stored" else [f"default:{default}"])])
 
 
-def _step(words: str, text: str) -> Step:
+def _step(setting: str, text: str) -> Step:
     """The settings of `w4a8`, `attention=bf16` or `w4a8+attention=bf16`."""
     precision: Precision | None = None
     attention = None
-    for word in words.split("+"):
+    for word in setting.split("+"):
         match = _ATTENTION.fullmatch(word.strip())
         if match and attention is None:
             attention = match[1]

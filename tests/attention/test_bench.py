@@ -39,8 +39,8 @@ def test_every_kernel_of_a_cpu_is_measured() -> None:
     assert names == {(row.kernel, row.scheme) for row in result.rows if row.shape == CROSS}
     for row in result.rows:
         assert 0 < row.best_seconds <= row.seconds and row.repeats == 2 and row.measured_heads == 4
-        limits = {"cpu": 5e-3, "sdpa": 5e-3, "reference": 5e-3, "qk_int8": 2.5e-2}
-        assert row.error < ({"mxfp4": 0.5}.get(row.scheme, 0.1) if row.scheme else limits[row.kernel])
+        limits = {"cpu": 5e-3, "sdpa": 5e-3, "reference": 5e-3, "qk_int8": 2.5e-2, "mxfp4": 0.5}
+        assert row.error < limits.get(row.scheme or row.kernel, 0.1)
     assert len(events) == 3 * len(result.rows) and events[-1].step == events[-1].total
     assert result.as_dict()["device"] == "cpu" and result.as_dict()["threads"] == torch.get_num_threads()
 

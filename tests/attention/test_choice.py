@@ -1,4 +1,4 @@
-"""The choice of a kernel: the best for the size, requests, and the errors of those that the device refuses."""
+"""The choice of a kernel: the best for the size, requests, and errors of requests that cannot be met."""
 
 from __future__ import annotations
 
@@ -65,12 +65,15 @@ def test_the_reason_names_better_kernels_that_cannot_be_used() -> None:
     assert (choice.name, choice.reason) == ("sdpa", "default; cpu: no compiler")
 
 
-def test_a_measured_kernel_is_the_default_unless_it_cannot_be_used_or_is_on_request() -> None:
-    for name, chosen in (("sdpa", "sdpa"), ("qk_int8", "cpu"), ("fusion", "cpu")):
-        choice = policy("cpu", measured=lambda device, call, n=name: (n, "measured: 2 ms")).choose(CALL)
+def test_a_measured_kernel_is_the_default_unless_it_cannot_be_used() -> None:
+    def measured(name: str) -> Any:
+        return lambda device, call, usable: (name, "measured: 2 ms") if usable(name) else None
+
+    for name, chosen in (("sdpa", "sdpa"), ("fusion", "cpu")):
+        choice = policy("cpu", measured=measured(name)).choose(CALL)
         assert choice.name == chosen
         assert (choice.reason == "measured: 2 ms") == (chosen == name)
-    assert policy("cpu", "cpu", measured=lambda device, call: ("sdpa", "")).choose(CALL).name == "cpu"
+    assert policy("cpu", "cpu", measured=measured("sdpa")).choose(CALL).name == "cpu"
 
 
 def test_the_step_then_the_request_then_the_model_decide() -> None:
@@ -90,8 +93,8 @@ def test_the_step_then_the_request_then_the_model_decide() -> None:
         ("twin:a2", "laser", TEXT, "text=laser on twin:a2: it computes self-attention only",
          "fusion or fused_infer or reference for cross-attention to the text",
          "--attention self=laser,cross=fusion"),
-        ("twin:a5", "self=laser", CALL, "mindiesd::la does not run on a5", "fusion or fused_infer or reference",
-         "--attention self=fusion"),
+        ("twin:a5", "self=laser", CALL, "mindiesd::la does not run on a5",
+         "fusion or fused_infer or reference", "--attention self=fusion"),
         ("twin:a2", "self=laser", replace(CALL, queries=2040, keys=2040), "at least 2048 tokens, not 2040",
          "fusion", "--attention self=fusion"),
         ("twin:a2", "self=laser", replace(CALL, key_length=8000), "it takes no padded keys", "fusion",
@@ -99,7 +102,8 @@ def test_the_step_then_the_request_then_the_model_decide() -> None:
         ("twin:a3", "self=laser", replace(CALL, head_dim=192), "head sizes up to 128, not 192", "fusion",
          "--attention self=fusion"),
         ("twin:a5", "fused_infer", replace(CALL, head_dim=24), "multiples of 16, not 24",
-         "fusion or reference for self-attention; laser: mindiesd::la does not run on a5", "--attention fusion"),
+         "fusion or reference for self-attention; laser: mindiesd::la does not run on a5",
+         "--attention fusion"),
         ("cpu", "cpu", replace(CALL, dtype="float16"), "it takes bfloat16, not float16",
          "sdpa or reference for self-attention; qk_int8: it takes bfloat16", "--attention sdpa"),
         ("cpu", "self=fusion,cross=sdpa", CALL, "it needs an NPU or its twin", "cpu or sdpa",
@@ -117,8 +121,8 @@ def test_a_request_that_cannot_be_met_lists_what_can(
 
 
 def test_a_kernel_that_is_not_installed_is_a_problem_of_the_machine() -> None:
-    absent = lambda name: "mindiesd is not installed" if name == "laser" else ""  # noqa: E731
-    error = refusal("twin:a2", "self=laser", missing=absent)
+    absent = {"laser": "mindiesd is not installed"}
+    error = refusal("twin:a2", "self=laser", missing=lambda name: absent.get(name, ""))
     assert isinstance(error, EnvironmentProblem) and error.code == "E-CAP-01"
     assert "mindiesd is not installed" in error.got and fix_of(error) == "--attention self=fusion"
 
@@ -144,6 +148,10 @@ def test_a_rotation_needs_a_power_of_two() -> None:
     error = refusal("cpu", "self=fp8", replace(CALL, head_dim=96))
     assert "head size 96" in error.got and fix_of(error) == "--attention self=int8"
     assert policy("cpu", "self=int8").choose(replace(CALL, head_dim=96)).name == "int8"
+    schedule = StepSchedule.parse("2:attention=fp8")
+    with pytest.raises(UsageError, match="fp8 of the step policy with head size 96") as e:
+        policy("cpu", schedule=schedule).choose(replace(CALL, head_dim=96), step="fp8")
+    assert fix_of(e.value) == "--step-policy 2:attention=int8"
 
 
 def test_the_fix_for_a_step_is_a_schedule() -> None:

@@ -42,7 +42,7 @@ def row(kernel: str, milliseconds: float, tokens: int = 4096, **other: Any) -> M
         shape=shape,
         dtype="bfloat16",
         seconds=milliseconds / 1e3,
-        best_seconds=milliseconds / 1.1e3,
+        best_seconds=milliseconds / 1.25e3,
         repeats=9,
         measured_heads=12,
         error=2e-3,
@@ -85,7 +85,7 @@ def test_the_rows_of_a_file_are_read_back(write: Write) -> None:
     assert read_measurements(write(*rows), HARDWARE) == rows
     assert from_row(rows[0].as_dict()) == rows[0]
     assert rows[0].tflops == pytest.approx(4 * 4096**2 * 12 * 128 / 3.5e-3 / 1e12)
-    assert rows[0].peak_tflops == pytest.approx(1.1 * rows[0].tflops)
+    assert rows[0].peak_tflops == pytest.approx(1.25 * rows[0].tflops)
 
 
 def test_the_choice_is_the_fastest_kernel_at_the_nearest_length(write: Write) -> None:
@@ -96,7 +96,7 @@ def test_the_choice_is_the_fastest_kernel_at_the_nearest_length(write: Write) ->
     name, reason = choice() or ("", "")
     assert name == "cpu"
     assert reason == (
-        "fastest in ascendit bench attention at 4,096 x 4,096, 12 heads of 128: cpu 9 ms, sdpa 12 ms"
+        "fastest in ascendit bench attention at 4,096 x 4,096, 12 heads of 128: cpu 7.2 ms, sdpa 9.6 ms"
     )
     assert (choice(5000) or "")[0] == "cpu" and (choice(7000) or "")[0] == "sdpa"
     assert (choice(7000, usable=("cpu",)) or "")[0] == "cpu" and choice(7000, usable=()) is None
@@ -118,6 +118,11 @@ def test_rows_of_other_calls_are_not_used(write: Write) -> None:
     assert choice(40_000) is None and choice(500) is None and choice(heads=100) is None
     assert (choice(9000, key_length=4096) or "")[0] == "sdpa"
     assert (choice(32_760) or "")[0] == (choice(600) or "")[0] == "sdpa"
+
+
+def test_the_fastest_call_decides(write: Write) -> None:
+    write(row("cpu", 9, seconds=0.5), row("sdpa", 8.9, best_seconds=8.8e-3))
+    assert (choice() or "")[0] == "cpu"
 
 
 def test_a_kernel_with_a_large_error_is_not_chosen(write: Write) -> None:
@@ -195,6 +200,6 @@ def test_a_plan_reads_the_file_of_its_hardware(write: Write, monkeypatch: pytest
     ops, hardware = bind("cpu"), hardware_name(CPU)
     assert plan.with_kernels(None, ops).choose(call()).name == "sdpa"
     write().with_name(cached_file(CPU, hardware).name).write_text(
-        json.dumps(file_data(hardware, [row("sdpa", 9), row("reference", 8), row("cpu", 1)]))
+        json.dumps(file_data(hardware, [row("sdpa", 9), row("reference", 8)]))
     )
     assert plan.with_kernels(None, ops).choose(call()).name == "reference"

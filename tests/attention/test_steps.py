@@ -57,10 +57,9 @@ def test_rows_have_ranges_of_blocks_and_steps() -> None:
 
 def test_one_line_for_a_kernel_of_all_kinds() -> None:
     plain = AttentionPolicy(device=parse_device("cpu"))
-    rows = report(
-        "transformer", resolve(plain, CALLS, {"self": [None], "text": [None]}, dict(enumerate(StepSchedule().resolve(2)))),
-        describe_on(plain),
-    )  # fmt: skip
+    steps = dict(enumerate(StepSchedule().resolve(2)))
+    resolved = resolve(plain, CALLS, {"self": [None], "text": [None]}, steps)
+    rows = report("transformer", resolved, describe_on(plain))
     (line,) = row_lines(rows)
     assert line.startswith("self and text: cpu on cpu (default; ")
 

@@ -116,7 +116,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     """Replace loading by a FakePipeline; this machine has every device."""
     pipeline = FakePipeline()
     monkeypatch.setattr(load, "build", pipeline.build)
-    monkeypatch.setattr(load, "open_accelerator", lambda device, options: device)
+    monkeypatch.setattr(load, "open_accelerator", lambda policy, options: (policy.device, policy))
     return pipeline
 
 

@@ -478,7 +478,7 @@ def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line
         (["--recipe", "nope"], "E-USE-02", "nope"),
         (["--scheme", "mxfp8", "--step-policy", "0:w4a8"], "E-USE-01", "no layer is in mxfp4"),
         (["--scheme", "mxfp4", "--step-policy", "40:w4a8"], "E-REQ-03", "names step 40"),
-        (["--scheme", "mxfp4", "--step-policy", "x"], "E-USE-01", "no precision"),
+        (["--scheme", "mxfp4", "--step-policy", "x"], "E-USE-01", "no settings"),
         (["--scheme", "mxfp4", "--emulate", "often"], "E-USE-01", "--emulate often"),
         (["--set", "keep=blocks.0.*"], "E-USE-01", "without a scheme"),
         (["--scheme", "mxfp8", "--set", "keep=blocks.99.*"], "E-USE-05", "blocks.99"),
@@ -487,6 +487,30 @@ def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line
 def test_invalid_options_are_refused_before_loading(run, fake, args, code, text):
     ended = run("generate", "--demo", "a cat", *args, "--dry-run")
     assert ended.code == 2 and code in ended.err and text in ended.err and not fake.loaded
+
+
+def test_a_dry_run_shows_the_attention_kernels(run, fake):
+    args = ["generate", "--demo", "a cat", "--attention", "self=int8", "--step-policy", "0:attention=sdpa"]
+    rows = run(*args, "--dry-run", "--json").json["attention"]
+    assert [(x["kind"], x["kernel"], x["steps"]) for x in rows if x["expert"] == "transformer"] == [
+        ("self", "sdpa", "0"),
+        ("text", "cpu", "0-5"),
+        ("self", "int8", "1-5"),
+    ]
+    assert rows[0]["reason"].startswith("step policy; ") and rows[2]["reason"].startswith("requested; ")
+    text = run(*args, "--dry-run").out
+    assert "\nattention  text: cpu on cpu (default; " in text
+    assert "self, transformer, blocks 0-7, steps 1-5: int8 on cpu (requested; " in text and not fake.loaded
+
+
+def test_heads_in_one_call_from_the_environment(run, fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("USE_SUB_HEAD", "2")
+    ended = run("generate", "--demo", "a cat", "--dry-run")
+    assert (
+        ended.code == 2 and "--sub-head 2 with 3 heads" in ended.err and "a divisor of 3: 1, 3" in ended.err
+    )
+    assert run("generate", "--demo", "a cat", "--sub-head", "1", "-o", tmp_path / "a.mp4").code == 0
+    assert fake.loaded[0][1]["sub_head"] == 1
 
 
 def test_algo_of_the_environment_applies_only_to_npus(run, fake, tmp_path, monkeypatch):

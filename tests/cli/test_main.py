@@ -125,6 +125,8 @@ HIDDEN = {
         "--defaults",
         "--text-on",
         "--lora-skip",
+        "--attention",
+        "--sub-head",
         "--max-memory",
     ]
 }

@@ -190,7 +190,7 @@ def test_each_note_says_what_a_flag_is(run):
     ("line", "note"),
     [
         ("generate --demo x --scheduler normal", "--solver needs unipc or dpm++ or euler or renoise"),
-        ("generate --demo x --attn_impl la", "--attention needs fusion"),
+        ("generate --demo x --attn_impl la", "--attention needs cpu or sdpa"),
         ("generate --demo x --quality 8", "--crf 18 sets the quality"),
         ("generate --demo x -p y", "the argument x is replaced"),
         ("generate -p x --width 64", "--size needs both, as --size 832x480"),

@@ -123,6 +123,15 @@ def test_int8_offsets(tmp_path: Path) -> None:
     assert compatibility(folder).chips == {"a2": "native", "a3": "native", "a5": "native"}
 
 
+def test_chips_with_quantized_attention(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path, "int8")
+    file = folder / "transformer/quant_model_description.json"
+    types = json.loads(file.read_text())
+    for value, support in (("FP8_DYNAMIC", "native"), ("INT8_DYNAMIC", "emulated")):
+        file.write_text(json.dumps(types | {"blocks.0.attn1.quant_type": value}))
+        assert compatibility(folder).chips == {"a2": "emulated", "a3": "emulated", "a5": support}
+
+
 def test_dual_scale(tmp_path: Path) -> None:
     folder = pipeline(tmp_path, "mxfp4_dualscale", packing="F8_E4M3")
     assert engine(folder, "vllm-omni").reason == "needs a mul_scale in every mxfp4_dualscale layer"

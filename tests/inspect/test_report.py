@@ -135,7 +135,10 @@ def test_smoothed_rotated_and_attention(tmp_path: Path) -> None:
     report = inspect(tmp_path)
     summary = only(report)
     assert summary.attention == {"FP8_DYNAMIC": ("blocks.1-3.attn1",)}
-    assert row(report, "Attention") == ["FP8_DYNAMIC: blocks.1-3.attn1", "rotated: blocks.1-3.attn1"]
+    assert row(report, "Attention") == [
+        "fp8: blocks.1-3.attn1   (manifest: FP8_DYNAMIC)",
+        "rotated: blocks.1-3.attn1",
+    ]
     assert "blocks.0.ffn.net.2" in row(report, "Smoothed")[0]
     assert [c.scheme for c in summary.schemes] == ["mxfp4", "bf16"]
     assert "W*s" in row(report, "Format")[1]

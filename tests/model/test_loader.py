@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from stored import load_transformer
 
+import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.checkpoint.weight_files import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
 from ascendit.model.loader import load_expert
+from ascendit.model.quantize_on_load import Online
+from ascendit.model.wan import Attention
 from ascendit.model.weight_loader import ModelSink
+from ascendit.mx.smoothing import rotation
 from ascendit.ops.operators import bind
 
 
@@ -138,3 +144,103 @@ def test_a_transformer_in_float64_runs_in_float32(tiny_t2v_single: Path, tmp_pat
     save_file(weights, file, metadata={"format": "pt"})
     model = load_expert(read_expert(recognise(folder).experts[0]), None, bind("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# ---- quantized attention ------------------------------------------------------------------------
+
+FP8_ATTENTION = """
+[[attention]]
+layers = "*.attn1"
+quant_type = "FP8_DYNAMIC"
+rotate = true
+
+[[attention]]
+layers = "blocks.0.attn1"
+quant_type = ""
+"""
+
+
+def attentions(model: Any) -> dict[str, Attention]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
+
+
+@pytest.fixture
+def fp8_attention(tiny_t2v_single: Path, tmp_path: Path) -> Path:
+    """A BF16 model that is stored with FP8 self-attention after the first block, and rotations in all."""
+    recipe = tmp_path / "fp8.toml"
+    recipe.write_text(FP8_ATTENTION)
+    ascendit.quantize(tiny_t2v_single, tmp_path / "m", recipe=str(recipe))
+    return tmp_path / "m"
+
+
+def edit_tensors(folder: Path, **changed: Any) -> None:
+    file = folder / "transformer" / tiny.WEIGHTS
+    save_file(load_file(file) | changed, file, metadata={"format": "pt"})
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    file = folder / "transformer/quant_model_description.json"
+    file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_recipe_quantizes_attention_in_a_file_and_while_loading(
+    tiny_t2v_single: Path, fp8_attention: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    online = Online.from_options(None, str(tmp_path / "fp8.toml"))
+    models = load(fp8_attention, dtype=dtype), load(tiny_t2v_single, online=online, dtype=dtype)
+    for model in models:
+        modules = attentions(model)
+        for name, m in modules.items():
+            own = name.endswith("attn1")
+            assert m.scheme == ("fp8" if own and not name.startswith("blocks.0.") else None), name
+            for rotation_of in (m.q_rot, m.k_rot):
+                if not own:
+                    assert rotation_of is None
+                    continue
+                expected = rotation(m.head_dim).to(dtype)
+                assert rotation_of.dtype == dtype and torch.equal(rotation_of, expected)
+    states = [model.state_dict() for model in models]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_rotations_without_a_scheme_are_loaded_and_change_nothing(
+    tiny_t2v_single: Path, fp8_attention: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As repacked by SGLang, without the entries of attention."""
+    edit_manifest(fp8_attention, lambda d: {k: v for k, v in d.items() if not k.endswith(".quant_type")})
+    with caplog.at_level("INFO", logger="ascendit"):
+        model = load(fp8_attention, dtype=torch.bfloat16)
+    count = len(model.blocks)
+    assert f"rotations of {count} attentions in BF16 are not used" in caplog.text
+    assert {m.scheme for m in attentions(model).values()} == {None}
+    plain = load(tiny_t2v_single, dtype=torch.bfloat16)
+    x, text = torch.randn(1, plain.config.in_channels, 1, 4, 4), torch.randn(1, 5, plain.config.text_dim)
+    outputs = [m(x.bfloat16(), 500.0, m.prepare((1, 2, 2), text)) for m in (model, plain)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("role", ["q_rot", "k_rot"])
+@pytest.mark.parametrize("how", ["another", "scaled", "nan"])
+def test_rotations_that_change_scores_are_refused(fp8_attention: Path, role: str, how: str) -> None:
+    name = f"blocks.1.attn1.{role}"
+    matrix = load_file(fp8_attention / "transformer" / tiny.WEIGHTS)[name]
+    changed = {"another": matrix.t(), "scaled": matrix * 1.1, "nan": matrix * torch.nan}[how]
+    edit_tensors(fp8_attention, **{name: changed.contiguous()})
+    with pytest.raises(CheckpointError, match=r"q_rot and k_rot of blocks\.1\.attn1 change the scores") as e:
+        load(fp8_attention)
+    assert e.value.code == "E-CKP-08"
+
+
+@pytest.mark.parametrize("value", ["QK_FP8_DYNAMIC_V_MXFP4_DYNAMIC", "FP8"])
+def test_a_type_without_a_kernel_is_refused_and_its_entry_can_be_removed(
+    fp8_attention: Path, value: str
+) -> None:
+    key = "blocks.1.attn1.quant_type"
+    edit_manifest(fp8_attention, lambda d: {**d, key: value})
+    with pytest.raises(CheckpointError, match=f"1 attention without a kernel: {key} is {value}") as e:
+        load(fp8_attention)
+    assert e.value.code == "E-CKP-07" and "MXFP8_DYNAMIC" in e.value.needs
+    edit_manifest(fp8_attention, lambda d: {k: v for k, v in d.items() if k != key})
+    assert attentions(load(fp8_attention))["blocks.1.attn1"].scheme is None

@@ -21,6 +21,7 @@ from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import QuantLinear, SmoothLinear
 from ascendit.model.loader import load_expert
+from ascendit.model.wan import Attention
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -106,6 +107,16 @@ def test_a_real_export_loads_and_each_layer_computes_with_its_stored_tensors(exp
             assert all(
                 torch.equal(back[role], tensors[f"{name}.{role}"]) for role in ("weight", "weight_scale")
             ), name
+        attention = {n: m for n, m in model.named_modules() if isinstance(m, Attention)}
+        for name, m in attention.items():
+            quant_type = expert.attention.get(f"{name}.quant_type")
+            assert m.scheme == (quant_type and {"FP8_DYNAMIC": "fp8"}[quant_type])
+            for role, rotation in (("q_rot", m.q_rot), ("k_rot", m.k_rot)):
+                if (kept := tensors.get(f"{name}.{role}")) is None:
+                    assert rotation is None
+                else:
+                    assert torch.equal(rotation, kept) and kept.dtype == torch.bfloat16
+        assert any(m.q_rot is not None for m in attention.values()) == (export == exports.MXFP8)
         smooth = {n.removesuffix(".mul_scale") for n in tensors if n.endswith(".mul_scale")} - set(layers)
         assert {n for n, m in model.named_modules() if isinstance(m, SmoothLinear)} == smooth
 
@@ -123,6 +134,21 @@ def test_a_real_export_runs_a_forward(export, caplog):
         text = torch.randn(1, 5, c.text_dim).bfloat16()
         out = model(x, 500.0, model.prepare(grid, text))
         assert out.shape == (1, c.out_channels, *shape) and bool(out.isfinite().all())
+
+
+def test_the_rotated_export_makes_the_same_latents_on_a_cpu_and_its_twin(twin):
+    """Its FP8 attention is native there; without it the result differs."""
+    expert, outputs = experts_of(exports.MXFP8)[0], []
+    for device, schemes in (("cpu", True), ("twin:a5", True), ("cpu", False)):
+        model = load_expert(expert, None, bind(device), dtype=torch.bfloat16)
+        assert [b.attn1.scheme for b in model.blocks] == ["fp8"]
+        if not schemes:
+            model.blocks[0].attn1.scheme = None
+        c, generator = model.config, torch.Generator().manual_seed(0)
+        x = torch.randn(1, c.in_channels, 2, 8, 8, generator=generator).bfloat16()
+        text = torch.randn(1, 5, c.text_dim, generator=generator).bfloat16()
+        outputs.append(model(x, 500.0, model.prepare((2, 4, 4), text)))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
 def test_q_k_and_v_are_fused_if_their_schemes_agree():

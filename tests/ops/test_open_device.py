@@ -7,16 +7,17 @@ import os
 import platform
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import ascendit.twin
-from ascendit.device import npu_runtime, processor
+from ascendit.device import npu_runtime
 from ascendit.device.device import Device, parse_device
-from ascendit.device.processor import processor_name
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.native.build import processor_name
 from ascendit.ops.open_device import (
     activate,
     check_index,
@@ -54,9 +55,11 @@ def test_the_hardware_of_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA H200 number {index}")
     assert hardware_name(Device("cuda", 1)) == "NVIDIA H200 number 1"
     assert hardware_name(Device("twin", chip="a5")) == hardware_name(Device("cpu")) == processor_name()
-    monkeypatch.setattr(processor, "read_text", lambda file: "model name\t: A (R) 9\nmodel name\t: B")
+    monkeypatch.setattr(
+        Path, "read_text", lambda file: "flags\t: a b\nmodel name\t: A (R) 9\nmodel name\t: B"
+    )
     assert processor_name() == "A (R) 9"
-    monkeypatch.setattr(processor, "read_text", lambda file: "")
+    monkeypatch.setattr(Path, "read_text", lambda file: "")
     assert processor_name() == (platform.processor() or platform.machine())
 
 

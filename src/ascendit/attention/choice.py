@@ -1,10 +1,10 @@
 """Choose the kernel of each attention: the requested one, or the best that the device has for its size.
 
     policy = AttentionPolicy(device=parse_device("twin:a2"), request=parse_attention("self=laser"))
-    policy.choose(AttentionCall(kind="self", dtype="bfloat16", heads=40, head_dim=128, queries=75600, keys=75600))
+    policy.choose(calls["self"])            # Choice(name="laser", reason="requested")
 
-The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run refuses
-what the run would refuse.
+The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run has the
+errors of the run.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ class Choice:
 
 
 Measured = Callable[[Device, AttentionCall, Callable[[str], bool]], tuple[str, str] | None]
-"""`measured.fastest` for some hardware: the fastest measured kernel that can compute a call, and the reason."""
+"""`measured.fastest` of a processor or card: the fastest measured kernel for a call, and the reason."""
+
+
+def unmeasured(device: Device, call: AttentionCall, usable: Callable[[str], bool]) -> None:
+    """A `Measured` without measurements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ class AttentionPolicy:
     """Emulate quantized attention on a chip without it; a CPU and CUDA always do."""
     missing: Callable[[str], str] = lambda name: ""
     """Why a kernel that this kind of device has is missing on this machine, "" if it is not."""
-    measured: Measured = lambda device, call, usable: None
+    measured: Measured = unmeasured
 
     def choose(
         self,
@@ -128,8 +132,9 @@ class AttentionPolicy:
         """The kernel or scheme of an attention.
 
         `step`: the request of the step schedule. `declared`: the scheme that the model declares. The first of
-        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error. Raises UsageError (E-USE-01) for a request that the size or
-        kind of the attention excludes, EnvironmentProblem (E-CAP-01) for one that the chip or machine does.
+        `step`, `request` and `declared` decides. `calls`: all kinds of the model, for the fix of an error.
+        Raises UsageError (E-USE-01) for a request that the size or kind of the attention excludes,
+        EnvironmentProblem (E-CAP-01) for one that the chip or machine excludes.
         """
         sources = {"step policy": step, "requested": self.request.get(call.kind), "of the model": declared}
         reason, name = next(((k, v) for k, v in sources.items() if v is not None), ("default", AUTOMATIC))
@@ -139,8 +144,9 @@ class AttentionPolicy:
             return Choice(name=name, reason=reason, sub_head=sub_head)
         if name == AUTOMATIC:
             best = self.automatic(call)
-            why = best.reason if reason == "default" else f"{reason}: bf16; {best.reason}"
-            return replace(best, reason=why, sub_head=sub_head)
+            if reason != "default":
+                best = replace(best, reason=f"{reason}: bf16; {best.reason}")
+            return replace(best, sub_head=sub_head)
         if problem := self.problem_of(name, call):
             raise self._refused(name, call, problem, step, calls)
         return Choice(name=name, reason=reason, sub_head=sub_head)
@@ -152,7 +158,7 @@ class AttentionPolicy:
         measured = self.measured(self.device, call, lambda name: not self.problem_of(name, call))
         if measured:
             return Choice(name=measured[0], reason=measured[1])
-        skipped = []
+        skipped: list[str] = []
         for name, kernel in self._kernels().items():
             if kernel.on_request:
                 continue
@@ -171,7 +177,7 @@ class AttentionPolicy:
         return sorted(names, key=lambda name: ATTENTION_KERNELS[name].on_request)
 
     def check_names(self) -> None:
-        """Raise the error of a request that this device refuses for every size, before a model is read."""
+        """Raise UsageError (E-USE-01) for a request that this device refuses for every size."""
         for kind, name in self.request.items():
             if name in ATTENTION_FORMATS or name == AUTOMATIC:
                 continue
@@ -222,7 +228,8 @@ class AttentionPolicy:
             raise UsageError(
                 f"{shown} with head size {size}",
                 needs="a head size that is a power of two, for the rotation of this scheme",
-                fix=option("attention", f"{call.kind}=int8"),
+                fix=self._replaced(scheme, "int8", step)
+                or option("attention", attention_text({**self.request, call.kind: "int8"})),
             )
 
     def _refused(
@@ -239,13 +246,15 @@ class AttentionPolicy:
         reasons = "".join(f"; {n}: {reason}" for n, reason in others.items() if reason)
         got = f"{self._shown(call.kind, name, step)} on {self.device}: {problem}"
         needs = f"{' or '.join(usable)} for {KIND_NAMES[call.kind]}{reasons}"
-        fix = self._fix(call, usable[0], calls)
-        if step is not None:
-            best = partial(_with_attention, name=name, other=usable[0])
-            fix = option("step_policy", self.schedule.map(best))
-        if self.missing(name) and not limit_of(ATTENTION_KERNELS[name], call):
+        fix = self._replaced(name, usable[0], step) or self._fix(call, usable[0], calls)
+        if problem == self.missing(name):
             return EnvironmentProblem(got, needs=needs, fix=fix, code="E-CAP-01")
         return UsageError(got, needs=needs, fix=fix)
+
+    def _replaced(self, name: str, other: str, step: str | None) -> str:
+        """The step schedule with another kernel or scheme; "" if `step` is None."""
+        best = partial(_with_attention, name=name, other=other)
+        return "" if step is None else option("step_policy", self.schedule.map(best))
 
     def _fix(self, call: AttentionCall, best: str, calls: Mapping[Kind, AttentionCall]) -> str:
         """The request with usable kernels instead of those that cannot be used."""

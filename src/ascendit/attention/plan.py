@@ -55,7 +55,8 @@ def make_plan(
     """Resolve the attention of `expert` before the loop.
 
     `layers`: the attention module of each block, whose `scheme`, `q_rot` and `k_rot` declare quantized
-    attention. `steps`: those that the expert runs. Raises the errors of `AttentionPolicy.choose` and `select`.
+    attention. `steps`: those that the expert runs. Raises the errors of `resolve` and
+    `quantized_attention`.
     """
     kernels, policy = dense_kernels(ops), with_kernels(policy, ops)
     declared = {kind: [module.scheme for module in modules] for kind, modules in layers.items()}

@@ -244,7 +244,7 @@ class QuantizeJob:
         used = {scheme for applied in self.applied for scheme in applied.schemes}
         if self.is_float:
             self._check_float()
-        elif not used - {"bf16"}:
+        elif not used - {"bf16"} and not any(applied.attention for applied in self.applied):
             keep = f" with --keep {' '.join(self.keep)}" if self.keep else ""
             raise UsageError(
                 f"recipe {self.recipe.name}{keep} quantizes no layer",

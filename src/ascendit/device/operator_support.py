@@ -294,10 +294,17 @@ def native_on(chip: str) -> frozenset[str]:
     return frozenset(s for s in LINEAR_SCHEMES if s in rows and set(rows[s]) == {"yes"})
 
 
-def chips_for(schemes: Collection[str]) -> dict[str, Support]:
-    """Chip -> `native` if it has a matmul for every scheme, else `emulated` (weights are dequantized)."""
-    quantized = set(schemes) - {"bf16"}
-    return {chip: "native" if quantized <= native_on(chip) else "emulated" for chip in CHIPS}
+def chips_for(schemes: Collection[str], attention: Collection[str] = ()) -> dict[str, Support]:
+    """Chip -> `native` if it has a matmul for every scheme and a kernel for every scheme of `attention`, else
+    `emulated` (dequantized).
+    """
+    quantized, attention = set(schemes) - {"bf16"}, set(attention)
+    return {
+        chip: "native"
+        if quantized <= native_on(chip) and attention <= native_attention_on(chip)
+        else "emulated"
+        for chip in CHIPS
+    }
 
 
 def native_attention_on(chip: str) -> frozenset[str]:

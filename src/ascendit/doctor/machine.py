@@ -21,7 +21,6 @@ import ascendit
 from ascendit.checkpoint.hub import DEMO
 from ascendit.device.cpu_threads import set_variables
 from ascendit.device.memory import host_memory, total_memory
-from ascendit.device.processor import processor_name
 from ascendit.doctor import npu
 from ascendit.doctor.probe import (
     DoctorReport,
@@ -33,7 +32,7 @@ from ascendit.doctor.probe import (
     read_text,
     run_child,
 )
-from ascendit.native.build import cache_folder, native, temporary_folder
+from ascendit.native.build import cache_folder, native, processor_name, temporary_folder
 from ascendit.native.cache import CacheError, open_folder
 from ascendit.report import counted
 from ascendit.version import installed

@@ -23,6 +23,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.names import without_prefix
+from ascendit.quant.attention_schemes import QUANT_TYPES
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import FP8_TILES, METHOD, STORED_SCHEMES, scheme_after_reading
 from ascendit.report import columns, group_by, shell_line
@@ -70,6 +71,8 @@ def runs_on(layout: Layout, summaries: Sequence[ExpertSummary]) -> RunsOn:
     experts = [summary.expert for summary in summaries]
     refusals = [engines_for(traits(summary)) for summary in summaries]
     schemes = {layer.scheme for e in experts for layer in e.layers.values()} | {"bf16"}
+    types = {value for e in experts for value in e.attention.values()}
+    attention = [QUANT_TYPES.get(value, value) for value in types]
     engines = []
     for name, engine in ENGINES.items():
         verdict: Verdict = "runs"
@@ -79,7 +82,7 @@ def runs_on(layout: Layout, summaries: Sequence[ExpertSummary]) -> RunsOn:
         elif reason := next(_obstacles(ENGINE_FORMATS[name], layout, experts), ""):
             verdict, command = "repack", _command(layout, name, ENGINE_FORMATS[name])
         engines.append(Compatibility(name, engine.version, verdict, reason, command))
-    return RunsOn(engines=tuple(engines), chips=chips_for(schemes))
+    return RunsOn(engines=tuple(engines), chips=chips_for(schemes, attention))
 
 
 def traits(summary: ExpertSummary) -> frozenset[str]:

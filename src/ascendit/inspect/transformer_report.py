@@ -15,6 +15,7 @@ from ascendit.checkpoint.tensor_info import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
 from ascendit.mx.stored_floats import TYPES
 from ascendit.names import grouped, sort_names
+from ascendit.quant.attention_schemes import QUANT_TYPES
 from ascendit.quant.schemes import STORED_SCHEMES
 from ascendit.report import counted, group_by, selected
 
@@ -239,7 +240,10 @@ class ExpertSummary:
     def texts(self) -> dict[str, list[str]]:
         """Title of a block -> its lines for a terminal."""
         expert = self.expert
-        attention = [f"{value}: {', '.join(names)}" for value, names in self.attention.items()]
+        attention = [
+            f"{QUANT_TYPES.get(value, 'no kernel')}: {', '.join(names)}   (manifest: {value})"
+            for value, names in self.attention.items()
+        ]
         attention += [f"rotated: {', '.join(self.rotated)}"] if self.rotated else []
         excluded = f"{'+'.join(self.kept_dtypes)}: {', '.join(self.kept)}"
         origin: list[str] = []

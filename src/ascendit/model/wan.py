@@ -269,8 +269,8 @@ class WanTransformer(nn.Module):
     ) -> AttentionPlan:
         """The attention of `steps`, for both CFG branches.
 
-        `tokens`: those of the video; after the first `key_length` they are padding. `contexts`: kind -> tokens
-        of text and image. `policy`: the requests, None for the default kernels. Raises the errors of
+        `tokens`: those of the video; after the first `key_length` they are padding. `contexts`: kind ->
+        tokens of text and image. `policy`: the requests, None for the default kernels. Raises the errors of
         `make_plan`.
         """
         calls = calls_of(self.config, str(self.dtype)[6:], tokens, contexts, key_length)
@@ -278,7 +278,7 @@ class WanTransformer(nn.Module):
         return make_plan(self.ops, policy, expert, calls, layers, steps)
 
     def image_keys(self, image: Tensor) -> int:
-        """Keys of the CLIP tokens [B, T, image_dim], or [2B, T, image_dim] of a first and a last image."""
+        """Number of keys of CLIP tokens [B, T, image_dim], any dtype; [2B, ..] with a last image."""
         return image.shape[1] * (1 if self.config.pos_embed_seq_len is None else 2)
 
     def _make_keys(self, state: DenoiseState) -> None:

@@ -224,12 +224,19 @@ def _compile(compiler: str, source: Path, optional: tuple[tuple[str, ...], ...])
 @functools.cache
 def processor_flags() -> frozenset[str]:
     """Processor features listed by Linux, and the architecture; only the architecture on other systems."""
+    return frozenset(_processor_info("flags", "features").split()) | {platform.machine()}
+
+
+def processor_name() -> str:
+    """The model of the processor, as `AMD EPYC 9R14`; the architecture if the system does not report it."""
+    return _processor_info("model name") or platform.processor() or platform.machine()
+
+
+def _processor_info(*keys: str) -> str:
+    """The first value in /proc/cpuinfo of one of these keys, "" without one."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        text = ""
-    for line in text.splitlines():
-        key, _, flags = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            return frozenset(flags.split()) | {platform.machine()}
-    return frozenset({platform.machine()})
+        return ""
+    pairs = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for key, _, value in pairs if key.strip().lower() in keys), "")

@@ -22,9 +22,9 @@ import torch
 from ascendit import environment, twin
 from ascendit.device import cpu_threads, npu_runtime
 from ascendit.device.device import Device, parse_device
-from ascendit.device.processor import processor_name
 from ascendit.errors import EnvironmentProblem
 from ascendit.exclusive import Stop
+from ascendit.native.build import processor_name
 from ascendit.twin import STATE
 
 log = logging.getLogger("ascendit")

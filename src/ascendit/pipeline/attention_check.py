@@ -15,9 +15,9 @@ from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report
 from ascendit.checkpoint.transformer import Expert, model_config
 from ascendit.device.attention_kernels import Kind, parse_attention
 from ascendit.device.device import Device
-from ascendit.device.processor import processor_name
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
+from ascendit.native.build import processor_name
 from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.sigmas import expert_of
@@ -49,7 +49,7 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )
-    # a GPU or NPU has to be open to know its model; the run reads the measurements of every device
+    # a GPU or NPU has to be open to know its model: `load.open_accelerator` adds its measurements
     is_cpu = device.operators == "cpu"
     return replace(policy, measured=partial(fastest, hardware=processor_name())) if is_cpu else policy
 
@@ -60,7 +60,9 @@ def check_policy(model: PreparedModel) -> None:
     Raises the errors of `resolve`.
     """
     steps = dict(enumerate(model.schedule.settings))
-    contexts: dict[Kind, int] = {"text": LONG} | ({"image": LONG} if model.needs_image_encoder else {})
+    contexts: dict[Kind, int] = {"text": LONG}
+    if model.needs_image_encoder:
+        contexts["image"] = LONG
     for expert, applied in model.experts:
         _resolved(model, expert, applied, LONG, contexts, steps)
 

@@ -371,7 +371,7 @@ def plan_attention(
     condition: Condition,
     steps: Sequence[tuple[str, Step]],
 ) -> dict[str, AttentionPlan]:
-    """The attention of each expert. `text` [1, L, text_dim]; `steps`: expert and settings of each.
+    """The attention of each expert. `text` [1, L, text_dim], any dtype; `steps`: expert and settings of each.
 
     Raises the errors of `make_plan`.
     """

@@ -172,7 +172,7 @@ def _checked_device(
     experts: Sequence[tuple[Expert, AppliedRecipe | None]],
     schedule: StepSchedule,
 ) -> tuple[Device, AttentionPolicy]:
-    """The device, open if it is an accelerator, after all checks of its operators; the requests for attention."""
+    """The device, open if it is an accelerator, and its attention policy, after the checks of operators."""
     schemes = schemes_in(experts) | ({"w4a8"} & schedule.precisions)
     rules = parse_rules(options.activation_rule)
     attention = policy_of(options, device, schedule)

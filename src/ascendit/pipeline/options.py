@@ -208,7 +208,7 @@ class LoadOptions(Checked):
     step_policy: Annotated[
         str | None,
         BeforeValidator(_schedule),
-        Option('Precision per step, for example "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
+        Option('Precision and attention per step, for example "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
     ] = None
     emulate: Annotated[
         Literal["decode-on-use", "decode-once"] | None,

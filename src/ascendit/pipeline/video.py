@@ -89,7 +89,8 @@ class Video:
     warnings: tuple[str, ...] = ()
     """Faults that `allow_flat` accepted."""
     attention: tuple[Mapping[str, Any], ...] = ()
-    """The attention kernels of the run, with their steps, blocks and reasons: `AttentionRow.as_dict`."""
+    """The attention kernels of the run, with their steps, blocks and reasons: `AttentionRow.as_dict`.
+    Empty for latents of an earlier run."""
     decoded: Mapping[str, Any] = field(default_factory=dict)
     """`load` and `versions` of the decoding, if it was not done by the run that made the latents."""
 
@@ -151,7 +152,7 @@ class Video:
             "request": json.loads(r.to_json()) if r else None,
             "warnings": list(self.warnings),
             "allow_flat": bool(self.warnings),
-            "attention": [dict(row) for row in self.attention],
+            **({"attention": [dict(row) for row in self.attention]} if self.attention else {}),
             **({"decoded": dict(self.decoded)} if self.decoded else {}),
             "replay": self._replay(model) if r and model else None,
         }

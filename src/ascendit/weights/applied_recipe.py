@@ -22,7 +22,7 @@ from ascendit.quant.attention_schemes import QUANT_TYPES
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
-from ascendit.report import group_by
+from ascendit.report import counted, group_by
 from ascendit.weights.engine_formats import traits_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
@@ -241,7 +241,7 @@ def attention_schemes(expert: Expert, applied: AppliedRecipe | None) -> dict[str
     if unknown := [name for name, value in types.items() if value not in QUANT_TYPES]:
         first = f"{on_disk(unknown[0], expert.naming)} is {types[unknown[0]]}"
         raise CheckpointError(
-            f"{expert.path}: {len(unknown)} attentions of types without a kernel: {first}",
+            f"{expert.path}: {counted(len(unknown), 'attention')} without a kernel: {first}",
             needs=f"one of {', '.join(QUANT_TYPES)}, not static scales (FAQuant) or mixed formats",
             fix="export the model with one of these; or remove the entries from the manifest, "
             "and these attentions run in BF16",
