@@ -434,7 +434,7 @@ def test_files_stay_small() -> None:
 def test_the_number_and_size_of_files() -> None:
     """A limited number of files of medium size."""
     lines = sorted(len(p.read_text(encoding="utf-8").splitlines()) for p in sources() if p.stat().st_size)
-    assert len(lines) <= 236
+    assert len(lines) <= 237
     assert 150 <= lines[len(lines) // 2] <= 300
 
 

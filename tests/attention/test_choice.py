@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ascendit.attention.choice import AttentionCall, AttentionPolicy
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind, parse_attention
+from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import parse_device
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.option_text import command_line

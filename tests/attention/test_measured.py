@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ascendit.attention import measured, plan
-from ascendit.attention.choice import AttentionCall, AttentionPolicy
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.attention.measured import (
     ERROR_LIMIT,
     Measurement,
@@ -25,6 +25,7 @@ from ascendit.attention.measured import (
     merged,
     read_measurements,
 )
+from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import parse_device
 from ascendit.kernels.kernel import Kernel
 from ascendit.ops.open_device import hardware_name
@@ -61,7 +62,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
 
     def write(*rows: Measurement, **changes: Any) -> Path:
-        file = cached_file(CPU, HARDWARE)
+        file = cached_file(HARDWARE)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(file_data(HARDWARE, rows) | changes))
         return file
@@ -176,8 +177,7 @@ def test_new_rows_replace_those_of_the_same_shape() -> None:
 
 def test_each_hardware_has_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    files = {cached_file(parse_device(name), "NVIDIA H200") for name in ("cuda", "cuda:1")}
-    assert files == {tmp_path / "ascendit" / "attention" / "cuda-nvidia-h200.json"}
+    assert cached_file("NVIDIA H200") == tmp_path / "ascendit" / "attention" / "nvidia-h200.json"
 
 
 def test_the_policy_follows_the_file(write: Write) -> None:
@@ -199,7 +199,7 @@ def test_a_plan_reads_the_file_of_its_hardware(write: Write, monkeypatch: pytest
     monkeypatch.setattr(plan, "dense_kernels", lambda ops: kernels)
     ops, hardware = bind("cpu"), hardware_name(CPU)
     assert plan.with_kernels(None, ops).choose(call()).name == "sdpa"
-    write().with_name(cached_file(CPU, hardware).name).write_text(
+    write().with_name(cached_file(hardware).name).write_text(
         json.dumps(file_data(hardware, [row("sdpa", 9), row("reference", 8)]))
     )
     assert plan.with_kernels(None, ops).choose(call()).name == "reference"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ascendit.attention.choice import AttentionCall, AttentionPolicy
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.attention.plan import AttentionPlan, dense_kernels, limited, make_plan, with_kernels
 from ascendit.attention.quantized import quantized_attention
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind, parse_attention
+from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference

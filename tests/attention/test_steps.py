@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendit.attention.choice import AttentionCall, AttentionPolicy
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.attention.steps import describe_on, ranges, report, resolve, row_lines
 from ascendit.device.attention_kernels import Kind, parse_attention
+from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import parse_device
 from ascendit.schedule import StepSchedule
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import ascendit
+from ascendit.device.attention_kernels import PROBABILITIES
 from ascendit.errors import UsageError
-from ascendit.kernels.cpu import attention as cpu_attention
 from ascendit.model.state import DenoiseState
 from ascendit.pipeline.job import prepare
 from ascendit.pipeline.options import LoadOptions
@@ -67,12 +67,12 @@ def test_probabilities_are_set_for_the_run(tiny_t2v_single: Path, monkeypatch: p
 
     class Recorded(DenoiseState):
         def attend(self, kind: Any, block: int, q: Any, k: Any, v: Any) -> Any:
-            numbers.append(cpu_attention._probabilities.get())
+            numbers.append(PROBABILITIES.get())
             return super().attend(kind, block, q, k, v)
 
     pipe.make_state = Recorded
     pipe.generate("a cat", **SMALL, allow_flat=True)
-    assert set(numbers) == {"two"} and cpu_attention._probabilities.get() == "one"
+    assert set(numbers) == {"two"} and PROBABILITIES.get() == "one"
     with pytest.raises(UsageError, match="attention_probabilities=two with ops=reference"):
         ascendit.load(tiny_t2v_single, attention_probabilities="two", ops="reference")
 

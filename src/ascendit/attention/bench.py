@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.attention.choice import AttentionCall, limit_of
 from ascendit.attention.measured import Measurement, Shape, file_data
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
+from ascendit.device.attention_limits import AttentionCall, limit_of
 from ascendit.device.device import Device
 from ascendit.device.memory import host_memory
 from ascendit.errors import AscenditError, OutOfMemory

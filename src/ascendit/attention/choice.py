@@ -3,7 +3,7 @@
     policy = AttentionPolicy(device=parse_device("twin:a2"), request=parse_attention("self=laser"))
     policy.choose(calls["self"])            # Choice(name="laser", reason="requested")
 
-The limits of the kernels are in `device/attention_kernels.py`. Does not import torch, so a dry run has the
+The limits of the kernels are in `device/attention_limits.py`. Does not import torch, so a dry run has the
 errors of the run.
 """
 
@@ -22,35 +22,20 @@ from ascendit.device.attention_kernels import (
     Probabilities,
     attention_text,
 )
+from ascendit.device.attention_limits import (
+    KIND_NAMES,
+    AttentionCall,
+    absence_on,
+    check_scheme_on,
+    kernels_on,
+    limit_of,
+)
 from ascendit.device.device import Device
-from ascendit.device.operator_support import capability, native_attention_on, no_attention_for
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.family import WanConfig
 from ascendit.option_text import option
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.schedule import Step, StepSchedule
-
-KIND_NAMES: Mapping[Kind, str] = {
-    "self": "self-attention",
-    "text": "cross-attention to the text",
-    "image": "cross-attention to the image",
-}
-BACKEND_NAMES = {"cpu": "a CPU", "cuda": "CUDA", "npu": "an NPU or its twin"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionCall:
-    """The calls of one kind of attention: q [B, queries, heads, head_dim], k and v [B, keys, ..]."""
-
-    kind: Kind
-    dtype: str
-    """torch's name of the dtype of q, k and v."""
-    heads: int
-    head_dim: int
-    queries: int
-    keys: int
-    key_length: int | None = None
-    """Number of valid keys, if the others are padding."""
 
 
 def calls_of(
@@ -202,28 +187,23 @@ class AttentionPolicy:
 
     def _kernels(self) -> dict[str, AttentionKernel]:
         """The kernels of this kind of device."""
-        backend = self.device.operators
-        return {name: row for name, row in ATTENTION_KERNELS.items() if backend in row.backends}
+        return kernels_on(self.device)
 
     def _absence(self, name: str) -> str:
         """Why this device never has a kernel, "" if it may have it."""
-        row, device = ATTENTION_KERNELS[name], self.device
         if self.reference and name != "reference":
             return "ops=reference computes in plain PyTorch"
-        if device.operators not in row.backends:
-            return f"it needs {' or '.join(BACKEND_NAMES[backend] for backend in row.backends)}"
-        if row.operator and device.chip and capability(row.operator).support_on(device.chip) != "yes":
-            return f"{row.operator} does not run on {device.chip}"
-        return ""
+        return absence_on(self.device, name)
 
     def _check_scheme(self, scheme: str, call: AttentionCall, step: str | None, declared: str | None) -> None:
         """Raise the error of a scheme that the device does not compute, or that cannot rotate the heads."""
-        chip, shown = self.device.chip, self._shown(call.kind, scheme, step)
-        if chip and not (self.reference or self.emulate or scheme in native_attention_on(chip)):
-            error = no_attention_for(self.device, chip, scheme)
-            error.got = f"{shown}: {error.got}"
-            raise error
-        size = call.head_dim
+        shown, size = self._shown(call.kind, scheme, step), call.head_dim
+        if not (self.reference or self.emulate):
+            try:
+                check_scheme_on(self.device, scheme)
+            except EnvironmentProblem as error:
+                error.got = f"{shown}: {error.got}"
+                raise
         if ATTENTION_FORMATS[scheme].rotate and size & (size - 1) and scheme != declared:
             raise UsageError(
                 f"{shown} with head size {size}",
@@ -276,21 +256,3 @@ class AttentionPolicy:
 
 def _with_attention(step: Step, *, name: str, other: str) -> Step:
     return replace(step, attention=other) if step.attention == name else step
-
-
-def limit_of(kernel: AttentionKernel, call: AttentionCall) -> str:
-    """Why a kernel does not take `call`, "" if it does."""
-    shortest = min(call.queries, call.keys)
-    if call.kind not in kernel.kinds:
-        return f"it computes {' and '.join(KIND_NAMES[kind] for kind in kernel.kinds)} only"
-    if call.dtype not in kernel.dtypes:
-        return f"it takes {' or '.join(kernel.dtypes)}, not {call.dtype}"
-    if call.head_dim % kernel.head_multiple:
-        return f"it takes head sizes that are multiples of {kernel.head_multiple}, not {call.head_dim}"
-    if kernel.largest_head is not None and call.head_dim > kernel.largest_head:
-        return f"it takes head sizes up to {kernel.largest_head}, not {call.head_dim}"
-    if shortest < kernel.shortest:
-        return f"it takes at least {kernel.shortest} tokens, not {shortest}"
-    if call.key_length not in (None, call.keys) and not kernel.padded_keys:
-        return "it takes no padded keys"
-    return ""

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ascendit import environment
-from ascendit.attention.choice import AttentionCall
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
+from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import Device
 from ascendit.errors import EnvironmentProblem
 from ascendit.version import __version__, installed
@@ -114,12 +114,12 @@ def versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed(*LIBRARIES)}
 
 
-def cached_file(device: Device, hardware: str) -> Path:
-    """The file of this kind of device and hardware that `fastest` reads.
+def cached_file(hardware: str) -> Path:
+    """The file of this hardware that `fastest` reads.
 
     Raises EnvironmentProblem (E-ENV-02) if this user has no home folder.
     """
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{device.kind} {hardware}").strip("-").lower()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", hardware).strip("-").lower()
     try:
         return environment.cache_home() / FOLDER / f"{name}.json"
     except RuntimeError as e:
@@ -193,7 +193,7 @@ def fastest(
     `ops.open_device.hardware_name`. The nearest measured shape of this head size and dtype decides. A twin
     has no measurements. Raises EnvironmentProblem (E-ENV-02) if this user has no home folder.
     """
-    if device.kind == "twin":
+    if device.is_emulated:
         return None
     wanted = Shape(
         kind="self" if call.kind == "self" else "cross",
@@ -204,7 +204,7 @@ def fastest(
     )
     rows = [
         row
-        for row in read_measurements(cached_file(device, hardware), hardware)
+        for row in read_measurements(cached_file(hardware), hardware)
         if (row.shape.kind, row.shape.head_dim, row.dtype) == (wanted.kind, call.head_dim, call.dtype)
         if _is_automatic(row) and _distance(row.shape, wanted)[0] <= FARTHEST
     ]

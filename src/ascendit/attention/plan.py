@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.attention.choice import AttentionCall, AttentionPolicy, Choice
+from ascendit.attention.choice import AttentionPolicy, Choice
 from ascendit.attention.measured import fastest
 from ascendit.attention.quantized import quantized_attention
 from ascendit.attention.steps import AttentionRow, report, resolve
 from ascendit.device.attention_kernels import Kind
+from ascendit.device.attention_limits import AttentionCall
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Attended, Function, Kernel
 from ascendit.ops.open_device import hardware_name

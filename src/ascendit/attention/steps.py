@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ascendit.attention.choice import AttentionCall, AttentionPolicy, Choice
+from ascendit.attention.choice import AttentionPolicy, Choice
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind
-from ascendit.quant.attention_schemes import ATTENTION_FORMATS
+from ascendit.device.attention_limits import AttentionCall, backend_on
 from ascendit.schedule import Step
 
 Resolved = Mapping[int, Mapping[Kind, tuple[Choice, ...]]]
@@ -127,10 +127,9 @@ def describe_on(policy: AttentionPolicy) -> Callable[[str], tuple[str, str]]:
     """`describe` of `report` before the kernels are loaded, from the tables."""
 
     def describe(name: str) -> tuple[str, str]:
-        if name in ATTENTION_FORMATS:
-            return policy.device.operators, f"quantized attention in {name}"
-        backend = "reference" if name == "reference" else policy.device.operators
-        return backend, ATTENTION_KERNELS[name].about
+        about = f"quantized attention in {name}"
+        about = ATTENTION_KERNELS[name].about if name in ATTENTION_KERNELS else about
+        return backend_on(policy.device, name), about
 
     return describe
 

@@ -120,7 +120,7 @@ def _check_output(device: str, output: Path | None, overwrite: bool) -> Any:
 
     parsed = parse_device(device)
     if output is not None:
-        if parsed.kind == "twin":
+        if parsed.is_emulated:
             raise UsageError(
                 f"--output with --device {parsed}, whose times are those of this processor",
                 needs="cpu, cuda or npu",
@@ -135,11 +135,11 @@ def _write(result: Benchmark, output: Path | None) -> Path | None:
     from ascendit.attention.measured import cached_file, file_data, merged, read_measurements
     from ascendit.pages.page import write_report
 
-    if result.device.kind == "twin":
+    if result.device.is_emulated:
         return None
     hardware, rows, file = result.hardware, result.rows, output
     if file is None:
-        file = cached_file(result.device, hardware)
+        file = cached_file(hardware)
         rows = merged(read_measurements(file, hardware), rows)
     write_report(file, file_data(hardware, rows) | {"threads": result.threads})
     return file

@@ -117,7 +117,7 @@ def read_call(
     else:
         model, prompt = _model_of_prompts(args, demo, model, prompts), ""
     load = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
-    if algo and parse_device(load.get("device", "cpu")).operators == "npu":
+    if algo and parse_device(load.get("device", "cpu")).has_chip:
         load.setdefault("attention", algo)
     return Call(
         options=LoadOptions(model=model, **load),

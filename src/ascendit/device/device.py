@@ -82,6 +82,16 @@ class Device:
         return self.backend.tensors != "cpu"
 
     @property
+    def is_emulated(self) -> bool:
+        """Whether it is an NPU emulated on the CPU, whose times are those of the CPU."""
+        return self.kind == "twin"
+
+    @property
+    def has_chip(self) -> bool:
+        """Whether it is an Ascend NPU or emulates one."""
+        return self.operators == "npu"
+
+    @property
     def exact_gelu(self) -> bool:
         """Whether F.gelu can be exact; a2 and a3 always compute the tanh approximation."""
         return self.chip not in ("a2", "a3")

@@ -49,9 +49,9 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
         reference=options.ops is not None,
         emulate=options.emulate is not None,
     )
-    # a GPU or NPU has to be open to know its model: `load.open_accelerator` adds its measurements
-    is_cpu = device.operators == "cpu"
-    return replace(policy, measured=partial(fastest, hardware=processor_name())) if is_cpu else policy
+    if device.is_accelerator:  # it has to be open to know its model: see `load.open_accelerator`
+        return policy
+    return replace(policy, measured=partial(fastest, hardware=processor_name()))
 
 
 def check_policy(model: PreparedModel) -> None:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ascendit.arguments import EXAMPLES, attribute_error, checked_call, literal
-from ascendit.attention.choice import KIND_NAMES, AttentionPolicy
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.attention.plan import AttentionPlan
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.attention_kernels import Kind, attention_probabilities
+from ascendit.device.attention_limits import KIND_NAMES
 from ascendit.device.device import Device
 from ascendit.errors import QualityError, UsageError
 from ascendit.exclusive import Exclusive, Stop, stop_if

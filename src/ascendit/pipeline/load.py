@@ -5,21 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from ascendit.attention.choice import AttentionPolicy
-from ascendit.attention.measured import fastest
 from ascendit.attention.plan import with_kernels
 from ascendit.device.device import Device
 from ascendit.exclusive import Stop
 from ascendit.model.library_component import LOADING, library_class
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import schemes_in
-from ascendit.ops.open_device import hardware_name, hold_chip, open_device
+from ascendit.ops.open_device import hold_chip, open_device
 from ascendit.ops.operators import Ops, bind
 from ascendit.pipeline.frame_checks import check_visible
 from ascendit.pipeline.generate import Pipeline, decode, error_keeps
@@ -129,14 +126,9 @@ def bind_options(device: Device, options: LoadOptions) -> Ops:
 
 
 def open_accelerator(policy: AttentionPolicy, options: LoadOptions) -> tuple[Device, AttentionPolicy]:
-    """Open a CUDA device or an NPU; on an NPU the policy gets the attention kernels that are installed.
-
-    Raises the errors of `open_device`, and on an NPU those of `bind`.
-    """
+    """Open a CUDA device or an NPU; the policy gets its attention kernels. Raises those of both calls."""
     device = open_device(policy.device)
-    if device.operators == "npu":
-        return device, with_kernels(policy, bind_options(device, options))
-    return device, replace(policy, device=device, measured=partial(fastest, hardware=hardware_name(device)))
+    return device, with_kernels(policy, bind_options(device, options))
 
 
 def decode_kept(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
+from ascendit.device.attention_limits import AttentionCall, limit_of
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Attended
 
@@ -85,18 +86,19 @@ def check_inputs(name: str, q: Tensor, k: Tensor) -> None:
 
     Raises UsageError (E-USE-01) for a dtype, head size or length that it does not take.
     """
-    row = ATTENTION_KERNELS[name]
-    dtype, d, s, keys = str(q.dtype)[6:], q.shape[-1], q.shape[1], k.shape[1]
-    largest, only_self = row.largest_head or d, row.kinds == ("self",)
-    head_fits = d <= largest and d % row.head_multiple == 0
-    length_fits = min(s, keys) >= row.shortest and (s == keys or not only_self)
-    if dtype in row.dtypes and head_fits and length_fits:
-        return
-    lengths = "" if length_fits else f", {s} queries and {keys} keys"
-    kind = "self-attention" if only_self else "attention"
-    raise UsageError(
-        f"attention={name} with head size {d} in {dtype}{lengths}",
-        needs=f"{' or '.join(row.dtypes)}; {kind} of at least {row.shortest} tokens; a head size of at most "
-        f"{largest}, a multiple of {row.head_multiple}",
-        fix="use --set attention=fusion, which supports it",
+    (_, queries, heads, d), keys = q.shape, k.shape[1]
+    call = AttentionCall(
+        kind="self" if queries == keys else "text",
+        dtype=str(q.dtype).removeprefix("torch."),
+        heads=heads,
+        head_dim=d,
+        queries=queries,
+        keys=keys,
     )
+    if problem := limit_of(ATTENTION_KERNELS[name], call):
+        size = f"[{queries}, {heads}, {d}] with {keys} keys in {call.dtype}"
+        raise UsageError(
+            f"attention {name} of {size}: {problem}",
+            needs="a size within the limits of this kernel",
+            fix="--attention fusion, which takes it",
+        )
