@@ -142,6 +142,9 @@ def test_a_kernel_with_a_large_error_is_not_chosen(write: Write) -> None:
         ({"rows": [row("cpu", 1).as_dict() | {"seconds": 0}]}, "damaged (ValueError"),
         ({"rows": [row("cpu", 1).as_dict() | {"seconds": "fast"}]}, "damaged (ValueError"),
         ({"rows": [row("cpu", 1).as_dict() | {"keys": None}]}, "damaged (ValueError"),
+        ({"rows": [row("cpu", 1).as_dict() | {"keys": 10**400}]}, "damaged (ValueError"),
+        ({"rows": [row("cpu", 1).as_dict() | {"kernel": []}]}, "damaged (ValueError"),
+        ({"rows": [row("cpu", 1).as_dict() | {"kind": {}}]}, "damaged (ValueError"),
     ],
 )
 def test_other_machines_and_damaged_files_are_ignored_with_a_warning(
@@ -168,6 +171,14 @@ def test_without_a_file_and_on_a_twin_nothing_is_measured(write: Write) -> None:
     assert choice() is not None
     twin = parse_device("twin:a2")
     assert fastest(twin, call(), USABLE.__contains__, hardware=HARDWARE) is None
+
+
+def test_a_user_without_a_home_has_no_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(measured.environment, "cache_home", no_home)
+    assert choice() is None
 
 
 def test_new_rows_replace_those_of_the_same_shape() -> None:

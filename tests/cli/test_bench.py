@@ -87,6 +87,14 @@ def test_too_little_memory(run, monkeypatch, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_kernels_run(run, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(runner, "run_benchmark", lambda *a, **k: pytest.fail("measured"))
+    ended = run(*QUICK)
+    assert ended.code == 3 and ended.err.startswith("error[E-ENV-02]: cannot write in"), ended.err
+    assert "try    -o times.json; or export XDG_CACHE_HOME=" in ended.err
+
+
 def test_ctrl_c_writes_nothing(run, monkeypatch, tmp_path):
     from ascendit.cli import bench
 

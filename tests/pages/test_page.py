@@ -124,6 +124,14 @@ def test_a_failed_report_leaves_the_old_one(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_text() == "old" and os.listdir(tmp_path) == ["a.html"]
 
 
+def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(EnvironmentProblem, match="cannot write in") as e:
+            write_report(folder / "a.json", {})
+        assert e.value.code == "E-ENV-02"
+
+
 def test_existing_reports_need_overwrite(tmp_path: Path) -> None:
     file = tmp_path / "a.html"
     check_report_file(file)

@@ -34,6 +34,8 @@ LIBRARIES = ("torch", "torch_npu", "triton", "flash-attn", "mindiesd")
 """The packages whose versions change the times."""
 FARTHEST = 8.0
 """A measurement is used for up to this many times more or fewer tokens, keys or heads."""
+LARGEST = 1e15
+"""Above every size and time of a file; larger ones would overflow in the choice."""
 ERROR_LIMIT = 1e-2
 """Largest relative error of a kernel that the automatic choice takes; rounding to bfloat16 causes 3e-3."""
 
@@ -77,9 +79,12 @@ class Measurement:
     """norm(output - reference) / norm(reference) of sampled queries."""
 
     def __post_init__(self) -> None:
-        numbers = (self.seconds, self.best_seconds, self.error, *list(asdict(self.shape).values())[1:])
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-            raise ValueError(f"{self.kernel}: a value that is not a finite number")
+        kind, *sizes = asdict(self.shape).values()
+        numbers = (self.seconds, self.best_seconds, self.error, *sizes)
+        if not all(isinstance(text, str) for text in (self.kernel, self.scheme, self.dtype, kind)):
+            raise ValueError(f"{self.kernel}: a name that is not a text")
+        if not all(isinstance(n, int | float) and abs(n) < LARGEST for n in numbers):
+            raise ValueError(f"{self.kernel}: a value that is not a number below {LARGEST:g}")
         if min(numbers[:2]) <= 0 or min(numbers[3:]) < 1 or self.error < 0:
             raise ValueError(f"{self.kernel}: a value below its minimum")
 
@@ -191,9 +196,13 @@ def fastest(
 
     `usable`: whether a kernel can compute `call`; those on request are never chosen. `hardware`: from
     `ops.open_device.hardware_name`. The nearest measured shape of this head size and dtype decides. A twin
-    has no measurements. Raises EnvironmentProblem (E-ENV-02) if this user has no home folder.
+    has no measurements, nor has a user without a home folder.
     """
     if device.is_emulated:
+        return None
+    try:
+        file = cached_file(hardware)
+    except EnvironmentProblem:
         return None
     wanted = Shape(
         kind="self" if call.kind == "self" else "cross",
@@ -204,7 +213,7 @@ def fastest(
     )
     rows = [
         row
-        for row in read_measurements(cached_file(hardware), hardware)
+        for row in read_measurements(file, hardware)
         if (row.shape.kind, row.shape.head_dim, row.dtype) == (wanted.kind, call.head_dim, call.dtype)
         if _is_automatic(row) and _distance(row.shape, wanted)[0] <= FARTHEST
     ]

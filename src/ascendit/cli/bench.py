@@ -13,7 +13,7 @@ from ascendit.cli.interruptions import Interrupt
 from ascendit.cli.main import Json, flag
 from ascendit.cli.output import Output
 from ascendit.cli.progress import progress_view
-from ascendit.errors import UsageError
+from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.family import SPECS
 from ascendit.geometry import latent_grid, num_tokens, patch_grid
 from ascendit.report import columns, group_by, short_path
@@ -114,7 +114,7 @@ def _numbers(text: str) -> tuple[int, int, int]:
 
 
 def _check_output(device: str, output: Path | None, overwrite: bool) -> Any:
-    """The parsed device. Raises UsageError for an output that cannot be written."""
+    """The parsed device. Raises UsageError or EnvironmentProblem for an output that cannot be written."""
     from ascendit.device.device import parse_device
     from ascendit.pages.page import check_report_file
 
@@ -127,7 +127,21 @@ def _check_output(device: str, output: Path | None, overwrite: bool) -> Any:
                 fix="omit --output; --json prints the times",
             )
         check_report_file(output, overwrite=overwrite, flag="--output", any_name=True)
+    elif parsed.kind != "twin":
+        _check_cache()
     return parsed
+
+
+def _check_cache() -> None:
+    """Raise EnvironmentProblem (E-ENV-02) before the kernels run if their times cannot be written."""
+    from ascendit.attention.measured import cached_file
+    from ascendit.checkpoint.file_copy import check_writable
+
+    try:
+        check_writable(cached_file("any"))
+    except EnvironmentProblem as e:
+        e.fix = "-o times.json; or export XDG_CACHE_HOME=/a/folder/of/your/own"
+        raise
 
 
 def _write(result: Benchmark, output: Path | None) -> Path | None:

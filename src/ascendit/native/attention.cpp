@@ -51,9 +51,14 @@ struct Bf16Scores {
 }  // namespace
 
 // top, sum: float32 [H, S], or null: the largest score, and the sum of exponentials relative to it. parts: BF16
-// numbers per probability, 1 or 2.
-extern "C" void attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* top, float* sum,
-                               int64_t S, int64_t L, int64_t H, int64_t d, int64_t parts, int64_t threads) {
+// numbers per probability, 1 or 2. Returns whether there was memory.
+extern "C" int64_t attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* top, float* sum,
+                                  int64_t S, int64_t L, int64_t H, int64_t d, int64_t parts, int64_t threads) {
     const Problem a{q, k, v, out, top, sum, S, L, H, d, parts};
-    attend(a, Bf16Scores{a}, threads);
+    try {
+        attend(a, Bf16Scores{a}, threads);
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
 }

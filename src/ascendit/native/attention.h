@@ -24,7 +24,7 @@
 namespace ascendit::attention {
 
 constexpr int QUERIES = 48, KEYS = 512, LANES = 16, ROWS = 6, PANEL = 64, PAIRED = 32;
-constexpr float LOG2_E = 1.44269504089f;
+constexpr float LOG2_E = 1.44269504089f, LARGE_SCORE = 1 << 20;
 using bf16 = uint16_t;
 
 struct Problem {  // one attention, and the largest score and the sum of exponentials relative to it [H, S], or null
@@ -166,11 +166,15 @@ inline void raise_top(const Work& w, int row, int width, float scale, int64_t d)
 template <int PARTS>
 void exponentiate(const Work& w, int width, float scale) {
     const Exp2 exp2;
-    const __m512 factor = in_register(scale);
+    const __m512 small = in_register(scale);
     for (int row = 0; row < QUERIES; ++row) {
-        const float* s = w.scores + row * KEYS;
+        float* s = w.scores + row * KEYS;
         bf16 *high_to = w.p + row * KEYS, *low_to = w.p_low + row * KEYS;
         const __m512 offset = _mm512_set1_ps(-w.top[row]);
+        // the difference to a rounded maximum can exceed the range of an exponent, so round these scores as well
+        const bool large = !(std::abs(w.top[row]) < LARGE_SCORE);
+        for (int j = 0; large && j < width; ++j) s[j] *= scale;
+        const __m512 factor = large ? exp2.one : small;
         __m512 total = _mm512_loadu_ps(w.sum + row * LANES);
         for (int j = 0; j < width; j += LANES) {
             const __m512 e = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(s + j), factor, offset));
@@ -231,7 +235,7 @@ void attend_rows(const Problem& a, const Scores& scores, const uint8_t* keys, co
 constexpr int64_t KEPT_BYTES = 64 << 20;  // of packed keys and values; one head at least
 
 template <class Scores>
-void attend(const Problem& a, const Scores& scores, int64_t threads) {
+void attend(const Problem& a, const Scores& scores, int64_t threads) {  // throws bad_alloc before it starts threads
     static thread_local Buffer packed, work;
     const int64_t values_at = a.padded() * scores.key_bytes(), head_bytes = values_at + a.padded() * a.d * 2;
     const int64_t together = std::clamp<int64_t>(KEPT_BYTES / head_bytes, 1, a.H);

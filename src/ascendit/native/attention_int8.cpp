@@ -166,12 +166,18 @@ void add_means(const Problem& a, const float* means, int64_t threads) {
 
 }  // namespace
 
-extern "C" void attention_qk_int8(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* top, float* sum,
-                                  int64_t S, int64_t L, int64_t H, int64_t d, int64_t parts, int64_t threads) {
+// Returns whether there was memory.
+extern "C" int64_t attention_qk_int8(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* top, float* sum,
+                                     int64_t S, int64_t L, int64_t H, int64_t d, int64_t parts, int64_t threads) {
     const Problem a{q, k, v, out, top, sum, S, L, H, d, parts};
-    const std::vector<float> means = key_means(a, threads);
-    attend(a, Int8Scores{a, means.data()}, threads);
-    if (a.top) add_means(a, means.data(), threads);
+    try {
+        const std::vector<float> means = key_means(a, threads);
+        attend(a, Int8Scores{a, means.data()}, threads);
+        if (a.top) add_means(a, means.data(), threads);
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
 }
 
 }  // namespace ascendit::attention

@@ -7,6 +7,7 @@ come from files.
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import os
 import re
@@ -241,12 +242,13 @@ def write_report(file: Path, data: Mapping[str, Any], page: Callable[[], Page] |
     Raises EnvironmentProblem: E-ENV-02 if the folder is not writable, E-ENV-04 for a full disk.
     """
     text = page().markup() if page and is_page(file) else json_text(data) + "\n"
-    new = file.with_name(f".{file.name}.new")
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")  # another process may write the same report
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         new.unlink(missing_ok=True)  # a link would be followed
         new.write_text(text, encoding="utf-8")
         os.replace(new, file)
     except OSError as e:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink()
         raise write_error(file.parent, e) from e

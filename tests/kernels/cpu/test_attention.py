@@ -131,6 +131,27 @@ def test_large_scores(call: Callable[..., Tensor]) -> None:
     assert error(out, truth) <= 1.5 * rounding(truth)
 
 
+@pytest.mark.parametrize("call", KERNELS)
+@pytest.mark.parametrize("scale", [1e5, 1e12, 1e30])
+def test_scores_whose_rounding_error_is_above_the_range_of_exponents(
+    call: Callable[..., Any], scale: float
+) -> None:
+    q, k, v = heads(49, 700, 2, 64, scale=scale)
+    out, lse = call(q, k, v, return_lse=True)
+    truth, truth_lse = exact(q, k, v)
+    torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=0)
+    assert error(out, truth) <= 1.5 * rounding(truth) + 0.02 * float(truth.norm())
+
+
+@needs_compiled
+def test_too_little_memory_is_an_error_of_python() -> None:
+    attend: Any = attention.library().library
+    nothing = (None,) * 6
+    assert not attend.attention_bf16(*nothing, 1, 1 << 50, 1, 32, 1, 1)
+    with pytest.raises(MemoryError, match="packed keys and values of 33 tokens"):
+        attention.run_native(lambda *a: 0, *heads(1, 33, 1, 32))
+
+
 @needs_compiled
 def test_a_growing_maximum_rescales_earlier_sums() -> None:
     """Keys in the order of their scores: every block of keys raises the maximum."""

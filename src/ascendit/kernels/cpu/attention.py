@@ -34,7 +34,7 @@ def list_kernels() -> tuple[Kernel, ...]:
 
 def library() -> Built:
     """The compiled `native/attention.cpp`, or why there is none."""
-    return declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
+    return declared(native("attention"), {"attention_bf16": "ppppppiiiiii"})
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
@@ -69,7 +69,10 @@ def attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None) -> Tensor:
-    """Run a C++ attention on each sample of bfloat16 [B, S, H, d]; `sums`: float32 [2, B, H, S], written."""
+    """Run a C++ attention on each sample of bfloat16 [B, S, H, d]; `sums`: float32 [2, B, H, S], written.
+
+    Raises MemoryError if packed keys and values do not fit.
+    """
     (b, s, h, d), length = q.shape, k.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
@@ -77,7 +80,8 @@ def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None =
     for i in range(b):
         statistics = (None, None) if sums is None else pointers(*sums[:, i])
         addresses = pointers(q[i], k[i], v[i], out[i])
-        call(*addresses, *statistics, s, length, h, d, parts, threads)
+        if not call(*addresses, *statistics, s, length, h, d, parts, threads):
+            raise MemoryError(f"no memory for the packed keys and values of {length:,} tokens")
     return out
 
 
