@@ -26,9 +26,9 @@ from ascendit.device.attention_limits import (
     KIND_NAMES,
     AttentionCall,
     absence_on,
-    check_scheme_on,
     kernels_on,
     limit_of,
+    scheme_limit_on,
 )
 from ascendit.device.device import Device
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
@@ -196,20 +196,22 @@ class AttentionPolicy:
         return absence_on(self.device, name)
 
     def _check_scheme(self, scheme: str, call: AttentionCall, step: str | None, declared: str | None) -> None:
-        """Raise the error of a scheme that the device does not compute, or that cannot rotate the heads."""
-        shown, size = self._shown(call.kind, scheme, step), call.head_dim
-        if not (self.reference or self.emulate):
+        """Raise the error of a scheme that the device does not compute, or not for heads of this size."""
+        shown, size, problem = self._shown(call.kind, scheme, step), call.head_dim, ""
+        if not self.reference:
             try:
-                check_scheme_on(self.device, scheme)
+                problem = scheme_limit_on(self.device, scheme, call, emulate=self.emulate)
             except EnvironmentProblem as error:
                 error.got = f"{shown}: {error.got}"
                 raise
         if ATTENTION_FORMATS[scheme].rotate and size & (size - 1) and scheme != declared:
+            problem = problem or f"its rotation takes head sizes that are powers of two, not {size}"
+        if problem:
             raise UsageError(
-                f"{shown} with head size {size}",
-                needs="a head size that is a power of two, for the rotation of this scheme",
-                fix=self._replaced(scheme, "int8", step)
-                or option("attention", attention_text({**self.request, call.kind: "int8"})),
+                f"{shown} on {self.device}: {problem}",
+                needs="a size that the scheme takes, or attention that is not quantized",
+                fix=self._replaced(scheme, AUTOMATIC, step)
+                or option("attention", attention_text({**self.request, call.kind: AUTOMATIC})),
             )
 
     def _refused(
