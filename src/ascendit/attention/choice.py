@@ -17,7 +17,6 @@ from types import MappingProxyType
 from ascendit.device.attention_kernels import (
     ATTENTION_KERNELS,
     AUTOMATIC,
-    AttentionKernel,
     Kind,
     Probabilities,
     attention_text,
@@ -144,7 +143,7 @@ class AttentionPolicy:
         if measured:
             return Choice(name=measured[0], reason=measured[1])
         skipped: list[str] = []
-        for name, kernel in self._kernels().items():
+        for name, kernel in kernels_on(self.device).items():
             if kernel.on_request:
                 continue
             if not (problem := self.problem_of(name, call)):
@@ -158,7 +157,7 @@ class AttentionPolicy:
 
     def usable(self, call: AttentionCall) -> list[str]:
         """The kernels that can compute `call`, the best first; those only on request last."""
-        names = [name for name in self._kernels() if not self.problem_of(name, call)]
+        names = [name for name in kernels_on(self.device) if not self.problem_of(name, call)]
         return sorted(names, key=lambda name: ATTENTION_KERNELS[name].on_request)
 
     def check_names(self) -> None:
@@ -168,7 +167,7 @@ class AttentionPolicy:
                 continue
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
-            size = max(row.shortest, 1)
+            size = row.shortest
             call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
@@ -184,10 +183,6 @@ class AttentionPolicy:
             needs=f"a divisor of {heads}: {', '.join(map(str, divisors))}",
             fix=f"--sub-head {nearest}",
         )
-
-    def _kernels(self) -> dict[str, AttentionKernel]:
-        """The kernels of this kind of device."""
-        return kernels_on(self.device)
 
     def _absence(self, name: str) -> str:
         """Why this device never has a kernel, "" if it may have it."""
@@ -224,7 +219,7 @@ class AttentionPolicy:
     ) -> AscenditError:
         """The error for a kernel: lists those that can compute `call`, and why the others cannot."""
         usable = self.usable(call)
-        others = {n: self.problem_of(n, call) for n in self._kernels() if n != name}
+        others = {n: self.problem_of(n, call) for n in kernels_on(self.device) if n != name}
         reasons = "".join(f"; {n}: {reason}" for n, reason in others.items() if reason)
         got = f"{self._shown(call.kind, name, step)} on {self.device}: {problem}"
         needs = f"{' or '.join(usable)} for {KIND_NAMES[call.kind]}{reasons}"
