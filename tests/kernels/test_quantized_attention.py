@@ -142,3 +142,10 @@ def test_reference_on_request(scheme: str) -> None:
     assert kernel.backend == "reference"
     q, k, v = operands(5, 7, 64)
     assert torch.equal(kernel.call(q, k, v), emulated(scheme, reference.attention)(q, k, v))
+
+
+@pytest.mark.parametrize("scheme", ATTENTION_FORMATS)
+def test_no_keys(scheme: str) -> None:
+    q, k = torch.randn(1, 3, 2, 64), torch.randn(1, 0, 2, 64)
+    out, lse = emulated(scheme, reference.attention)(q, k, k, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(q)) and torch.equal(lse, torch.full((1, 2, 3), -torch.inf))

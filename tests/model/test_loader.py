@@ -233,6 +233,24 @@ def test_rotations_that_change_scores_are_refused(fp8_attention: Path, role: str
     assert e.value.code == "E-CKP-08"
 
 
+def test_rotations_that_are_not_orthogonal_are_refused(fp8_attention: Path) -> None:
+    """Their product is 1, but one scales the numbers that are quantized."""
+    matrix = load_file(fp8_attention / "transformer" / tiny.WEIGHTS)["blocks.1.attn1.q_rot"]
+    edit_tensors(
+        fp8_attention, **{"blocks.1.attn1.q_rot": matrix * 4, "blocks.1.attn1.k_rot": matrix.clone() / 4}
+    )
+    with pytest.raises(CheckpointError, match="change the scores: a product is 15 from 1"):
+        load(fp8_attention)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ffn", "blocks.1", "blocks.1.attn1.to_q", "blocks.9.attn1"])
+def test_a_type_for_a_module_that_is_no_attention_is_refused(fp8_attention: Path, name: str) -> None:
+    edit_manifest(fp8_attention, lambda d: {**d, f"{name}.quant_type": "INT8_DYNAMIC"})
+    with pytest.raises(CheckpointError, match=f"1 entries without a tensor: {name}") as e:
+        load(fp8_attention)
+    assert e.value.code == "E-CKP-04"
+
+
 @pytest.mark.parametrize("value", ["QK_FP8_DYNAMIC_V_MXFP4_DYNAMIC", "FP8"])
 def test_a_type_without_a_kernel_is_refused_and_its_entry_can_be_removed(
     fp8_attention: Path, value: str

@@ -13,7 +13,8 @@ from ascendit.device.attention_kernels import PROBABILITIES
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.model.state import DenoiseState
 from ascendit.native import build
-from ascendit.pipeline.job import prepare
+from ascendit.pipeline.attention_check import check_policy
+from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.options import LoadOptions
 
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}
@@ -63,7 +64,7 @@ def test_requests_change_the_latents_by_rounding(tiny_t2v_single: Path, options:
 
 
 def test_probabilities_are_set_for_the_run(tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = ascendit.load(tiny_t2v_single, attention_probabilities="two")
+    pipe = ascendit.load(tiny_t2v_single, attention_probabilities="two", dtype="bfloat16", device="twin:a2")
     numbers = []
 
     class Recorded(DenoiseState):
@@ -76,6 +77,44 @@ def test_probabilities_are_set_for_the_run(tiny_t2v_single: Path, monkeypatch: p
     assert set(numbers) == {"two"} and PROBABILITIES.get() == "one"
     with pytest.raises(UsageError, match="attention_probabilities=two with ops=reference"):
         ascendit.load(tiny_t2v_single, attention_probabilities="two", ops="reference")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"dtype": "float32"}, "attention runs in sdpa"),
+        ({"attention": "sdpa", "dtype": "bfloat16"}, "attention runs in sdpa"),
+        ({"attention": "fp8", "dtype": "bfloat16"}, "attention runs in fp8"),
+        ({"device": "twin:a2", "dtype": "float16"}, "attention runs in fusion"),
+    ],
+)
+def test_probabilities_that_no_kernel_would_use_are_refused(
+    tiny_t2v_single: Path, options: dict[str, Any], problem: str
+) -> None:
+    loaded = LoadOptions(model=str(tiny_t2v_single), attention_probabilities="two", **options)
+    for check in (lambda: prepare(loaded, "a cat"), lambda: check_policy(prepare_model(loaded))):
+        with pytest.raises(UsageError, match=problem) as e:
+            check()
+        assert e.value.fix == "omit attention_probabilities"
+
+
+@pytest.mark.parametrize(
+    ("request_", "fix"),
+    [
+        ("image=sdpa", 'attention="bf16"'),
+        ("self=sdpa,image=sdpa", 'attention="self=sdpa"'),
+        ("text=sdpa,image=reference", 'attention="text=sdpa"'),
+    ],
+)
+def test_a_model_without_an_image_refuses_a_kernel_for_it(
+    tiny_t2v_single: Path, request_: str, fix: str
+) -> None:
+    loaded = LoadOptions(model=str(tiny_t2v_single), attention=request_)
+    with pytest.raises(UsageError, match="this model has no cross-attention to the image") as e:
+        prepare(loaded, "a cat")
+    assert e.value.fix == fix
+    for accepted in ("sdpa", "cross=sdpa"):
+        prepare(LoadOptions(model=str(tiny_t2v_single), attention=accepted), "a cat")
 
 
 def test_load_refuses_a_kernel_that_no_size_fits(tiny_t2v_single: Path) -> None:

@@ -9,7 +9,7 @@ errors of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -172,6 +172,18 @@ class AttentionPolicy:
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
 
+    def check_kinds(self, kinds: Collection[Kind]) -> None:
+        """Raise UsageError (E-USE-01) for a request for the image alone, if a model has only `kinds`."""
+        name = self.request.get("image")
+        if name is None or "image" in kinds or name == self.request.get("text"):
+            return
+        rest: dict[Kind, str] = {kind: x for kind, x in self.request.items() if kind != "image"}
+        raise UsageError(
+            f"attention image={name}: this model has no {KIND_NAMES['image']}",
+            needs=" or ".join(kinds),
+            fix=option("attention", attention_text(rest)) if rest else "--attention bf16",
+        )
+
     def check_heads(self, heads: int) -> None:
         """Raise UsageError (E-USE-01) if `sub_head` does not divide the number of heads."""
         if self.sub_head is None or not heads % self.sub_head:
@@ -244,6 +256,8 @@ class AttentionPolicy:
                 fixed[kind] = best
             elif other is not None and self.problem_of(name, other):
                 fixed[kind] = self.usable(other)[0]
+        if calls and "image" in fixed and "image" not in calls:
+            fixed |= {"image": fixed.get("text", best)}
         return option("attention", attention_text(fixed))
 
     @staticmethod

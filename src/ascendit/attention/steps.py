@@ -57,7 +57,8 @@ def resolve(
     """Choose a kernel for each step, kind and block.
 
     `declared`: the scheme of each block, or None. `steps`: those that the expert runs. The attention of a
-    step applies to self-attention. Raises the errors of `AttentionPolicy.choose` and `check_heads`.
+    step applies to self-attention. Raises the errors of `AttentionPolicy.choose`, `check_kinds`
+    and `check_heads`.
     """
     chosen: dict[tuple[Kind, str | None, str | None], Choice] = {}
 
@@ -67,6 +68,7 @@ def resolve(
             chosen[key] = policy.choose(calls[kind], step=step, declared=scheme, calls=calls)
         return chosen[key]
 
+    policy.check_kinds(calls)
     for call in calls.values():
         policy.check_heads(call.heads)
     by_setting = {

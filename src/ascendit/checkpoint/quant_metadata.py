@@ -79,7 +79,8 @@ class Manifest:
         unlisted = [name for name in tensors if name not in self.tensors]
         absent = [name for name in self.tensors if name not in tensors]
         parents = _parents(tensors)
-        absent += [name for name in self.attention if name.removesuffix(QUANT_TYPE) not in parents]
+        attentions = {name for name in parents if name.endswith((".attn1", ".attn2"))}
+        absent += [name for name in self.attention if name.removesuffix(QUANT_TYPE) not in attentions]
         kinds = {"tensors that it does not list": unlisted, "entries without a tensor": absent}
         if problems := problem_counts(kinds):
             raise CheckpointError(

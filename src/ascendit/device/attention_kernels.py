@@ -211,5 +211,5 @@ def _bad(text: str, problem: str, near: str | None = None) -> UsageError:
     return UsageError(
         f"attention {text!r}: {problem}",
         needs=f"NAME or KIND=NAME,..; kinds: {', '.join(KINDS)}; names: bf16, {kernels}, {schemes}",
-        fix=f"--attention {fixed}" if near and "," not in text else "omit --attention",
+        fix=f"--attention {fixed}" if near and "," not in text else "--attention bf16, or omit --attention",
     )

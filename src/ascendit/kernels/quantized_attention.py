@@ -120,6 +120,8 @@ def emulated(scheme: str, dense: Function) -> Function:
     smooth = ATTENTION_FORMATS[scheme].smooth_key
 
     def call(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
+        if not k.shape[1]:  # nothing to quantize
+            return dense(q, k, v, return_lse=return_lse)
         mean = None
         if smooth:
             k, mean = smooth_key(k)

@@ -39,7 +39,8 @@ from ascendit.weights.tensor_steps import no_progress, run_steps, stored_steps, 
 log = logging.getLogger("ascendit")
 ROTATIONS = ("q_rot", "k_rot")
 ROTATION_ERROR = 0.01
-"""Largest entry of q_rot k_rot^T - 1; rounding a random rotation to BF16 gives up to 0.003."""
+"""Largest entry of q_rot k_rot^T - 1 and q_rot q_rot^T - 1; rounding a random rotation to BF16 gives up to
+0.003."""
 
 
 def load_expert(
@@ -115,16 +116,17 @@ def prepare_attention(model: WanTransformer, schemes: Mapping[str, str], names: 
 
 
 def check_rotations(model: WanTransformer, path: str) -> None:
-    """Raise CheckpointError (E-CKP-08) if a pair of rotations changes the scores: q_rot k_rot^T is not 1."""
+    """Raise CheckpointError (E-CKP-08) for rotations that are not one orthogonal matrix, which keeps scores."""
     for name, module in model.named_modules():
         if not isinstance(module, Attention) or module.q_rot is None or module.k_rot is None:
             continue
         q_rot, k_rot = module.q_rot.float().cpu(), module.k_rot.float().cpu()
-        error = float((q_rot @ k_rot.t() - torch.eye(len(q_rot))).abs().max())
+        error = max(float((q_rot @ r.t() - torch.eye(len(r))).abs().max()) for r in (k_rot, q_rot))
         if not error <= ROTATION_ERROR:
             raise CheckpointError(
-                f"{path}: q_rot and k_rot of {name} change the scores: their product is {error:.3g} from 1",
-                needs=f"the same orthogonal matrix twice: q_rot k_rot^T is 1, within {ROTATION_ERROR}",
+                f"{path}: q_rot and k_rot of {name} change the scores: a product is {error:.3g} from 1",
+                needs="the same orthogonal matrix twice: q_rot k_rot^T and q_rot q_rot^T are 1, within "
+                f"{ROTATION_ERROR}",
                 fix="download or export the model again",
                 code="E-CKP-08",
             )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from ascendit.attention.measured import fastest
 from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report, resolve
 from ascendit.checkpoint.transformer import Expert, model_config
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind, parse_attention
+from ascendit.device.attention_limits import limit_of
 from ascendit.device.device import Device
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
@@ -69,8 +70,26 @@ def check_policy(model: PreparedModel) -> None:
     contexts: dict[Kind, int] = {"text": LONG}
     if model.needs_image_encoder:
         contexts["image"] = LONG
-    for expert, applied in model.experts:
-        _resolved(model, expert, applied, LONG, contexts, steps)
+    plans = [_resolved(model, expert, applied, LONG, contexts, steps) for expert, applied in model.experts]
+    _check_probabilities(model, plans)
+
+
+def _check_probabilities(model: PreparedModel, plans: Iterable[Resolved]) -> None:
+    """Raise UsageError (E-USE-01) for `attention_probabilities` if no attention of the run has them."""
+    numbers, (expert, applied) = model.attention.probabilities, model.experts[0]
+    if numbers is None:
+        return
+    kernels = {
+        x.name for plan in plans for kinds in plan.values() for choices in kinds.values() for x in choices
+    }
+    calls = calls_of(model_config(expert), model.dtype or stored_dtype(expert, applied), LONG, {})
+    problem = limit_of(ATTENTION_KERNELS["cpu"], calls["self"])
+    if problem or not kernels & {"cpu", "qk_int8", "fusion", "fused_infer"}:
+        raise UsageError(
+            f"attention_probabilities={numbers}, but attention runs in {' and '.join(sorted(kernels))}",
+            needs="the BF16 attention of a CPU or a twin" + (f": {problem}" if problem else ""),
+            fix="omit --set attention_probabilities",
+        )
 
 
 def attention_rows(
@@ -83,10 +102,13 @@ def attention_rows(
     settings = model.schedule.resolve(len(schedule.timesteps))
     names = [expert_of(t, request.boundary_ratio) for t in schedule.timesteps]
     rows: list[AttentionRow] = []
+    plans: list[Resolved] = []
     for expert, applied in model.experts:
         steps = {i: settings[i] for i, name in enumerate(names) if name == expert.name}
         resolved = _resolved(model, expert, applied, tokens, contexts, steps)
+        plans.append(resolved)
         rows += report(expert.name, resolved, describe_on(model.attention))
+    _check_probabilities(model, plans)
     return tuple(rows)
 
 

@@ -96,7 +96,7 @@ def _count(value: object) -> object:
     if value is None:
         return None
     if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
-        raise UsageError(f"sub_head={value}", needs="a whole number of heads", fix="omit --sub-head")
+        raise UsageError(f"sub_head={value}", needs="a whole number of heads", fix="--sub-head 1, or omit it")
     return int(str(value))
 
 
