@@ -177,11 +177,11 @@ class AttentionPolicy:
         name = self.request.get("image")
         if name is None or "image" in kinds or name == self.request.get("text"):
             return
-        rest: dict[Kind, str] = {kind: x for kind, x in self.request.items() if kind != "image"}
+        kept: dict[Kind, str] = {kind: x for kind, x in self.request.items() if kind != "image"}
         raise UsageError(
             f"attention image={name}: this model has no {KIND_NAMES['image']}",
             needs=" or ".join(kinds),
-            fix=option("attention", attention_text(rest)) if rest else "--attention bf16",
+            fix=option("attention", attention_text(kept)) if kept else "--attention bf16",
         )
 
     def check_heads(self, heads: int) -> None:

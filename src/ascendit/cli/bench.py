@@ -127,7 +127,7 @@ def _check_output(device: str, output: Path | None, overwrite: bool) -> Any:
                 fix="omit --output; --json prints the times",
             )
         check_report_file(output, overwrite=overwrite, flag="--output", any_name=True)
-    elif parsed.kind != "twin":
+    elif not parsed.is_emulated:
         _check_cache()
     return parsed
 

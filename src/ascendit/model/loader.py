@@ -116,7 +116,7 @@ def prepare_attention(model: WanTransformer, schemes: Mapping[str, str], names: 
 
 
 def check_rotations(model: WanTransformer, path: str) -> None:
-    """Raise CheckpointError (E-CKP-08) for rotations that are not one orthogonal matrix, which keeps scores."""
+    """Raise CheckpointError (E-CKP-08) for rotations that are not one orthogonal matrix; it keeps scores."""
     for name, module in model.named_modules():
         if not isinstance(module, Attention) or module.q_rot is None or module.k_rot is None:
             continue
