@@ -24,6 +24,7 @@ from ascendit.device.attention_kernels import (
 )
 from ascendit.device.attention_limits import (
     KIND_NAMES,
+    LONG,
     AttentionCall,
     absence_on,
     check_scheme_on,
@@ -168,8 +169,7 @@ class AttentionPolicy:
                 continue
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
-            size = max(row.shortest, 1)
-            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
+            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=LONG, keys=LONG)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
 

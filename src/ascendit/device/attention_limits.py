@@ -19,6 +19,9 @@ KIND_NAMES: Mapping[Kind, str] = {
 }
 BACKEND_NAMES = {"cpu": "a CPU", "cuda": "CUDA", "npu": "an NPU or its twin"}
 
+LONG = 2**20
+"""Tokens of a video, if only the other limits of a kernel are checked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
@@ -55,9 +58,16 @@ def absence_on(device: Device, name: str) -> str:
     return ""
 
 
+def is_emulated_on(device: Device, scheme: str) -> bool:
+    """Whether attention in `scheme` is computed from dequantized numbers, slower."""
+    if device.chip:
+        return scheme not in native_attention_on(device.chip)
+    return device.operators == "cpu"
+
+
 def check_scheme_on(device: Device, scheme: str) -> None:
     """Raise EnvironmentProblem (E-CAP-01) if its chip is known and has no quantized attention in `scheme`."""
-    if device.chip and scheme not in native_attention_on(device.chip):
+    if device.chip and is_emulated_on(device, scheme):
         raise no_attention_for(device, device.chip, scheme)
 
 
