@@ -10,8 +10,9 @@ import pytest
 
 import ascendit
 from ascendit.device.attention_kernels import PROBABILITIES
-from ascendit.errors import UsageError
+from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.model.state import DenoiseState
+from ascendit.native import build
 from ascendit.pipeline.job import prepare
 from ascendit.pipeline.options import LoadOptions
 
@@ -113,6 +114,17 @@ def test_attributes_of_diffusers_transformers_have_a_fix(tiny_t2v_single: Path) 
         transformer.set_attention_backend("flash")
     assert e.value.fix == 'ascendit.load(model, attention="sdpa")' and "add_module" not in e.value.needs
     assert not hasattr(transformer, "_hf_hook") and transformer.blocks[0].attn1 is not None
+
+
+def test_a_processor_without_the_instructions(tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run shows the kernel of the run, and a request is refused before weights are loaded."""
+    monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"avx512f"}))
+    model, dtype = str(tiny_t2v_single), "bfloat16"
+    for row in prepare(LoadOptions(model=model, dtype=dtype), "a cat", **SMALL).attention:
+        assert row.kernel == "sdpa" and "cpu: this processor has no avx512_bf16" in row.reason
+    with pytest.raises(EnvironmentProblem, match="this processor has no avx512_bf16") as e:
+        ascendit.load(model, dtype=dtype, attention="self=cpu")
+    assert e.value.fix == 'attention="self=sdpa"' and e.value.code == "E-CAP-01"
 
 
 def test_every_choice_is_logged_once(tiny_t2v_cascade: Path, caplog: pytest.LogCaptureFixture) -> None:

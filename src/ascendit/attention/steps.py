@@ -128,12 +128,11 @@ def describe_on(policy: AttentionPolicy) -> Callable[[str], tuple[str, str]]:
     """`describe` of `report` before the kernels are loaded, from the tables."""
 
     def describe(name: str) -> tuple[str, str]:
+        backend = backend_on(policy.device, "reference" if policy.reference else name)
         if name in ATTENTION_KERNELS:
-            return backend_on(policy.device, name), ATTENTION_KERNELS[name].about
-        device = policy.device
-        if policy.reference or is_emulated_on(device, name):
-            return backend_on(device, name), "emulated: the same numbers, slower"
-        return backend_on(device, name), "quantized attention"
+            return backend, ATTENTION_KERNELS[name].about
+        is_emulated = policy.reference or is_emulated_on(policy.device, name)
+        return backend, "emulated: the same numbers, slower" if is_emulated else "quantized attention"
 
     return describe
 
