@@ -147,12 +147,26 @@ def test_native_schemes() -> None:
 
 def test_a_rotation_needs_a_power_of_two() -> None:
     error = refusal("cpu", "self=fp8", replace(CALL, head_dim=96))
-    assert "head size 96" in error.got and fix_of(error) == "--attention self=int8"
+    assert "powers of two, not 96" in error.got and fix_of(error) == "--attention self=bf16"
     assert policy("cpu", "self=int8").choose(replace(CALL, head_dim=96)).name == "int8"
     schedule = StepSchedule.parse("2:attention=fp8")
-    with pytest.raises(UsageError, match="fp8 of the step policy with head size 96") as e:
+    with pytest.raises(UsageError, match="fp8 of the step policy on cpu: .* not 96") as e:
         policy("cpu", schedule=schedule).choose(replace(CALL, head_dim=96), step="fp8")
-    assert fix_of(e.value) == "--step-policy 2:attention=int8"
+    assert fix_of(e.value) == "--step-policy 2:attention=bf16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"), [({"dtype": "float32"}, "not float32"), ({"head_dim": 256}, "up to 128, not 256")]
+)
+def test_the_limits_of_a_chip_in_a_scheme(changes: dict[str, Any], got: str) -> None:
+    call = replace(CALL, **changes)
+    for options in ({}, {"emulate": True}):  # a scheme that the chip has is never emulated
+        error = refusal("twin:a5", "self=fp8", call, **options)
+        assert isinstance(error, UsageError) and got in error.got
+        assert fix_of(error) == "--attention self=bf16"
+    assert policy("twin:a5", "self=bf16").choose(call).name == "fusion"
+    assert policy("twin:a5", "self=fp8", reference=True).choose(call).name == "fp8"
+    assert policy("twin:a2", "self=fp8", emulate=True).choose(call).name == "fp8"
 
 
 def test_the_fix_for_a_step_is_a_schedule() -> None:

@@ -51,6 +51,8 @@ def test_rows_have_ranges_of_blocks_and_steps() -> None:
     assert rows[0].reason.startswith("step policy: bf16; default; C++")
     assert rows[3].reason == "of the model; quantized attention in fp8"
     assert rows[3].as_dict()["expert"] == "transformer" and rows[3].backend == "cpu"
+    plain = describe_on(AttentionPolicy(device=parse_device("cpu"), reference=True))
+    assert plain("fp8") == ("reference", "quantized attention in fp8")
     text = row_lines(rows)
     assert text[0].startswith("text: cpu on cpu (default; ") and len(text) == 4
     assert text[3].startswith("self, transformer, blocks 1-3, steps 2-4: fp8 on cpu, 6 heads in one call")

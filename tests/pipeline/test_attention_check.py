@@ -10,8 +10,9 @@ import pytest
 
 import ascendit
 from ascendit.device.attention_kernels import PROBABILITIES
-from ascendit.errors import UsageError
+from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.model.state import DenoiseState
+from ascendit.native import build
 from ascendit.pipeline.job import prepare
 from ascendit.pipeline.options import LoadOptions
 
@@ -86,6 +87,17 @@ def test_load_refuses_a_kernel_that_no_size_fits(tiny_t2v_single: Path) -> None:
     options = LoadOptions(model=str(tiny_t2v_single), device="twin:a2", attention="self=laser")
     with pytest.raises(UsageError, match="at least 2048 tokens, not"):
         prepare(options, "a cat", **SMALL)
+
+
+def test_a_processor_without_the_instructions(tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dry run shows the kernel of the run, and a request is refused before weights are loaded."""
+    monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"avx512f"}))
+    model, dtype = str(tiny_t2v_single), "bfloat16"
+    for row in prepare(LoadOptions(model=model, dtype=dtype), "a cat", **SMALL).attention:
+        assert row.kernel == "sdpa" and "cpu: this processor has no avx512_bf16" in row.reason
+    with pytest.raises(EnvironmentProblem, match="this processor has no avx512_bf16") as e:
+        ascendit.load(model, dtype=dtype, attention="self=cpu")
+    assert e.value.fix == 'attention="self=sdpa"' and e.value.code == "E-CAP-01"
 
 
 def test_every_choice_is_logged_once(tiny_t2v_cascade: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ascendit
+from ascendit.attention.choice import AttentionPolicy
 from ascendit.demo.adherence import pick
 from ascendit.errors import Cancelled, UsageError
 from ascendit.mx.codec import decode, encode
@@ -161,6 +162,8 @@ def test_the_fingerprint_depends_on_policy_and_weights() -> None:
     other = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", step_policy="0:w4a8")
     partial = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", keep=["blocks.7.ffn.net.2"])
     assert len({one, fingerprint(other), fingerprint(partial), fingerprint(demo())}) == 4
+    policies = [AttentionPolicy(device=demo().device, probabilities=x) for x in ("one", "two")]
+    assert len({fingerprint(replace(demo(), attention=policy)) for policy in policies}) == 2
 
 
 def test_every_video_is_reported_and_a_cancellation_stops() -> None:

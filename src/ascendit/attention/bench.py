@@ -25,6 +25,7 @@ from ascendit.errors import AscenditError, OutOfMemory
 from ascendit.exclusive import Stop, stop_if
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Kernel, Wish
+from ascendit.kernels.quantized_attention import operator_of
 from ascendit.ops.open_device import free_bytes, hardware_name, hold_chip, open_device, synchronize
 from ascendit.ops.select import kernels_of
 from ascendit.progress import OnProgress, Progress
@@ -32,7 +33,7 @@ from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.report import human_bytes
 
 DTYPE_NAME = "bfloat16"
-SCHEMES = {"attention": "", **{f"attention_{scheme}": scheme for scheme in ATTENTION_FORMATS}}
+SCHEMES = {"attention": "", **{operator_of(scheme): scheme for scheme in ATTENTION_FORMATS}}
 """Operator -> scheme of quantized attention, empty for the dense one."""
 KERNEL_SECONDS = 60.0
 """Time for one kernel at one shape; at least two calls run, with at least one head."""

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from ascendit.device.attention_kernels import (
     ATTENTION_KERNELS,
     AUTOMATIC,
-    AttentionKernel,
     Kind,
     Probabilities,
     attention_text,
@@ -26,9 +25,9 @@ from ascendit.device.attention_limits import (
     KIND_NAMES,
     AttentionCall,
     absence_on,
-    check_scheme_on,
     kernels_on,
     limit_of,
+    scheme_limit_on,
 )
 from ascendit.device.device import Device
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
@@ -144,7 +143,7 @@ class AttentionPolicy:
         if measured:
             return Choice(name=measured[0], reason=measured[1])
         skipped: list[str] = []
-        for name, kernel in self._kernels().items():
+        for name, kernel in kernels_on(self.device).items():
             if kernel.on_request:
                 continue
             if not (problem := self.problem_of(name, call)):
@@ -158,7 +157,7 @@ class AttentionPolicy:
 
     def usable(self, call: AttentionCall) -> list[str]:
         """The kernels that can compute `call`, the best first; those only on request last."""
-        names = [name for name in self._kernels() if not self.problem_of(name, call)]
+        names = [name for name in kernels_on(self.device) if not self.problem_of(name, call)]
         return sorted(names, key=lambda name: ATTENTION_KERNELS[name].on_request)
 
     def check_names(self) -> None:
@@ -168,7 +167,7 @@ class AttentionPolicy:
                 continue
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
-            size = max(row.shortest, 1)
+            size = row.shortest
             call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
@@ -185,10 +184,6 @@ class AttentionPolicy:
             fix=f"--sub-head {nearest}",
         )
 
-    def _kernels(self) -> dict[str, AttentionKernel]:
-        """The kernels of this kind of device."""
-        return kernels_on(self.device)
-
     def _absence(self, name: str) -> str:
         """Why this device never has a kernel, "" if it may have it."""
         if self.reference and name != "reference":
@@ -196,20 +191,22 @@ class AttentionPolicy:
         return absence_on(self.device, name)
 
     def _check_scheme(self, scheme: str, call: AttentionCall, step: str | None, declared: str | None) -> None:
-        """Raise the error of a scheme that the device does not compute, or that cannot rotate the heads."""
-        shown, size = self._shown(call.kind, scheme, step), call.head_dim
-        if not (self.reference or self.emulate):
+        """Raise the error of a scheme that the device does not compute, or not for heads of this size."""
+        shown, size, problem = self._shown(call.kind, scheme, step), call.head_dim, ""
+        if not self.reference:
             try:
-                check_scheme_on(self.device, scheme)
+                problem = scheme_limit_on(self.device, scheme, call, emulate=self.emulate)
             except EnvironmentProblem as error:
                 error.got = f"{shown}: {error.got}"
                 raise
         if ATTENTION_FORMATS[scheme].rotate and size & (size - 1) and scheme != declared:
+            problem = problem or f"its rotation takes head sizes that are powers of two, not {size}"
+        if problem:
             raise UsageError(
-                f"{shown} with head size {size}",
-                needs="a head size that is a power of two, for the rotation of this scheme",
-                fix=self._replaced(scheme, "int8", step)
-                or option("attention", attention_text({**self.request, call.kind: "int8"})),
+                f"{shown} on {self.device}: {problem}",
+                needs="a size that the scheme takes, or attention that is not quantized",
+                fix=self._replaced(scheme, AUTOMATIC, step)
+                or option("attention", attention_text({**self.request, call.kind: AUTOMATIC})),
             )
 
     def _refused(
@@ -222,7 +219,7 @@ class AttentionPolicy:
     ) -> AscenditError:
         """The error for a kernel: lists those that can compute `call`, and why the others cannot."""
         usable = self.usable(call)
-        others = {n: self.problem_of(n, call) for n in self._kernels() if n != name}
+        others = {n: self.problem_of(n, call) for n in kernels_on(self.device) if n != name}
         reasons = "".join(f"; {n}: {reason}" for n, reason in others.items() if reason)
         got = f"{self._shown(call.kind, name, step)} on {self.device}: {problem}"
         needs = f"{' or '.join(usable)} for {KIND_NAMES[call.kind]}{reasons}"

@@ -128,9 +128,8 @@ def limited(call: Function, *, sub_head: int | None = None, key_length: int | No
         heads = q.shape[2]
         size = sub_head or heads
         assert heads % size == 0, (heads, size)
-        options = {"return_lse": True} if return_lse else {}
         groups = [slice(start, start + size) for start in range(0, heads, size)]
-        outputs = [call(q[:, :, g], k[:, :, g], v[:, :, g], **options) for g in groups]
+        outputs = [call(q[:, :, g], k[:, :, g], v[:, :, g], return_lse=return_lse) for g in groups]
         if not return_lse:
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return torch.cat([out for out, _ in outputs], dim=2), torch.cat([lse for _, lse in outputs], dim=1)

@@ -129,7 +129,7 @@ def describe_on(policy: AttentionPolicy) -> Callable[[str], tuple[str, str]]:
     def describe(name: str) -> tuple[str, str]:
         about = f"quantized attention in {name}"
         about = ATTENTION_KERNELS[name].about if name in ATTENTION_KERNELS else about
-        return backend_on(policy.device, name), about
+        return backend_on(policy.device, "reference" if policy.reference else name), about
 
     return describe
 

@@ -53,6 +53,8 @@ class AttentionKernel:
     """Values of `Device.operators`: cpu, cuda, npu."""
     operator: str = ""
     """The operator of `torch.ops` on an NPU."""
+    source: str = ""
+    """The C++ file in `native/` on a CPU, without `.cpp`."""
     aliases: tuple[str, ...] = ()
     """Names that other projects use."""
     kinds: tuple[Kind, ...] = ("self", "text", "image")
@@ -71,6 +73,7 @@ ATTENTION_KERNELS: Mapping[str, AttentionKernel] = {
     "cpu": AttentionKernel(
         about="C++ with the BF16 instructions of the processor",
         backends=("cpu",),
+        source="attention",
         dtypes=("bfloat16",),
         head_multiple=32,
         largest_head=256,
@@ -78,6 +81,7 @@ ATTENTION_KERNELS: Mapping[str, AttentionKernel] = {
     "qk_int8": AttentionKernel(
         about="scores from int8 queries and smoothed int8 keys, values in BF16",
         backends=("cpu", "cuda"),
+        source="attention_int8",
         aliases=("sage", "sageattn"),
         dtypes=("bfloat16",),
         head_multiple=64,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ascendit.device.attention_kernels import ATTENTION_KERNELS, AttentionKernel, Kind
+from ascendit.device.attention_kernels import ATTENTION_KERNELS, HALF, AttentionKernel, Kind
 from ascendit.device.device import Device
 from ascendit.device.operator_support import capability, native_attention_on, no_attention_for
 
@@ -18,6 +18,10 @@ KIND_NAMES: Mapping[Kind, str] = {
     "image": "cross-attention to the image",
 }
 BACKEND_NAMES = {"cpu": "a CPU", "cuda": "CUDA", "npu": "an NPU or its twin"}
+NATIVE_QUANTIZED = AttentionKernel(
+    about="quantized attention of a chip", backends=("npu",), dtypes=HALF, head_multiple=32, largest_head=128
+)
+"""The limits of `ops/npu/quantized_attention.py`: a head is one tile of channels, and has complete blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +59,18 @@ def absence_on(device: Device, name: str) -> str:
     return ""
 
 
-def check_scheme_on(device: Device, scheme: str) -> None:
-    """Raise EnvironmentProblem (E-CAP-01) if its chip is known and has no quantized attention in `scheme`."""
-    if device.chip and scheme not in native_attention_on(device.chip):
+def scheme_limit_on(device: Device, scheme: str, call: AttentionCall, *, emulate: bool) -> str:
+    """Why this device does not take `call` in a scheme of quantized attention, "" if it does.
+
+    Raises EnvironmentProblem (E-CAP-01) if its chip has no kernel for the scheme, unless `emulate`.
+    """
+    if device.chip is None:
+        return ""
+    if scheme in native_attention_on(device.chip):
+        return limit_of(NATIVE_QUANTIZED, call)
+    if not emulate:
         raise no_attention_for(device, device.chip, scheme)
+    return ""
 
 
 def limit_of(kernel: AttentionKernel, call: AttentionCall) -> str:

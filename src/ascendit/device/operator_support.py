@@ -76,7 +76,6 @@ _MX = {**_A5_ONLY, "instead": _INT8}
 _NOT_A5 = {"a5": "cann"}
 _NOT_A5_ADAPTER = {"a5": "adapter"}
 _QUANTIZED_ATTENTION = {**_A5_ONLY, "instead": "bf16 attention, which every chip has"}
-_ON_REQUEST = "attention, on request"
 
 
 def _row(operator: str, mode: str = "", /, **fields: str) -> Capability:
@@ -189,7 +188,12 @@ CAPABILITIES: tuple[Capability, ...] = (
         instead=f"npu_{_INFER} or {_FUSED}",
         **_NOT_A5_ADAPTER,
     ),
-    _row(f"npu_{_INFER}", used_for=_ON_REQUEST, dtypes="fp16 bf16", layout="contiguous"),
+    _row(
+        f"npu_{_INFER}",
+        used_for="attention, if requested or measured",
+        dtypes="fp16 bf16",
+        layout="contiguous",
+    ),
     _row(
         f"npu_{_INFER}",
         "fp8",
@@ -259,7 +263,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     _row(
         "mindiesd::la",
-        used_for=_ON_REQUEST,
+        used_for="attention, on request",
         aclnn="aclnnLaserAttention",
         dtypes="fp16 -> fp32",
         layout="BNSD, D of 128, tokens in multiples of 256",

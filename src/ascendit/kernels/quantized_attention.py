@@ -123,7 +123,7 @@ def emulated(scheme: str, dense: Function) -> Function:
         mean = None
         if smooth:
             k, mean = smooth_key(k)
-        out = dense(*dequantized(scheme, q, k, v), **({"return_lse": True} if return_lse else {}))
+        out = dense(*dequantized(scheme, q, k, v), return_lse=return_lse)
         if not return_lse:
             return out.to(q.dtype)
         lse = out[1] if mean is None else restored_lse(out[1], q, mean)

@@ -113,7 +113,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> A
     for queries in q.float().transpose(1, 2).split(256, dim=2):
         scores = (queries @ kt) * q.shape[-1] ** -0.5
         out.append(torch.softmax(scores, -1) @ vt)
-        sums.append(torch.logsumexp(scores, -1))
+        if return_lse:
+            sums.append(torch.logsumexp(scores, -1))
     result = torch.cat(out, 2).transpose(1, 2).to(q.dtype)
     return (result, torch.cat(sums, 2)) if return_lse else result
 

@@ -135,6 +135,9 @@ class Buffer {  // memory that stays for the next call of this thread
     }
 };
 
+// Outside of `attend`, whose own variables the threads of OpenMP would never destroy.
+inline thread_local Buffer packed, work;
+
 struct Work {  // buffers of one thread
     bf16 *p, *p_low;
     float *scores, *out, *top, *sum;
@@ -232,7 +235,6 @@ constexpr int64_t KEPT_BYTES = 64 << 20;  // of packed keys and values; one head
 
 template <class Scores>
 void attend(const Problem& a, const Scores& scores, int64_t threads) {
-    static thread_local Buffer packed, work;
     const int64_t values_at = a.padded() * scores.key_bytes(), head_bytes = values_at + a.padded() * a.d * 2;
     const int64_t together = std::clamp<int64_t>(KEPT_BYTES / head_bytes, 1, a.H);
     const int64_t row_blocks = (a.S + QUERIES - 1) / QUERIES, key_blocks = (a.L + KEYS - 1) / KEYS;

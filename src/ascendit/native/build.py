@@ -123,16 +123,22 @@ class _Unavailable(Exception):
     """The reason why there is no native library on this machine."""
 
 
+def unavailable(name: str) -> str:
+    """Why `<name>.cpp` cannot be compiled for this machine, as far as is known before; else ""."""
+    if missing := sorted(REQUIRED_FEATURES[name] - processor_flags()):
+        return f"this processor has no {', '.join(missing)}"
+    if find_compiler() is None:
+        return f"no C++ compiler ({', '.join(COMPILERS)}) on PATH"
+    if os.name != "posix":
+        return f"compiled kernels are not available on {platform.system()}"
+    return ""
+
+
 def _library(name: str) -> ctypes.CDLL:
     """Load a library from the cache, compiling it if it is not there."""
-    missing = sorted(REQUIRED_FEATURES[name] - processor_flags())
-    if missing:
-        raise _Unavailable(f"this processor has no {', '.join(missing)}")
     compiler = find_compiler()
-    if compiler is None:
-        raise _Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) on PATH")
-    if os.name != "posix":
-        raise _Unavailable(f"compiled kernels are not available on {platform.system()}")
+    if (reason := unavailable(name)) or compiler is None:
+        raise _Unavailable(reason)
     source, file = SOURCES / f"{name}.cpp", f"{name}-{_key(name, compiler)}.so"
     problem = ""
     for folder in (cache_folder, temporary_folder):

@@ -13,11 +13,11 @@ from ascendit.attention.choice import AttentionPolicy, calls_of
 from ascendit.attention.measured import fastest
 from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report, resolve
 from ascendit.checkpoint.transformer import Expert, model_config
-from ascendit.device.attention_kernels import Kind, parse_attention
+from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind, parse_attention
 from ascendit.device.device import Device
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
-from ascendit.native.build import processor_name
+from ascendit.native.build import processor_name, unavailable
 from ascendit.pipeline.options import LoadOptions, PreparedModel
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.sigmas import expert_of
@@ -51,7 +51,13 @@ def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> A
     )
     if device.is_accelerator:  # it has to be open to know its model: see `load.open_accelerator`
         return policy
-    return replace(policy, measured=partial(fastest, hardware=processor_name()))
+    return replace(policy, missing=_missing, measured=partial(fastest, hardware=processor_name()))
+
+
+def _missing(name: str) -> str:
+    """Why this machine cannot compile a kernel, "" if it can or need not."""
+    source = ATTENTION_KERNELS[name].source
+    return unavailable(source) if source else ""
 
 
 def check_policy(model: PreparedModel) -> None:

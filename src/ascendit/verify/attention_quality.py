@@ -50,7 +50,7 @@ def attention_sqnr(pipe: Pipeline, calls: Calls) -> dict[str, float]:
         own = {(kind, block): qkv for (of, kind, block), qkv in calls.items() if of == name}
         lengths = {kind: k.shape[1] for (kind, _), (_, k, _) in own.items()}
         if "self" not in lengths:
-            continue  # no step of the run was its
+            continue  # no step of the run was of this expert
         contexts: dict[Kind, int] = {"text": lengths["text"]}
         steps = {0: pipe.policy.default}
         plan = expert.plan_attention(lengths["self"], contexts, steps, policy=pipe.attention, expert=name)

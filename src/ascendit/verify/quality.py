@@ -151,7 +151,8 @@ def fingerprint(pipe: Pipeline) -> bytes:
     """Hash of all weights, the step schedule and attention: equal for pipelines that make the same videos."""
     experts = nn.ModuleDict(pipe.experts)
     schemes = {name: m.scheme for name, m in experts.named_modules() if isinstance(m, Attention)}
-    requested = pipe.attention and (dict(pipe.attention.request), pipe.attention.sub_head)
+    policy = pipe.attention
+    requested = policy and (dict(policy.request), policy.sub_head, policy.probabilities)
     digest = hashlib.sha256(f"{pipe.policy} {schemes} {requested}".encode())
     for name, tensor in experts.state_dict().items():
         digest.update(f"{name} {tensor.dtype}".encode())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -226,3 +228,22 @@ def test_kept_memory_leaves_no_trace_in_later_calls() -> None:
         thread.join()
     for to in results:
         assert all(torch.equal(a, b) for a, b in zip(to, fresh * 3, strict=True))
+
+
+@needs_compiled
+@pytest.mark.usefixtures("torch_threads")
+def test_threads_that_end_free_their_memory() -> None:
+    """Also those of OpenMP, of which each of our threads starts its own."""
+    inputs = heads(100, 40, 2, 128)
+    torch.set_num_threads(4)
+
+    def resident_bytes(threads: int) -> int:
+        for _ in range(threads):
+            thread = Thread(target=attention.compiled, args=inputs)
+            thread.start()
+            thread.join()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes(20)
+    assert resident_bytes(60) - before < 60 * 100_000

@@ -6,20 +6,19 @@ float32, float16 and other head sizes use PyTorch.
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.device.attention_kernels import PROBABILITIES
+from ascendit.device.attention_kernels import ATTENTION_KERNELS, PROBABILITIES
 from ascendit.kernels import reference
 from ascendit.kernels.cpu.elementwise import all_bf16, pointers
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
 
-LARGEST_HEAD = 256
+LIMITS = ATTENTION_KERNELS["cpu"]
 
 
 def list_kernels() -> tuple[Kernel, ...]:
@@ -34,7 +33,7 @@ def list_kernels() -> tuple[Kernel, ...]:
 
 def library() -> Built:
     """The compiled `native/attention.cpp`, or why there is none."""
-    return declared(native("attention"), {"attention_bf16": "ppppppiiiiii"}, None)
+    return declared(native(LIMITS.source), {"attention_bf16": "ppppppiiiiii"}, None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
@@ -42,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> A
     if not return_lse:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2)
-    if q.device.type != "cpu" or not (q.numel() and k.numel()):  # this operator would end the process
+    if not (q.numel() and k.numel()):  # this operator would end the process
         return reference.attention(q, k, v, return_lse=True)
     heads = [(t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in (q, k, v)]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
@@ -82,6 +81,7 @@ def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None =
 
 
 def fits_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the C++ attention supports these bfloat16 [B, S, H, d]: d a multiple of 32, at most 256."""
+    """Whether the C++ takes these q [B, S, H, d] and k, v [B, L, H, d]: bfloat16, and `LIMITS`."""
     d = q.shape[3]
-    return all_bf16(q, k, v) and not d % 32 and d <= LARGEST_HEAD and math.prod(k.shape) > 0
+    head_fits = d % LIMITS.head_multiple == 0 and d <= (LIMITS.largest_head or d)
+    return all_bf16(q, k, v) and head_fits and k.numel() > 0

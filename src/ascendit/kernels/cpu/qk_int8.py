@@ -26,7 +26,7 @@ LIMITS = ATTENTION_KERNELS["qk_int8"]
 @functools.cache
 def library() -> Built:
     """The compiled kernel, or the reason for its absence. The first call compiles it."""
-    return declared(native("attention_int8"), {"attention_qk_int8": "ppppppiiiiii"}, None)
+    return declared(native(LIMITS.source), {"attention_qk_int8": "ppppppiiiiii"}, None)
 
 
 def missing() -> str:

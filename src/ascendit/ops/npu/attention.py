@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
-from ascendit.device.attention_limits import AttentionCall, limit_of
+from ascendit.device.attention_limits import NATIVE_QUANTIZED, AttentionCall, limit_of
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Attended
 
@@ -82,7 +82,7 @@ def _for_laser(t: Tensor, padding: int) -> Tensor:
 
 
 def check_inputs(name: str, q: Tensor, k: Tensor) -> None:
-    """Check q [B, S, H, d] and k [B, L, H, d] for a kernel of `ATTENTION_KERNELS`.
+    """Check q [B, S, H, d] and k [B, L, H, d] for a kernel of `ATTENTION_KERNELS`, or a native scheme.
 
     Raises UsageError (E-USE-01) for a dtype, head size or length that it does not take.
     """
@@ -95,7 +95,7 @@ def check_inputs(name: str, q: Tensor, k: Tensor) -> None:
         queries=queries,
         keys=keys,
     )
-    if problem := limit_of(ATTENTION_KERNELS[name], call):
+    if problem := limit_of(ATTENTION_KERNELS.get(name, NATIVE_QUANTIZED), call):
         size = f"[{queries}, {heads}, {d}] with {keys} keys in {call.dtype}"
         raise UsageError(
             f"attention {name} of {size}: {problem}",

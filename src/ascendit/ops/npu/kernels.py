@@ -64,10 +64,9 @@ KERNELS: tuple[Kernel, ...] = (
         "attention",
         "npu",
         attention.fused_infer_attention,
-        "on request; supports graph capture, copies heads that are not contiguous",
+        "supports graph capture, copies heads that are not contiguous",
         "npu_fused_infer_attention_score_v2",
         name="fused_infer",
-        on_request=True,
     ),
     Kernel(
         "attention",

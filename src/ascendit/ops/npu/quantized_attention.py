@@ -15,19 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.device.attention_kernels import HALF
-from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Attended, Function, Kernel, Wish
 from ascendit.kernels.quantized_attention import emulated_kernels, operator_of
-from ascendit.ops.npu.attention import fusion_attention
+from ascendit.ops.npu.attention import check_inputs, fusion_attention
 from ascendit.quant.attention_schemes import ATTENTION_FORMATS
 from ascendit.twin.contract import FP8_E4M3, SCALE_E8M0
 
 INFER = "fused_infer_attention_score_v2"
-LARGEST_HEAD = 128
-"""Channels of a tile of npu_dynamic_block_quant; a tile of fp8 attention has all channels of a head."""
-HEAD_MULTIPLE = 32
-"""A block of MX values."""
+TILE_CHANNELS = 128
+"""Of npu_dynamic_block_quant; a tile of fp8 attention has all channels of a head."""
 _QKV = ("query", "key", "value")
 Sample = Callable[..., tuple[Tensor, Tensor]]
 """q [S, H, d], k and v [L, H, d], return_lse -> [S, H, d], and [H, S] or an empty tensor."""
@@ -61,7 +57,7 @@ def _native(scheme: str, sample: Callable[..., Any], namespace: str, reason: str
 def _by_sample(scheme: str, sample: Sample) -> Function:
     def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> Attended:
         """As `reference.attention`, quantized. Raises UsageError (E-USE-01) for other dtypes or heads."""
-        _check(scheme, q)
+        check_inputs(scheme, q, k)
         samples = [sample(*qkv, return_lse) for qkv in zip(q, k, v, strict=True)]
         out, lse = (_stacked(part) for part in zip(*samples, strict=True))
         return (out, lse) if return_lse else out
@@ -71,17 +67,6 @@ def _by_sample(scheme: str, sample: Sample) -> Function:
 
 def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
-
-
-def _check(scheme: str, q: Tensor) -> None:
-    dtype, head = str(q.dtype)[6:], q.shape[-1]
-    if dtype not in HALF or head % HEAD_MULTIPLE or head > LARGEST_HEAD:
-        raise UsageError(
-            f"attention in {scheme} with head size {head} in {dtype}",
-            needs=f"{' or '.join(HALF)}; a head size that is a multiple of {HEAD_MULTIPLE}, at most "
-            f"{LARGEST_HEAD}",
-            fix="use --set attention=fusion, which supports it",
-        )
 
 
 def _fp8_sample(
@@ -98,7 +83,7 @@ def _fp8_sample(
 def _tiles(t: Tensor, rows: int | None) -> tuple[Tensor, Tensor]:
     """[S, H, d] -> e4m3 [1, H, S, d], float32 [1, H, ceil(S / rows), 1]."""
     qdata, scale = torch.ops.npu.npu_dynamic_block_quant(
-        t.transpose(0, 1), dst_type=FP8_E4M3, row_block_size=rows, col_block_size=LARGEST_HEAD
+        t.transpose(0, 1), dst_type=FP8_E4M3, row_block_size=rows, col_block_size=TILE_CHANNELS
     )
     return qdata.unsqueeze(0), scale.unsqueeze(0)
 
