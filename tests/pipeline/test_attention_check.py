@@ -26,7 +26,7 @@ def test_the_rows_of_the_check_are_those_of_the_video(tiny_t2v_cascade: Path) ->
     video = ascendit.load(model, **options).generate("a cat", **SMALL, allow_flat=True)
     rows = [dict(row) for row in video.attention]
     assert rows == video.describe()["attention"]
-    keys = ("expert", "kind", "kernel", "blocks", "steps", "sub_head")
+    keys = ("expert", "kind", "kernel", "backend", "blocks", "steps", "sub_head")
     checked = [row.as_dict() for row in prepared.attention]
     assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in checked]
     kernels = {(row["expert"], row["steps"]): row["kernel"] for row in rows if row["kind"] == "self"}
