@@ -67,7 +67,7 @@ OMIT = 'attention="bf16", or omit attention'
         ("self=sdpa,self=cpu", "self-attention is named twice", OMIT),
         ("sdpa,text=cpu", "text-attention is named twice", OMIT),
         ("", "'' is no kernel and no scheme", OMIT),
-        (3, "it has type int, not text", OMIT),
+        (3, "it has type int, not text", 'attention="self=fp8,cross=bf16"'),
     ],
 )
 def test_an_invalid_request_is_an_error(text, problem, fix):

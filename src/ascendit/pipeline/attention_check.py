@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from ascendit.attention.measured import fastest
 from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report, resolve
 from ascendit.checkpoint.transformer import Expert, model_config
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind, parse_attention
-from ascendit.device.attention_limits import limit_of
+from ascendit.device.attention_limits import LONG, kernels_on
 from ascendit.device.device import Device
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
@@ -25,8 +25,8 @@ from ascendit.pipeline.sigmas import expert_of
 from ascendit.schedule import Step, StepSchedule
 from ascendit.weights.applied_recipe import AppliedRecipe, attention_schemes
 
-LONG = 2**20
-"""Tokens of a video, if only the other limits of a kernel are checked."""
+SPLIT = ("cpu", "qk_int8", "fusion", "fused_infer")
+"""The kernels that `attention_probabilities` changes, on a CPU and on a twin."""
 
 
 def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> AttentionPolicy:
@@ -64,30 +64,26 @@ def _missing(name: str) -> str:
 def check_policy(model: PreparedModel) -> None:
     """Check the requests and the step schedule against a model; no kernel is too long for the video here.
 
-    Raises the errors of `resolve`.
+    Raises the errors of `resolve`, and UsageError (E-USE-01) for `attention_probabilities` without effect.
     """
     steps = dict(enumerate(model.schedule.settings))
     contexts: dict[Kind, int] = {"text": LONG}
     if model.needs_image_encoder:
         contexts["image"] = LONG
-    plans = [_resolved(model, expert, applied, LONG, contexts, steps) for expert, applied in model.experts]
-    _check_probabilities(model, plans)
+    names: set[str] = set()
+    for expert, applied in model.experts:
+        resolved = _resolved(model, expert, applied, LONG, contexts, steps)
+        names |= {x.name for kinds in resolved.values() for choices in kinds.values() for x in choices}
+    _check_probabilities(model, names)
 
 
-def _check_probabilities(model: PreparedModel, plans: Iterable[Resolved]) -> None:
-    """Raise UsageError (E-USE-01) for `attention_probabilities` if no attention of the run has them."""
-    numbers, (expert, applied) = model.attention.probabilities, model.experts[0]
-    if numbers is None:
-        return
-    kernels = {
-        x.name for plan in plans for kinds in plan.values() for choices in kinds.values() for x in choices
-    }
-    calls = calls_of(model_config(expert), model.dtype or stored_dtype(expert, applied), LONG, {})
-    problem = limit_of(ATTENTION_KERNELS["cpu"], calls["self"])
-    if problem or not kernels & {"cpu", "qk_int8", "fusion", "fused_infer"}:
+def _check_probabilities(model: PreparedModel, names: set[str]) -> None:
+    """Raise UsageError (E-USE-01) for `attention_probabilities` if none of the kernels `names` has them."""
+    numbers = model.options.attention_probabilities
+    if numbers and not names & {*SPLIT}:
         raise UsageError(
-            f"attention_probabilities={numbers}, but attention runs in {' and '.join(sorted(kernels))}",
-            needs="the BF16 attention of a CPU or a twin" + (f": {problem}" if problem else ""),
+            f"attention_probabilities={numbers} with attention by {', '.join(sorted(names))}",
+            needs=f"the kernel {' or '.join(name for name in SPLIT if name in kernels_on(model.device))}",
             fix="omit --set attention_probabilities",
         )
 
@@ -95,20 +91,18 @@ def _check_probabilities(model: PreparedModel, plans: Iterable[Resolved]) -> Non
 def attention_rows(
     model: PreparedModel, request: GenerateRequest, tokens: int, image_tokens: int
 ) -> tuple[AttentionRow, ...]:
-    """The kernels of a request. `tokens`: those of the video. Raises the errors of `resolve`."""
+    """The kernels of a request. `tokens`: those of the video. Raises the errors of `check_policy`."""
     contexts: dict[Kind, int] = {"text": request.max_sequence_length}
     contexts |= {"image": image_tokens} if image_tokens else {}
     schedule = request.denoising_schedule
     settings = model.schedule.resolve(len(schedule.timesteps))
     names = [expert_of(t, request.boundary_ratio) for t in schedule.timesteps]
     rows: list[AttentionRow] = []
-    plans: list[Resolved] = []
     for expert, applied in model.experts:
         steps = {i: settings[i] for i, name in enumerate(names) if name == expert.name}
         resolved = _resolved(model, expert, applied, tokens, contexts, steps)
-        plans.append(resolved)
         rows += report(expert.name, resolved, describe_on(model.attention))
-    _check_probabilities(model, plans)
+    _check_probabilities(model, {row.kernel for row in rows})
     return tuple(rows)
 
 

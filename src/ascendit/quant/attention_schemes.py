@@ -72,10 +72,15 @@ QUANT_TYPES: Mapping[str, str] = {f.quant_type: name for name, f in ATTENTION_FO
 
 
 def warn_about_bf16(name: str, schemes: Iterable[str]) -> None:
-    """Log a warning that model `name`, whose attention is not ascendit's, does not quantize it.
+    """Log a warning that model `name`, whose attention is not ascendit's, neither quantizes nor saves it so.
 
     `schemes`: one for each quantized attention.
     """
     if counts := Counter(schemes):
         text = ", ".join(f"{scheme} for {n}" for scheme, n in counts.items())
-        log.warning("%s: attention runs in BF16; only ascendit's own pipeline quantizes it (%s)", name, text)
+        log.warning(
+            "%s: attention is not quantized, and save_pretrained drops its types; "
+            "only ascendit's own pipeline quantizes it (%s)",
+            name,
+            text,
+        )
