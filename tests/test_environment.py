@@ -51,7 +51,7 @@ def test_unsupported_variables_are_reported():
 def test_heads_in_one_call():
     options, (note,) = read({"USE_SUB_HEAD": "4"})
     assert options == {"sub_head": 4}
-    assert note == "USE_SUB_HEAD=4: 4 heads of self-attention in one call (--sub-head overrides it)"
+    assert note == "USE_SUB_HEAD=4: heads of self-attention in one call: 4 (--sub-head overrides it)"
     assert read({"USE_SUB_HEAD": "0"}) == read({"USE_SUB_HEAD": ""}) == ({}, ())
     with pytest.raises(UsageError, match="USE_SUB_HEAD='all'") as e:
         read({"USE_SUB_HEAD": "all"})

@@ -117,6 +117,8 @@ def _argument(name: str, keyword: str, value: Any) -> str:
         ours = next((ours for text in texts if (ours := value_for(keyword, text))), None)
         if ours is None and str(value).lower() in ("auto", "default"):
             return f"omit {name}"
+        if ours is None and keyword == "attention" and ("=" in str(value) or str(value) in VALUES["scheme"]):
+            ours = str(value)
         if ours is None and keyword != "device":
             return " or ".join(f'{keyword}="{ours}"' for ours in VALUES[keyword])
         shown = literal(ours or str(value))
@@ -329,7 +331,8 @@ _ATTRIBUTES = {
     'ascendit.load(model, loras=["FILE"])': "load_lora_weights load_lora set_adapters fuse_lora unfuse_lora"
     " load_loras add_lora set_lora unload_lora_weights load_lora_adapter set_lora_adapter",
     'ascendit.load(model, attention="sdpa")': "enable_xformers_memory_efficient_attention"
-    " set_attention_backend set_attn_processor enable_attention_slicing enable_flash_attention",
+    " set_attention_backend set_attn_processor enable_flash_attention",
+    "ascendit.load(model, sub_head=1)": "enable_attention_slicing set_attention_slice",
     "ascendit.repack(src, dst)": "save_pretrained",
     'pipe.generate(prompt, solver="unipc")': "scheduler",
     "pipe.generate(prompt, on_progress=print)": "set_progress_bar_config progress_bar",

@@ -56,7 +56,8 @@ RENAMED = {
     "engine": "for target framework runtime",
     "base": "base_model original_model",
     "dst": "output_directory mlx_path save_folder target_dir",
-    "attention": "attention_backend attn_impl attn_mode attn_type attention_type",
+    "attention": "attention_backend attn_impl attn_mode attn_type attention_type diffusion_attention_backend"
+    " self_attn_1_type",
     "sub_head": "use_sub_head sub_heads",
     "step_policy": "step_quant timestep_quant",
     "fit": "resize_mode crop_mode",
@@ -92,6 +93,10 @@ SETTINGS = {
     "no_cfg": "guidance_scale=1",
     "load_in_8bit": "scheme=int8",
     "load_in_4bit": "scheme=mxfp4",
+    "sage_attention": "attention=qk_int8",
+    "use_sage_attention": "attention=qk_int8",
+    "flash_attn": "attention=flash",
+    "use_flash_attention": "attention=flash",
 }
 """Switch of another tool -> the setting of ascendit with its effect."""
 ON = ("", "true", "1", "yes", "on")
@@ -107,9 +112,10 @@ PATTERNS = {
         " low_noise_model_path dit_low_noise",
         "{FILE}": "clip_path clip_name dit_path image_encoder image_encoder_path",
     },
+    "attention": {"self={SCHEME}": "kv_cache_dtype diffusion_kv_cache_dtype"},
     "loras": {"FILE:{WEIGHT}": "lora_scale lora_scales lora_strength lora_multiplier"},
 }
-"""Keyword of ascendit -> its value, with {FILE} or {WEIGHT} from the other tool -> names in other tools."""
+"""Keyword of ascendit -> its value, with {FILE} and so on from the other tool -> names in other tools."""
 PATTERN_OF = {
     name: (keyword, pattern)
     for keyword, patterns in PATTERNS.items()
@@ -178,8 +184,13 @@ ADVICE = {
     "omit it: no cache over steps is offered yet": "enable_teacache teacache use_teacache teacache_thresh"
     " cache_dit enable_cache_dit cache_backend cache_config feature_caching use_ret_steps magcache easycache"
     " use_attentioncache enable_cache",
-    "omit it: an attention kernel is chosen for the device": "xformers enable_xformers use_flash_attention"
-    " flash_attn sage_attention use_sage_attention",
+    "omit it: an attention kernel is chosen for the device": "xformers enable_xformers",
+    "omit it: --attention self=NAME,cross=NAME chooses the kernels": "component_attention_backends"
+    " attention_backend_config attention_config diffusion_attention_config",
+    "omit it: --step-policy 0-9:attention=bf16 excludes steps": "kv_cache_skip_steps"
+    " diffusion_kv_cache_skip_steps",
+    "omit it: a recipe excludes the attention of some layers": "kv_cache_skip_layers"
+    " diffusion_kv_cache_skip_layers",
     "omit it: nothing has to be compiled": "compile enable_torch_compile torch_compile enforce_eager"
     " use_compile compilation_config cuda_graph",
     "omit it: a model runs on one device, which --device names": "gpu gpus gpu_id gpu_ids device_id"

@@ -177,6 +177,12 @@ def test_the_fix_for_a_step_is_a_schedule() -> None:
     assert fix_of(e.value) == "--step-policy 0-3:w4a8+attention=fusion,9:attention=bf16"
 
 
+def test_a_check_of_names_alone_lists_no_limit_of_a_size() -> None:
+    with pytest.raises(UsageError, match="it needs CUDA") as e:
+        policy("twin:a2", "self=flash").check_names()
+    assert e.value.needs == "fusion or fused_infer or reference or laser for self-attention"
+
+
 def test_groups_of_heads_must_divide_the_heads() -> None:
     grouped = policy("cpu", sub_head=4)
     grouped.check_heads(12)

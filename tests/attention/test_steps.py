@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from ascendit.attention.steps import describe_on, ranges, report, resolve, row_l
 from ascendit.device.attention_kernels import Kind, parse_attention
 from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import parse_device
-from ascendit.schedule import StepSchedule
+from ascendit.schedule import Step, StepSchedule
 
 SELF = AttentionCall(kind="self", dtype="bfloat16", heads=12, head_dim=128, queries=640, keys=640)
 TEXT = AttentionCall(kind="text", dtype="bfloat16", heads=12, head_dim=128, queries=640, keys=512)
@@ -49,13 +50,27 @@ def test_rows_have_ranges_of_blocks_and_steps() -> None:
         ("self", "fp8", "1-3", "2-4", 6),
     ]
     assert rows[0].reason.startswith("step policy: bf16; default; C++")
-    assert rows[3].reason == "of the model; quantized attention in fp8"
+    assert rows[3].reason == "of the model; emulated: the same numbers, slower"
     assert rows[3].as_dict()["expert"] == "transformer" and rows[3].backend == "cpu"
     plain = describe_on(AttentionPolicy(device=parse_device("cpu"), reference=True))
-    assert plain("fp8") == ("reference", "quantized attention in fp8")
+    assert plain("fp8") == ("reference", "emulated: the same numbers, slower")
     text = row_lines(rows)
     assert text[0].startswith("text: cpu on cpu (default; ") and len(text) == 4
     assert text[3].startswith("self, transformer, blocks 1-3, steps 2-4: fp8 on cpu, 6 heads in one call")
+
+
+@pytest.mark.parametrize(
+    ("device", "about"), [("twin:a5", "quantized attention"), ("twin:a2", "emulated"), ("cuda", "quantized")]
+)
+def test_a_dry_run_tells_native_from_emulated_attention(device: str, about: str) -> None:
+    describe = describe_on(AttentionPolicy(device=parse_device(device), emulate=True))
+    assert describe("fp8")[1].startswith(about)
+
+
+def test_one_head_is_singular() -> None:
+    single = AttentionPolicy(device=parse_device("cpu"), sub_head=1)
+    row = report("transformer", resolve(single, CALLS, DECLARED, {0: Step()}), describe_on(single))[0]
+    assert ", 1 head in one call (" in row.choice
 
 
 def test_one_line_for_a_kernel_of_all_kinds() -> None:

@@ -114,6 +114,16 @@ LINES = [
     ("generate --demo cat --num_frames x", "ascendit generate cat --demo"),
     ("generate --demo cat --attention_backend SAGE_ATTN", "ascendit generate cat --demo --attention qk_int8"),
     ("generate --demo cat --attention_backend fa", "ascendit generate cat --demo"),
+    ("generate --demo cat --use-sage-attention", "ascendit generate cat --demo --attention qk_int8"),
+    ("generate --demo cat --use-sage-attention false", "ascendit generate cat --demo"),
+    (
+        "generate --demo cat --diffusion-attention-backend TORCH_SDPA",
+        "ascendit generate cat --demo --attention sdpa",
+    ),
+    (
+        "generate --demo cat --diffusion-kv-cache-dtype fp8 --diffusion-kv-cache-skip-steps 0-9",
+        "ascendit generate cat --demo --attention self=fp8",
+    ),
     (
         "generate --demo cat --attention_backend laser_attn --device_type npu",
         "ascendit generate cat --demo --attention self=laser --device npu",

@@ -277,7 +277,9 @@ def test_a_quantized_source_is_refused_with_its_scheme(model, dst):
 
 
 def test_rotated_attention(tmp_path, dst):
-    quantize(write_transformer(tmp_path / "model"), dst, recipe="ascend-w8a8f8")
+    report = quantize(write_transformer(tmp_path / "model"), dst, recipe="ascend-w8a8f8")
+    assert "  attention  fp8: blocks.1.attn1" in report.lines()
+    assert report.experts[0].as_dict()["attention"] == {"fp8": ["blocks.1.attn1"]}
     written = read(dst / "transformer")
     manifest = json_of(dst / "transformer" / "quant_model_description.json")
     assert same(written["blocks.1.attn1.q_rot"], smoothing.rotation(32))

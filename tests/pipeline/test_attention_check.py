@@ -27,7 +27,7 @@ def test_the_rows_of_the_check_are_those_of_the_video(tiny_t2v_cascade: Path) ->
     video = ascendit.load(model, **options).generate("a cat", **SMALL, allow_flat=True)
     rows = [dict(row) for row in video.attention]
     assert rows == video.describe()["attention"]
-    keys = ("expert", "kind", "kernel", "blocks", "steps", "sub_head")
+    keys = ("expert", "kind", "kernel", "backend", "blocks", "steps", "sub_head")
     checked = [row.as_dict() for row in prepared.attention]
     assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in checked]
     kernels = {(row["expert"], row["steps"]): row["kernel"] for row in rows if row["kind"] == "self"}
@@ -64,7 +64,7 @@ def test_requests_change_the_latents_by_rounding(tiny_t2v_single: Path, options:
 
 
 def test_probabilities_are_set_for_the_run(tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = ascendit.load(tiny_t2v_single, attention_probabilities="two")
+    pipe = ascendit.load(tiny_t2v_single, dtype="bfloat16", attention_probabilities="two")
     numbers = []
 
     class Recorded(DenoiseState):
@@ -88,6 +88,33 @@ def test_load_refuses_a_kernel_that_no_size_fits(tiny_t2v_single: Path) -> None:
     options = LoadOptions(model=str(tiny_t2v_single), device="twin:a2", attention="self=laser")
     with pytest.raises(UsageError, match="at least 2048 tokens, not"):
         prepare(options, "a cat", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({"attention": "sdpa"}, "the kernel cpu"),
+        ({"dtype": "float32"}, "the kernel cpu"),
+        ({"attention": "reference", "device": "twin:a2"}, "the kernel fusion or fused_infer"),
+    ],
+)
+def test_probabilities_without_effect_are_refused(
+    tiny_t2v_single: Path, options: dict[str, Any], needs: str
+) -> None:
+    given = {"dtype": "bfloat16", **options, "attention_probabilities": "two"}
+    with pytest.raises(UsageError, match="attention_probabilities=two with attention by") as e:
+        prepare(LoadOptions.model_validate({"model": str(tiny_t2v_single), **given}), "a cat", **SMALL)
+    assert e.value.needs == needs
+    with pytest.raises(UsageError, match="attention_probabilities=two with attention by"):
+        ascendit.load(tiny_t2v_single, **given)
+
+
+def test_attributes_of_diffusers_transformers_have_a_fix(tiny_t2v_single: Path) -> None:
+    transformer = ascendit.load(tiny_t2v_single).transformer
+    with pytest.raises(UsageError) as e:
+        transformer.set_attention_backend("flash")
+    assert e.value.fix == 'ascendit.load(model, attention="sdpa")' and "add_module" not in e.value.needs
+    assert not hasattr(transformer, "_hf_hook") and transformer.blocks[0].attn1 is not None
 
 
 def test_a_processor_without_the_instructions(tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from ascendit.device.attention_kernels import (
 )
 from ascendit.device.attention_limits import (
     KIND_NAMES,
+    LONG,
     AttentionCall,
     absence_on,
     kernels_on,
@@ -167,8 +168,7 @@ class AttentionPolicy:
                 continue
             row = ATTENTION_KERNELS[name]
             dtype, head = row.dtypes[0], row.head_multiple * -(-64 // row.head_multiple)
-            size = row.shortest
-            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=size, keys=size)
+            call = AttentionCall(kind=kind, dtype=dtype, heads=1, head_dim=head, queries=LONG, keys=LONG)
             if problem := self._absence(name) or limit_of(row, call):
                 raise self._refused(name, call, problem)
 

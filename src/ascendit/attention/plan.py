@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,15 +62,11 @@ def make_plan(
     kernels, policy = dense_kernels(ops), with_kernels(policy, ops)
     declared = {kind: [module.scheme for module in modules] for kind, modules in layers.items()}
     resolved = resolve(policy, calls, declared, steps)
-    bound: dict[tuple[Kind, Choice, int], Function] = {}
-    for kinds in resolved.values():
-        for kind, choices in kinds.items():
-            for block, choice in enumerate(choices):
-                if (kind, choice, block) not in bound:
-                    call = _function(choice, kernels, ops, layers[kind][block])
-                    bound[kind, choice, block] = limited(
-                        call, sub_head=choice.sub_head, key_length=calls[kind].key_length
-                    )
+
+    @functools.cache
+    def bound(kind: Kind, choice: Choice, block: int) -> Function:
+        call = _function(choice, kernels, ops, layers[kind][block])
+        return limited(call, sub_head=choice.sub_head, key_length=calls[kind].key_length)
 
     def describe(name: str) -> tuple[str, str]:
         kernel = ops.quantized.attention(name) if name in ATTENTION_FORMATS else kernels[name]
@@ -79,7 +75,7 @@ def make_plan(
     return AttentionPlan(
         {
             step: {
-                kind: tuple(bound[kind, choice, block] for block, choice in enumerate(choices))
+                kind: tuple(bound(kind, choice, block) for block, choice in enumerate(choices))
                 for kind, choices in kinds.items()
             }
             for step, kinds in resolved.items()
@@ -111,7 +107,7 @@ def with_kernels(policy: AttentionPolicy | None, ops: Ops) -> AttentionPolicy:
         reference=wish.reference,
         emulate=wish.emulate is not None,
         missing=missing,
-        measured=partial(fastest, hardware=hardware_name(device)),
+        measured=functools.partial(fastest, hardware=hardware_name(device)),
     )
 
 

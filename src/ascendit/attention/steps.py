@@ -14,7 +14,8 @@ from typing import Any
 
 from ascendit.attention.choice import AttentionPolicy, Choice
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind
-from ascendit.device.attention_limits import AttentionCall, backend_on
+from ascendit.device.attention_limits import AttentionCall, backend_on, is_emulated_on
+from ascendit.report import counted
 from ascendit.schedule import Step
 
 Resolved = Mapping[int, Mapping[Kind, tuple[Choice, ...]]]
@@ -44,7 +45,7 @@ class AttentionRow:
     @property
     def choice(self) -> str:
         """Kernel and reason: `cpu on cpu (default; native: ..)`."""
-        heads = f", {self.sub_head} heads in one call" if self.sub_head else ""
+        heads = f", {counted(self.sub_head, 'head')} in one call" if self.sub_head else ""
         return f"{self.kernel} on {self.backend}{heads} ({self.reason})"
 
 
@@ -127,9 +128,11 @@ def describe_on(policy: AttentionPolicy) -> Callable[[str], tuple[str, str]]:
     """`describe` of `report` before the kernels are loaded, from the tables."""
 
     def describe(name: str) -> tuple[str, str]:
-        about = f"quantized attention in {name}"
-        about = ATTENTION_KERNELS[name].about if name in ATTENTION_KERNELS else about
-        return backend_on(policy.device, "reference" if policy.reference else name), about
+        backend = backend_on(policy.device, "reference" if policy.reference else name)
+        if name in ATTENTION_KERNELS:
+            return backend, ATTENTION_KERNELS[name].about
+        is_emulated = policy.reference or is_emulated_on(policy.device, name)
+        return backend, "emulated: the same numbers, slower" if is_emulated else "quantized attention"
 
     return describe
 

@@ -40,7 +40,7 @@ def bench(
     cross: Annotated[
         int, flag("--cross N", "Keys of the cross-attention, measured too; 0: self-attention only.")
     ] = TEXT_TOKENS,
-    device: Annotated[str, flag("--device NAME", "cpu (default), cuda, npu, twin:a5.")] = "cpu",
+    device: Annotated[str, flag("--device NAME", "cpu, cuda, npu, or twin:a5.")] = "cpu",
     repeats: Annotated[int, flag("--repeats N", "Calls of each kernel; fewer if one is slow.")] = 9,
     output: Annotated[
         Path | None,

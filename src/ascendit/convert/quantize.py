@@ -464,6 +464,7 @@ class QuantizeJob:
             name=applied.expert.name,
             schemes=applied.schemes,
             kept={} if self.is_float else applied.excluded,
+            attention=applied.quantized_attention,
             bytes_before=applied.bytes_before,
             bytes_after=self.planned[applied.expert.name].nbytes,
             num_weights=num_weights(applied.expert),

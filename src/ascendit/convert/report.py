@@ -185,6 +185,8 @@ class QuantizedExpert(ConvertedExpert):
     """Reason -> layers that were not quantized, abbreviated (`blocks.0-4`)."""
     bytes_before: int
     bytes_after: int
+    attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Scheme -> attention modules that it quantizes, abbreviated."""
     sqnr: Mapping[str, float] = field(default_factory=dict)
     """Layer -> signal to quantization noise ratio of its weight in dB; empty without `report`."""
     outputs: Outputs = field(default_factory=Outputs)
@@ -207,6 +209,8 @@ class QuantizedExpert(ConvertedExpert):
         data = {"name": self.name, "layers": json_data(self.schemes)}
         data |= selected(self, "kept", "bytes_before", "bytes_after")
         data["bits_per_weight"] = round(self.bits_per_weight, 3)
+        if self.attention:
+            data["attention"] = json_data(self.attention)
         if self.sqnr:
             data["sqnr_db"] = {layer: round(value, 2) for layer, value in self.sqnr.items()}
             data["worst"] = [layer for layer, _ in self.worst]
@@ -220,7 +224,9 @@ class QuantizedExpert(ConvertedExpert):
         sizes = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
         first = [self.name, f"{self.counts()}   {sizes}   {self.bits_per_weight:.2f} bits/weight"]
         excluded = (f"{', '.join(layers)}  ({reason})" for reason, layers in self.kept.items())
-        return [first, *(["  excluded", text] for text in excluded)]
+        attention = (f"{scheme}: {', '.join(names)}" for scheme, names in self.attention.items())
+        rows = [["  attention", text] for text in attention] + [["  excluded", text] for text in excluded]
+        return [first, *rows]
 
     def worst_lines(self) -> list[str]:
         """Lines with the worst layers, if SQNR was measured."""

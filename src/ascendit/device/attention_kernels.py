@@ -1,4 +1,4 @@
-"""Table of the attention kernels, and the requests for them: `self=laser,cross=sdpa`. Does not import torch.
+"""Table of the attention kernels, and the requests for them: `self=laser,cross=fusion`. No torch.
 
 The reference of every kernel is `kernels.reference.attention`. All have the signature
 `call(q, k, v, *, return_lse=False)`, layout [B, S, H, d]; `attention/` chooses one for each call.
@@ -175,12 +175,13 @@ def near_name(text: str) -> str | None:
 
 
 def parse_attention(text: str) -> dict[Kind, str]:
-    """Parse a kernel or scheme for every kind, `sdpa`, or for some: `self=laser,cross=sdpa`.
+    """Parse a kernel or scheme for every kind, `sdpa`, or for some: `self=laser,cross=fusion`.
 
     Raises UsageError (E-USE-01) for an unknown kind or name, and for a kind that is named twice.
     """
     if not isinstance(text, str):
-        raise _bad(str(text), f"it has type {type(text).__name__}, not text")
+        fix = 'attention="self=fp8,cross=bf16"'
+        raise _bad(str(text), f"it has type {type(text).__name__}, not text", fix=fix)
     request: dict[Kind, str] = {}
     for item in text.split(","):
         kind, equals, name = (part.strip() for part in item.rpartition("="))
@@ -205,11 +206,11 @@ def attention_text(request: Mapping[Kind, str]) -> str:
     return ",".join(f"{kind}={name}" for kind, name in items.items())
 
 
-def _bad(text: str, problem: str, near: str | None = None) -> UsageError:
+def _bad(text: str, problem: str, near: str | None = None, fix: str = "omit --attention") -> UsageError:
     kernels, schemes = ", ".join(ATTENTION_KERNELS), ", ".join(ATTENTION_FORMATS)
     fixed = ",".join(f"{item.rpartition('=')[0]}={near}".lstrip("=") for item in text.split(",")[:1])
     return UsageError(
         f"attention {text!r}: {problem}",
         needs=f"NAME or KIND=NAME,..; kinds: {', '.join(KINDS)}; names: bf16, {kernels}, {schemes}",
-        fix=f"--attention {fixed}" if near and "," not in text else "omit --attention",
+        fix=f"--attention {fixed}" if near and "," not in text else fix,
     )

@@ -23,6 +23,9 @@ NATIVE_QUANTIZED = AttentionKernel(
 )
 """The limits of `ops/npu/quantized_attention.py`: a head is one tile of channels, and has complete blocks."""
 
+LONG = 2**20
+"""Tokens of a video, if only the other limits of a kernel are checked."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
@@ -59,6 +62,13 @@ def absence_on(device: Device, name: str) -> str:
     return ""
 
 
+def is_emulated_on(device: Device, scheme: str) -> bool:
+    """Whether attention in `scheme` is computed from dequantized numbers, slower."""
+    if device.chip:
+        return scheme not in native_attention_on(device.chip)
+    return device.operators == "cpu"
+
+
 def scheme_limit_on(device: Device, scheme: str, call: AttentionCall, *, emulate: bool) -> str:
     """Why this device does not take `call` in a scheme of quantized attention, "" if it does.
 
@@ -66,7 +76,7 @@ def scheme_limit_on(device: Device, scheme: str, call: AttentionCall, *, emulate
     """
     if device.chip is None:
         return ""
-    if scheme in native_attention_on(device.chip):
+    if not is_emulated_on(device, scheme):
         return limit_of(NATIVE_QUANTIZED, call)
     if not emulate:
         raise no_attention_for(device, device.chip, scheme)

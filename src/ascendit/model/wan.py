@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ascendit.arguments import attribute_error
 from ascendit.attention.choice import AttentionPolicy, calls_of
 from ascendit.attention.plan import AttentionPlan, make_plan
 from ascendit.device.attention_kernels import Kind
@@ -184,6 +185,15 @@ class WanTransformer(nn.Module):
         self.blocks: Any = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:  # as transformer.set_attention_backend of Diffusers
+                own = {*dir(self)} - {*dir(nn.Module)}
+                raise attribute_error("'WanTransformer' object", name, own) from None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from ascendit.attention.measured import fastest
 from ascendit.attention.steps import AttentionRow, Resolved, describe_on, report, resolve
 from ascendit.checkpoint.transformer import Expert, model_config
 from ascendit.device.attention_kernels import ATTENTION_KERNELS, Kind, parse_attention
+from ascendit.device.attention_limits import LONG, kernels_on
 from ascendit.device.device import Device
 from ascendit.errors import UsageError
 from ascendit.model.quantize_on_load import stored_dtype
@@ -24,8 +25,8 @@ from ascendit.pipeline.sigmas import expert_of
 from ascendit.schedule import Step, StepSchedule
 from ascendit.weights.applied_recipe import AppliedRecipe, attention_schemes
 
-LONG = 2**20
-"""Tokens of a video, if only the other limits of a kernel are checked."""
+SPLIT = ("cpu", "fusion", "fused_infer")
+"""The kernels that `attention_probabilities` changes, on a CPU and on a twin."""
 
 
 def policy_of(options: LoadOptions, device: Device, schedule: StepSchedule) -> AttentionPolicy:
@@ -63,20 +64,34 @@ def _missing(name: str) -> str:
 def check_policy(model: PreparedModel) -> None:
     """Check the requests and the step schedule against a model; no kernel is too long for the video here.
 
-    Raises the errors of `resolve`.
+    Raises the errors of `resolve`, and UsageError (E-USE-01) for `attention_probabilities` without effect.
     """
     steps = dict(enumerate(model.schedule.settings))
     contexts: dict[Kind, int] = {"text": LONG}
     if model.needs_image_encoder:
         contexts["image"] = LONG
+    names: set[str] = set()
     for expert, applied in model.experts:
-        _resolved(model, expert, applied, LONG, contexts, steps)
+        resolved = _resolved(model, expert, applied, LONG, contexts, steps)
+        names |= {x.name for kinds in resolved.values() for choices in kinds.values() for x in choices}
+    _check_probabilities(model, names)
+
+
+def _check_probabilities(model: PreparedModel, names: set[str]) -> None:
+    """Raise UsageError (E-USE-01) for `attention_probabilities` if none of the kernels `names` has them."""
+    numbers = model.options.attention_probabilities
+    if numbers and not names & {*SPLIT}:
+        raise UsageError(
+            f"attention_probabilities={numbers} with attention by {', '.join(sorted(names))}",
+            needs=f"the kernel {' or '.join(name for name in SPLIT if name in kernels_on(model.device))}",
+            fix="omit --set attention_probabilities",
+        )
 
 
 def attention_rows(
     model: PreparedModel, request: GenerateRequest, tokens: int, image_tokens: int
 ) -> tuple[AttentionRow, ...]:
-    """The kernels of a request. `tokens`: those of the video. Raises the errors of `resolve`."""
+    """The kernels of a request. `tokens`: those of the video. Raises the errors of `check_policy`."""
     contexts: dict[Kind, int] = {"text": request.max_sequence_length}
     contexts |= {"image": image_tokens} if image_tokens else {}
     schedule = request.denoising_schedule
@@ -87,6 +102,7 @@ def attention_rows(
         steps = {i: settings[i] for i, name in enumerate(names) if name == expert.name}
         resolved = _resolved(model, expert, applied, tokens, contexts, steps)
         rows += report(expert.name, resolved, describe_on(model.attention))
+    _check_probabilities(model, {row.kernel for row in rows})
     return tuple(rows)
 
 

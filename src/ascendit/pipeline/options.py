@@ -21,7 +21,7 @@ from ascendit.device.attention_kernels import Probabilities, attention_text, par
 from ascendit.device.device import DenoiserDtype, Device, VaeDtype, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
-from ascendit.option_text import flag_of
+from ascendit.option_text import flag_of, option
 from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
@@ -96,7 +96,8 @@ def _count(value: object) -> object:
     if value is None:
         return None
     if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
-        raise UsageError(f"sub_head={value}", needs="a whole number of heads", fix="omit --sub-head")
+        needs = "a whole number of heads, at least 1"
+        raise UsageError(option("sub_head", str(value)), needs=needs, fix="omit --sub-head")
     return int(str(value))
 
 
@@ -239,7 +240,11 @@ class LoadOptions(Checked):
     attention: Annotated[
         str | None,
         BeforeValidator(_attention),
-        Option("Attention kernels, for example self=laser,cross=sdpa.", "[KIND=]NAME,..", hidden=True),
+        Option(
+            "Attention kernels or schemes, for example self=laser or self=fp8,cross=bf16.",
+            "[KIND=]NAME,..",
+            hidden=True,
+        ),
         Variable(
             "ALGO",
             {"0": None, "1": "self=laser", "3": "self=fused_infer"},
@@ -254,7 +259,7 @@ class LoadOptions(Checked):
         Variable(
             "USE_SUB_HEAD",
             {},
-            "{} heads of self-attention in one call (--sub-head overrides it)",
+            "heads of self-attention in one call: {} (--sub-head overrides it)",
             number=True,
         ),
     ] = None

@@ -28,10 +28,13 @@ def attention_calls(pipe: Pipeline, request: GenerateRequest, cancel: Stop | Non
     """Make a video and record the calls, on the CPU."""
     calls: dict[tuple[str, Kind, int], tuple[Tensor, Tensor, Tensor]] = {}
 
+    def recorded(t: Tensor) -> Tensor:
+        return t[:, :, :HEADS].to("cpu", copy=True)
+
     class RecordingState(DenoiseState):
         def attend(self, kind: Kind, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.branch == 0 and kind in MODULES:
-                calls[self.expert, kind, block] = tuple(t[:, :, :HEADS].cpu() for t in (q, k, v))  # type: ignore[assignment]
+                calls[self.expert, kind, block] = recorded(q), recorded(k), recorded(v)
             return super().attend(kind, block, q, k, v)
 
     with pipe.exclusive(cancel):

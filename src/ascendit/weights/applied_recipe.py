@@ -92,6 +92,16 @@ class AppliedRecipe(LayerSchemes):
         reasons = group_by((x for x in self.layers if x.scheme == "bf16"), lambda layer: layer.reason)
         return {reason: grouped((x.name for x in layers), names) for reason, layers in reasons.items()}
 
+    @property
+    def quantized_attention(self) -> dict[str, tuple[str, ...]]:
+        """Scheme, or a manifest value without one -> the attention modules that it quantizes, grouped."""
+        types = {
+            key.removesuffix(QUANT_TYPE): QUANT_TYPES.get(x, x) for key, x in self.attention_types.items()
+        }
+        modules = (layer.name.partition(".to_")[0] for layer in self.layers if ".attn" in layer.name)
+        among = dict.fromkeys([*modules, *types])
+        return {scheme: grouped(names, among) for scheme, names in group_by(types, types.__getitem__).items()}
+
 
 def apply_recipe(
     expert: Expert,
