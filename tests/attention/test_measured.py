@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ascendit.attention.measured import (
 )
 from ascendit.device.attention_limits import AttentionCall
 from ascendit.device.device import parse_device
+from ascendit.kernels import reference
 from ascendit.kernels.kernel import Kernel
 from ascendit.ops.open_device import hardware_name
 from ascendit.ops.operators import bind
@@ -77,8 +78,8 @@ def choice(
 
 
 def call(tokens: int = 4096, kind: Any = "self", **other: Any) -> AttentionCall:
-    sizes: Mapping[str, Any] = {"heads": 12, "head_dim": 128, "queries": tokens, "keys": tokens} | other
-    return AttentionCall(**({"kind": kind, "dtype": "bfloat16"} | sizes))
+    sizes: dict[str, Any] = {"heads": 12, "head_dim": 128, "queries": tokens, "keys": tokens}
+    return AttentionCall(**({"kind": kind, "dtype": "bfloat16"} | sizes | other))
 
 
 def test_the_rows_of_a_file_are_read_back(write: Write) -> None:
@@ -206,7 +207,9 @@ def test_the_policy_follows_the_file(write: Write) -> None:
 
 
 def test_a_plan_reads_the_file_of_its_hardware(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = {name: Kernel("attention", "cpu", print, "", name=name) for name in ("sdpa", "reference")}
+    kernels = {
+        name: Kernel("attention", "cpu", reference.attention, "", name=name) for name in ("sdpa", "reference")
+    }
     monkeypatch.setattr(plan, "dense_kernels", lambda ops: kernels)
     ops, hardware = bind("cpu"), hardware_name(CPU)
     assert plan.with_kernels(None, ops).choose(call()).name == "sdpa"

@@ -42,7 +42,7 @@ def modules(*schemes: str | None, rot: Tensor | None = None) -> list[Any]:
 def plan(
     ops: Ops, policy: AttentionPolicy | None, layers: list[Any], steps: str = "", **kw: Any
 ) -> AttentionPlan:
-    size = {"dtype": "bfloat16", "heads": HEADS, "head_dim": D, "queries": S, "keys": S} | kw
+    size: dict[str, Any] = {"dtype": "bfloat16", "heads": HEADS, "head_dim": D, "queries": S, "keys": S} | kw
     calls: dict[Kind, AttentionCall] = {"self": AttentionCall(kind="self", **size)}
     schedule = StepSchedule.parse(steps) if steps else StepSchedule()
     return make_plan(

@@ -84,7 +84,7 @@ def test_one_line_for_a_kernel_of_all_kinds() -> None:
 
 @given(st.sets(st.integers(0, 40), min_size=1))
 def test_ranges(numbers: set[int]) -> None:
-    parsed = []
+    parsed: list[int] = []
     for item in ranges(sorted(numbers)).split(","):
         first, _, last = item.partition("-")
         parsed += range(int(first), int(last or first) + 1)

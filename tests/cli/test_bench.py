@@ -9,6 +9,7 @@ import pytest
 from ascendit.attention import bench as runner
 from ascendit.attention import measured
 from ascendit.cli.bench import named_shape
+from ascendit.cli.interruptions import Interrupt
 from ascendit.errors import OutOfMemory
 
 QUICK = ("bench", "attention", "--shape", "24,2,64", "--repeats", "2")
@@ -96,8 +97,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_kernels_run(run, 
 
 
 def test_ctrl_c_writes_nothing(run, monkeypatch, tmp_path):
-    from ascendit.cli import bench
-
-    monkeypatch.setattr(bench.Interrupt, "__enter__", lambda self: self.event.set() or self)
+    monkeypatch.setattr(Interrupt, "__enter__", lambda self: self.event.set() or self)
     ended = run(*QUICK)
     assert ended.code == 130 and not (tmp_path / "cache").exists()

@@ -199,7 +199,8 @@ def test_a_recipe_quantizes_attention_in_a_file_and_while_loading(
                     assert rotation_of is None
                     continue
                 expected = rotation(m.head_dim).to(dtype)
-                assert rotation_of.dtype == dtype and torch.equal(rotation_of, expected)
+                assert rotation_of is not None and rotation_of.dtype == dtype
+                assert torch.equal(rotation_of, expected)
     states = [model.state_dict() for model in models]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

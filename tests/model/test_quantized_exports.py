@@ -108,15 +108,17 @@ def test_a_real_export_loads_and_each_layer_computes_with_its_stored_tensors(exp
                 torch.equal(back[role], tensors[f"{name}.{role}"]) for role in ("weight", "weight_scale")
             ), name
         attention = {n: m for n, m in model.named_modules() if isinstance(m, Attention)}
-        for name, m in attention.items():
+        for name, a in attention.items():
             quant_type = expert.attention.get(f"{name}.quant_type")
-            assert m.scheme == (quant_type and {"FP8_DYNAMIC": "fp8"}[quant_type])
-            for role, rotation in (("q_rot", m.q_rot), ("k_rot", m.k_rot)):
+            assert a.scheme == (quant_type and {"FP8_DYNAMIC": "fp8"}[quant_type])
+            for role, rotation in (("q_rot", a.q_rot), ("k_rot", a.k_rot)):
                 if (kept := tensors.get(f"{name}.{role}")) is None:
                     assert rotation is None
                 else:
-                    assert torch.equal(rotation, kept) and kept.dtype == torch.bfloat16
-        assert any(m.q_rot is not None for m in attention.values()) == (export == exports.MXFP8)
+                    assert (
+                        rotation is not None and torch.equal(rotation, kept) and kept.dtype == torch.bfloat16
+                    )
+        assert any(a.q_rot is not None for a in attention.values()) == (export == exports.MXFP8)
         smooth = {n.removesuffix(".mul_scale") for n in tensors if n.endswith(".mul_scale")} - set(layers)
         assert {n for n, m in model.named_modules() if isinstance(m, SmoothLinear)} == smooth
 

@@ -20,7 +20,8 @@ SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "num_infere
 
 
 def test_the_rows_of_the_check_are_those_of_the_video(tiny_t2v_cascade: Path) -> None:
-    options = {"attention": "self=int8,cross=sdpa", "step_policy": "1:attention=bf16", "dtype": "bfloat16"}
+    options: dict[str, Any] = {"attention": "self=int8,cross=sdpa", "step_policy": "1:attention=bf16"}
+    options["dtype"] = "bfloat16"
     model = str(tiny_t2v_cascade)
     prepared = prepare(LoadOptions.model_validate({"model": model, **options}), "a cat", **SMALL)
     video = ascendit.load(model, **options).generate("a cat", **SMALL, allow_flat=True)
@@ -138,11 +139,11 @@ def test_attributes_of_diffusers_transformers_have_a_fix(tiny_t2v_single: Path) 
 def test_a_processor_without_the_instructions(tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dry run shows the kernel of the run, and a request is refused before weights are loaded."""
     monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"avx512f"}))
-    model, dtype = str(tiny_t2v_single), "bfloat16"
-    for row in prepare(LoadOptions(model=model, dtype=dtype), "a cat", **SMALL).attention:
+    model = str(tiny_t2v_single)
+    for row in prepare(LoadOptions(model=model, dtype="bfloat16"), "a cat", **SMALL).attention:
         assert row.kernel == "sdpa" and "cpu: this processor has no avx512_bf16" in row.reason
     with pytest.raises(EnvironmentProblem, match="this processor has no avx512_bf16") as e:
-        ascendit.load(model, dtype=dtype, attention="self=cpu")
+        ascendit.load(model, dtype="bfloat16", attention="self=cpu")
     assert e.value.fix == 'attention="self=sdpa"' and e.value.code == "E-CAP-01"
 
 

@@ -10,7 +10,7 @@ from ops.recorder import Recorder
 from torch import Tensor
 
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.kernels.kernel import Function, Wish
+from ascendit.kernels.kernel import Wish
 from ascendit.ops.open_device import open_device
 from ascendit.ops.select import select
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("twin")
 STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-20}
 
 
-def kernel(name: str, chip: str = "a5") -> Function:
+def kernel(name: str, chip: str = "a5") -> Any:
     return select("attention", open_device(f"twin:{chip}"), Wish(names={"attention": name})).call
 
 

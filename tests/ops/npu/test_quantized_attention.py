@@ -44,7 +44,7 @@ def qkv(b: int, s: int, keys: int, d: int, dtype: torch.dtype = torch.bfloat16) 
     ],
 )
 def test_the_twin_gives_the_bytes_of_the_cpu(
-    scheme: str, chip: str, wish: Wish, shape: tuple[int, ...]
+    scheme: str, chip: str, wish: Wish, shape: tuple[int, int, int, int]
 ) -> None:
     q, k, v = qkv(*shape)
     on_twin = kernel(scheme, f"twin:{chip}", wish).call
