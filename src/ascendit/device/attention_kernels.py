@@ -85,7 +85,7 @@ ATTENTION_KERNELS: Mapping[str, AttentionKernel] = {
         aliases=("sage", "sageattn"),
         dtypes=("bfloat16",),
         head_multiple=64,
-        largest_head=256,
+        largest_head=128,
         on_request=True,
     ),
     "sdpa": AttentionKernel(

@@ -1,6 +1,6 @@
 // softmax(q k^T / sqrt(d)) v, with scores from int8 queries and keys and values in BF16. Needs AVX-512 BF16, VNNI, VBMI.
 //
-// Layout as in attention.h; d a multiple of 64. Numbers: `quantized_attention.qk_int8`.
+// Layout as in attention.h; d 64 or 128. Numbers: `quantized_attention.qk_int8`.
 //
 // VPDPBUSD multiplies unsigned by signed bytes. Keys are stored plus 128; the sum of a query row times -128 is the
 // first value of its int32 sums. 256 products add up to less than 2^24, which float32 holds.
@@ -12,7 +12,7 @@
 namespace ascendit::attention {
 namespace {
 
-constexpr int STEP = 64, LARGEST_HEAD = 256;  // STEP: bytes in a register
+constexpr int STEP = 64, LARGEST_HEAD = 128;  // STEP: bytes in a register
 static_assert(PANEL == COLUMNS && PAIRED % LANES == 0);
 
 // One row to int8; returns the scale: the largest magnitude / 127, NaN if a value is not finite.
