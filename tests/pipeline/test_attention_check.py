@@ -129,7 +129,7 @@ def test_probabilities_without_effect_are_refused(
 
 
 def test_attributes_of_diffusers_transformers_have_a_fix(tiny_t2v_single: Path) -> None:
-    transformer = ascendit.load(tiny_t2v_single).transformer
+    transformer: Any = ascendit.load(tiny_t2v_single).transformer
     with pytest.raises(UsageError) as e:
         transformer.set_attention_backend("flash")
     assert e.value.fix == 'ascendit.load(model, attention="sdpa")' and "add_module" not in e.value.needs
