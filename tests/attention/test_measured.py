@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ascendit import environment
 from ascendit.attention import measured, plan
 from ascendit.attention.choice import AttentionPolicy
 from ascendit.attention.measured import (
@@ -178,7 +179,7 @@ def test_a_user_without_a_home_has_no_measurements(monkeypatch: pytest.MonkeyPat
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(measured.environment, "cache_home", no_home)
+    monkeypatch.setattr(environment, "cache_home", no_home)
     assert choice() is None
 
 
