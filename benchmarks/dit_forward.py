@@ -2,6 +2,7 @@
 
     python benchmarks/dit_forward.py                # 1.3B width, 4 layers, 1536 video + 512 text tokens, BF16
     python benchmarks/dit_forward.py --per-token    # TI2V: the first frame at timestep 0
+    python benchmarks/dit_forward.py --latents 21 30 52    # 8190 video tokens
 
 Medians of interleaved runs, a fixed number of threads. `step` is a forward in the loop, with keys and values
 of the text prepared; `first` also computes them, once for each prompt and expert. Diffusers computes them in
@@ -27,6 +28,7 @@ from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import bind
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
+Grid = tuple[int, int, int]
 
 
 def build(layers: int, dtype: torch.dtype) -> tuple[WanTransformer, WanTransformer3DModel]:
@@ -43,10 +45,12 @@ def build(layers: int, dtype: torch.dtype) -> tuple[WanTransformer, WanTransform
     return ours, theirs
 
 
-def cases(layers: int, dtype: torch.dtype, per_token: bool) -> dict[str, Callable[[], torch.Tensor]]:
+def cases(
+    layers: int, dtype: torch.dtype, per_token: bool, latents: Grid
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Name -> one forward."""
     ours, theirs = build(layers, dtype)
-    x, text = torch.randn(1, 16, *GRID).to(dtype), torch.randn(1, 512, 4096).to(dtype)
+    x, text = torch.randn(1, 16, *latents).to(dtype), torch.randn(1, 512, 4096).to(dtype)
     grid = ours.grid_of(x)
     tokens, frame = grid[0] * grid[1] * grid[2], grid[1] * grid[2]
     timestep: tuple[float, ...]
@@ -76,12 +80,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--reps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--latents", type=int, nargs=3, default=GRID, help="frames, height, width")
     parser.add_argument("--per-token", action="store_true")
     parser.add_argument("--float32", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = torch.float32 if args.float32 else torch.bfloat16
-    runs = cases(args.layers, dtype, args.per_token)
+    runs = cases(args.layers, dtype, args.per_token, tuple(args.latents))
     outputs = {name: run().float() for name, run in runs.items()}  # warm-up
     peer = list(runs)[-1]
     seconds = interleaved(runs, args.reps)
