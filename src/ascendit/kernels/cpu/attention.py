@@ -52,19 +52,35 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> At
     """As `reference.attention`, up to BF16 rounding; `attention` if these tensors do not fit the C++."""
     if not fits_attention(q, k, v):
         return attention(q, k, v, return_lse=return_lse)
-    if not return_lse:
-        return run_native(cast(Any, library().library).attention_bf16, q, k, v)
-    out, top, total = attention_with_sums(q, k, v)
-    return out, top + total.log()
+    return attend_native(_attention_bf16(), q, k, v, return_lse=return_lse)
 
 
 def attention_with_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[B, S, H, d] that fit the C++ -> the output; and, float32 [B, H, S], the largest score of each query
     and the sum of exp(score - largest).
     """
+    return _with_sums(_attention_bf16(), q, k, v)
+
+
+def attend_native(call: Any, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Attended:
+    """`run_native` of bfloat16 [B, S, H, d]; `return_lse`: also the natural log-sum-exp, float32 [B, H, S].
+
+    Raises MemoryError like `run_native`.
+    """
+    if not return_lse:
+        return run_native(call, q, k, v)
+    out, top, total = _with_sums(call, q, k, v)
+    return out, top + total.log()
+
+
+def _attention_bf16() -> Any:
+    return cast(Any, library().library).attention_bf16
+
+
+def _with_sums(call: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b, s, h, _ = q.shape
     sums = torch.empty(2, b, h, s)
-    return run_native(cast(Any, library().library).attention_bf16, q, k, v, sums), *sums
+    return run_native(call, q, k, v, sums), *sums
 
 
 def run_native(call: Any, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None = None) -> Tensor:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ascendit.device.attention_kernels import ATTENTION_KERNELS
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.kernels.cpu.attention import run_native
+from ascendit.kernels.cpu.attention import attend_native
 from ascendit.kernels.cpu.elementwise import all_bf16
 from ascendit.kernels.kernel import Attended, Kernel
 from ascendit.native.build import Built, declared, native
@@ -55,12 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False) -> A
     q [B, S, H, d], k, v [B, L, H, d] bfloat16 -> [B, S, H, d]. Raises UsageError (E-USE-01) for other dtypes
     and head sizes, and EnvironmentProblem (E-CAP-01) if the processor lacks instructions, or a compiler.
     """
-    call = _checked(q, k, v)
-    if not return_lse:
-        return run_native(call, q, k, v)
-    b, s, h, _ = q.shape
-    top, total = sums = torch.empty(2, b, h, s)
-    return run_native(call, q, k, v, sums), top + total.log()
+    return attend_native(_checked(q, k, v), q, k, v, return_lse=return_lse)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor) -> Any:
